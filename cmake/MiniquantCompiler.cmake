@@ -1,0 +1,27 @@
+# What every target of ours is compiled with. `miniquant_compiler` is linked PRIVATE and never exported.
+
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
+endif()
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+
+add_library(miniquant_compiler INTERFACE)
+# Fused multiply-adds move rounding ties: where one is wanted the code says so.
+target_compile_options(miniquant_compiler INTERFACE -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion
+                                                    -ffp-contract=off)
+if(MINIQUANT_WERROR)
+  target_compile_options(miniquant_compiler INTERFACE -Werror)
+endif()
+if(MINIQUANT_SANITIZE)
+  # libtorch carries no type information for the vptr check.
+  set(_sanitize -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
+  target_compile_options(miniquant_compiler INTERFACE ${_sanitize} -fno-omit-frame-pointer)
+  target_link_options(miniquant_compiler INTERFACE ${_sanitize})
+endif()

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <miniquant/export.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace miniquant {
+
+/// The uniform grid a weight [N, K] is rounded to: value = (code - zero_point) * scale.
+///
+/// Every group of `group_size` consecutive columns of a row has its own scale and zero point.
+/// With b = bits and q = 2^(b-1) - 1:
+///   symmetric:  codes in [-q, q],             scale = max|w| / q,               zero point 0
+///   asymmetric: codes in [-2^(b-1), 2^(b-1) - 1], scale = (hi - lo) / (2^b - 1), where [lo, hi] is the
+///               group's range widened to contain 0, so that 0 is represented exactly
+struct GridOptions {
+  /// 2 to 8.
+  int64_t bits = 4;
+  /// Columns per scale; -1 is one group per row. The last group of a row may be shorter.
+  int64_t group_size = 64;
+  bool symmetric = true;
+  /// Scales to use instead of those computed from the weight: [N, groups], the weight's dtype, positive.
+  std::optional<at::Tensor> scales = std::nullopt;
+  /// Zero points that go with `scales`: int8 [N, groups]; needed where `symmetric` is false.
+  std::optional<at::Tensor> zero_points = std::nullopt;
+};
+
+/// A weight on its grid.
+struct QuantizedWeight {
+  at::Tensor codes;        ///< int8 [N, K]
+  at::Tensor scales;       ///< [N, ceil(K / group_size)], the weight's dtype
+  at::Tensor zero_points;  ///< int8 [N, ceil(K / group_size)]; all 0 for a symmetric grid
+};
+
+/// Rounds every weight to the nearest point of its group's grid (RTN), ties to even.
+///
+/// weight: [N, K], float32, float64, bfloat16 or float16 (the last two are computed in float32), any strides.
+/// Throws c10::ValueError or c10::TypeError that names the argument, what was expected and what came.
+MINIQUANT_API QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options = {});
+
+/// (codes - zero_points) * scales, each group with its own: [N, K] in the dtype of `scales`.
+///
+/// codes: int8 [N, K]; scales: [N, G]; zero_points: int8 [N, G], with G = ceil(K / group_size).
+MINIQUANT_API at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                                    int64_t group_size);
+
+}  // namespace miniquant

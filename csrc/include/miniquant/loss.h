@@ -1,0 +1,15 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <miniquant/export.h>
+
+namespace miniquant {
+
+/// The layer loss per row, [N]: e H e^T with e = weight - dequantized. The loss of the layer is its sum.
+///
+/// weight, dequantized: [N, K], one dtype (bfloat16 and float16 are computed in float32); hessian: [K, K].
+/// Accumulates in float64; the result is float64 for a float64 weight, else float32.
+MINIQUANT_API at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized,
+                                           const at::Tensor& hessian);
+
+}  // namespace miniquant

@@ -1,0 +1,8 @@
+#pragma once
+
+// All of the library. The same functions are registered with PyTorch's dispatcher as `miniquant::<name>`.
+#include <miniquant/gptq.h>
+#include <miniquant/grid.h>
+#include <miniquant/hessian.h>
+#include <miniquant/loss.h>
+#include <miniquant/packing.h>
