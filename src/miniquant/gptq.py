@@ -1,0 +1,322 @@
+"""GPTQ and what belongs to it: the operators of ``torch.ops.miniquant``, typed and documented.
+
+Dimensions: N out features (rows of a weight), K in features (columns), G = ceil(K / group_size) groups of a row.
+
+The grid
+    ``value = (code - zero_point) * scale``, one scale and zero point for each group of ``group_size`` consecutive
+    columns of a row. With q = 2^(bits - 1) - 1:
+
+    - symmetric: codes in [-q, q], scale = max|w| / q, zero point 0;
+    - asymmetric: codes in [-q - 1, q], scale = (hi - lo) / (2^bits - 1), where [lo, hi] is the group's range widened
+      to contain 0, so that 0 is represented exactly.
+
+    ``group_size=-1`` is one group per row; the last group of a row may be shorter.
+
+The loss
+    With E = W - Q and H = X X^T / n of the layer's inputs X [K, n], the layer's squared output error is
+    tr(E H E^T) per input vector: the sum over rows of e H e^T.
+
+Weights are float32 or float64; bfloat16 and float16 are accepted and computed in float32. Strides are free, inputs are
+never changed (but for the operator whose name ends in ``_``), and nothing is recorded for autograd. A bad argument is a
+ValueError or a TypeError that names the argument, what was expected and what came.
+
+Sources: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, Algorithm 1; the form without an inverse: "The Geometry of LLM Quantization: GPTQ as Babai's Nearest
+Plane Algorithm", arXiv:2507.18553.
+"""
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+GroupScales = Literal["static", "dynamic"]
+ColumnOrder = Literal["natural", "activation"]
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight on its grid.
+
+    Attributes:
+        codes: int8 [N, K].
+        scales: [N, G], in the weight's dtype.
+        zero_points: int8 [N, G]; all 0 for a symmetric grid.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+
+
+class GptqResult(NamedTuple):
+    """A weight on its grid, and what that costs.
+
+    Attributes:
+        codes: int8 [N, K].
+        scales: [N, G], in the weight's dtype.
+        zero_points: int8 [N, G]; all 0 for a symmetric grid.
+        row_loss: [N], e H e^T of each row with the ridge in H; float64 for a float64 weight, else float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    row_loss: Tensor
+
+
+def rtn(
+    weight: Tensor,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> QuantizedWeight:
+    """Rounds every weight to the nearest point of its group's grid, ties to even.
+
+    ``code = clamp(round(w / scale) + zero_point)``
+
+    Args:
+        weight: [N, K].
+        bits: 2 to 8.
+        group_size: columns per scale; -1 is one group per row.
+        symmetric: which of the two grids (see the module).
+        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive.
+        zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return QuantizedWeight(
+        *torch.ops.miniquant.rtn(
+            weight, bits=bits, group_size=group_size, symmetric=symmetric, scales=scales, zero_points=zero_points
+        )
+    )
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    ridge: float = 0.01,
+    block_size: int = 128,
+    group_scales: GroupScales = "static",
+    column_order: ColumnOrder = "natural",
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> GptqResult:
+    """Quantizes a column at a time and moves what rounding lost onto the columns still to come.
+
+    With H + ridge * mean(diag H) * I = R R^T, R upper triangular, and E = W - Q:
+
+    ``target_j = w_j + (sum_{i<j} E_i R_ij) / R_jj``,  ``q_j = quantize(target_j)``
+
+    This is Algorithm 1 of the paper without the inverse of H; :func:`gptq_reference` is the algorithm as printed. The
+    result does not depend on the number of threads, nor on ``block_size`` beyond rounding. An input that is always 0
+    (diag H = 0) has its column rounded to nearest.
+
+    Args:
+        weight: [N, K].
+        hessian: [K, K], float32 or float64, symmetric: X X^T / n without a ridge (:class:`HessianAccumulator`).
+        bits: 2 to 8.
+        group_size: columns per scale; -1 is one group per row.
+        symmetric: which of the two grids (see the module).
+        ridge: added to the Hessian's diagonal, relative to its mean.
+        block_size: columns per block of the sweep: time, not the result.
+        group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
+            by every earlier column, when the group is reached (natural order and no given scales only).
+        column_order: "natural", or "activation": descending diag(H). Scales stay with the stored columns.
+        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive.
+        zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+        torch.linalg.LinAlgError: H is not positive definite with its ridge; the message names the leading minor, the
+            ridge used and what to try.
+    """
+    return GptqResult(
+        *torch.ops.miniquant.gptq(
+            weight,
+            hessian,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            ridge=ridge,
+            block_size=block_size,
+            group_scales=group_scales,
+            column_order=column_order,
+            scales=scales,
+            zero_points=zero_points,
+        )
+    )
+
+
+def gptq_reference(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    ridge: float = 0.01,
+    block_size: int = 128,
+    group_scales: GroupScales = "static",
+    column_order: ColumnOrder = "natural",
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> GptqResult:
+    """The textbook form of :func:`gptq`: the loop over blocks, groups and columns of the paper's Algorithm 1.
+
+    With ``Hinv`` the UPPER Cholesky factor of the inverse of H + ridge * mean(diag H) * I, for each column k:
+
+    ``err = (w_k - q_k) / Hinv[k, k]``,  ``W[:, k:] -= outer(err, Hinv[k, k:])``
+
+    Written on PyTorch's own operations, for any device and float32 or float64; slow, and what :func:`gptq` is tested
+    against. The two agree code for code but where a target lies on a rounding tie to within the precision of the
+    arithmetic. Arguments, result and errors are those of :func:`gptq`.
+    """
+    return GptqResult(
+        *torch.ops.miniquant.gptq_reference(
+            weight,
+            hessian,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            ridge=ridge,
+            block_size=block_size,
+            group_scales=group_scales,
+            column_order=column_order,
+            scales=scales,
+            zero_points=zero_points,
+        )
+    )
+
+
+def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
+    """``hessian += X^T X`` for a batch of inputs, in place.
+
+    Args:
+        hessian: [K, K], float32 or float64; changed and returned.
+        inputs: [..., K], any floating dtype; cast to the Hessian's before the product.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return cast("Tensor", torch.ops.miniquant.hessian_update_(hessian, inputs))
+
+
+def quantization_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:
+    """The layer loss per row, e H e^T with e = weight - dequantized; the loss of the layer is its sum.
+
+    Args:
+        weight: [N, K].
+        dequantized: [N, K], of the weight's dtype.
+        hessian: [K, K], float32 or float64.
+
+    Returns:
+        [N], float64 for a float64 weight, else float32; accumulated in float64.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return cast("Tensor", torch.ops.miniquant.quantization_loss(weight, dequantized, hessian))
+
+
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int) -> Tensor:
+    """``(codes - zero_points) * scales``, each group with its own.
+
+    Args:
+        codes: int8 [N, K].
+        scales: [N, G].
+        zero_points: int8 [N, G].
+        group_size: columns per scale; -1 is one group per row.
+
+    Returns:
+        [N, K] in the dtype of ``scales``.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return cast("Tensor", torch.ops.miniquant.dequantize(codes, scales, zero_points, group_size))
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two signed 4-bit codes per byte, in two's complement.
+
+    Column 2i is the low half of byte i and column 2i + 1 the high half; the high half after an odd last column is 0.
+
+    Args:
+        codes: int8 [N, K], values in [-8, 7].
+
+    Returns:
+        uint8 [N, ceil(K / 2)].
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return cast("Tensor", torch.ops.miniquant.pack_int4(codes))
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of :func:`pack_int4`.
+
+    Args:
+        packed: uint8 [N, ceil(columns / 2)].
+        columns: K.
+
+    Returns:
+        int8 [N, columns].
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+    """
+    return cast("Tensor", torch.ops.miniquant.unpack_int4(packed, columns))
+
+
+class HessianAccumulator:
+    """Counts tokens and gives X X^T / n over any number of batches.
+
+    How the tokens are split into batches changes the result by rounding only.
+
+    Args:
+        in_features: K.
+        dtype: of the sum, torch.float32 or torch.float64.
+
+    Example:
+        >>> accumulator = HessianAccumulator(layer.in_features)
+        >>> handle = layer.register_forward_pre_hook(lambda _, inputs: accumulator.update(inputs[0]))
+        >>> model(calibration_batch)
+        >>> result = gptq(layer.weight, accumulator.hessian())
+    """
+
+    def __init__(self, in_features: int, dtype: torch.dtype = torch.float32) -> None:
+        if in_features < 0:
+            raise ValueError(f"HessianAccumulator: expected in_features to be at least 0, but got {in_features}")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"HessianAccumulator: expected dtype to be float32 or float64, but got {dtype}")
+        self._sum = torch.zeros(in_features, in_features, dtype=dtype)
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far."""
+        return self._tokens
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds a batch [..., K]; its leading dimensions are tokens."""
+        hessian_update_(self._sum, inputs)
+        self._tokens += inputs.shape[:-1].numel()
+
+    def hessian(self) -> Tensor:
+        """X X^T / tokens, a new tensor [K, K].
+
+        Raises:
+            ValueError: before the first token.
+        """
+        if self._tokens == 0:
+            raise ValueError("HessianAccumulator: expected at least one token before hessian(), but got 0")
+        return self._sum / self._tokens
