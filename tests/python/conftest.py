@@ -1,0 +1,107 @@
+"""What several test files share: where the clone is, a seeded generator, and programs built on the installed library."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the clone."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def build_dir() -> Path:
+    """The Release build, which scripts/setup leaves in build/release; MINIQUANT_BUILD_DIR names another."""
+    build = Path(os.environ.get("MINIQUANT_BUILD_DIR", ROOT / "build" / "release")).resolve()
+    if not (build / "build.ninja").is_file():
+        pytest.fail(f"{build} is not a configured build: run scripts/setup")
+    return build
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(42)
+
+
+@pytest.fixture(autouse=True)
+def threads_restored() -> Iterator[None]:
+    """A test that sets the number of threads leaves no trace."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """Runs a command and gives its standard output; where it fails, the test fails with all that it said."""
+
+    def run_(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+        result = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=None if env is None else {**os.environ, **env},
+            check=False,
+        )
+        if result.returncode != 0:
+            pytest.fail(
+                f"{' '.join(map(str, command))}\nended with {result.returncode}\n{result.stdout}\n{result.stderr}"
+            )
+        return result.stdout
+
+    return run_
+
+
+@pytest.fixture(scope="session")
+def installed_tree(build_dir: Path, tmp_path_factory: pytest.TempPathFactory, run: Callable[..., str]) -> Path:
+    """A prefix with what `cmake --install` puts there."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    run("cmake", "--install", build_dir, "--prefix", prefix)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def consumer(installed_tree: Path, tmp_path_factory: pytest.TempPathFactory, run: Callable[..., str]) -> Path:
+    """The folder with the programs of tests/consumer, built against the installed tree.
+
+    consumer_torchscript MODEL.pt and consumer_aoti PACKAGE.pt2 feed the inputs of tests/consumer/problem.h (in Python:
+    consumer_problem) and print ``codes_checksum <integer>``.
+    """
+    build = tmp_path_factory.mktemp("consumer")
+    run(
+        *("cmake", "-S", ROOT / "tests" / "consumer", "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *(f"-DCMAKE_PREFIX_PATH={installed_tree}", f"-DPython3_EXECUTABLE={sys.executable}"),
+    )
+    run("cmake", "--build", build, "--parallel", "2")
+    return build
+
+
+@pytest.fixture
+def consumer_problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight [12, 96] and Hessian [96, 96] of tests/consumer/problem.h, bit for bit; its group size is 32."""
+    row, column = torch.arange(12)[:, None], torch.arange(96)
+    weight = ((7 * row + 3 * column + row * column) % 31 - 15).float() / 64
+    hessian = torch.exp2(-(column[:, None] - column).abs().float())
+    return weight, hessian
+
+
+@pytest.fixture(scope="session")
+def codes_checksum() -> Callable[[torch.Tensor], int]:
+    """The number that the consumer programs print for codes: sum of (index + 1) * code, row-major."""
+
+    def codes_checksum_(codes: torch.Tensor) -> int:
+        flat = codes.flatten().long()
+        return int((torch.arange(1, flat.numel() + 1) * flat).sum())
+
+    return codes_checksum_
