@@ -1,0 +1,62 @@
+#pragma once
+
+#include <miniquant/gptq.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+namespace miniquant::driver {
+
+/// What the synthetic layer's inputs are drawn from.
+enum class Distribution { kNormal, kCauchy };
+
+/// "normal" or "cauchy".
+[[nodiscard]] std::string_view name_of(Distribution distribution);
+/// "static" or "dynamic".
+[[nodiscard]] std::string_view name_of(GroupScales group_scales);
+/// "natural" or "activation".
+[[nodiscard]] std::string_view name_of(ColumnOrder column_order);
+
+/// A layer drawn from random numbers; the defaults are the lab's.
+struct SyntheticSource {
+  int64_t rows = 768;
+  int64_t columns = 768;
+  int64_t tokens = 128;
+  int64_t fresh_tokens = 8192;
+  uint64_t seed = 42;
+  std::vector<Distribution> distributions = {Distribution::kNormal, Distribution::kCauchy};
+};
+
+/// A layer from safetensors files. An empty tensor name means the only tensor of its file.
+struct FileSource {
+  std::filesystem::path weights;
+  std::string tensor;
+  std::filesystem::path inputs;
+  std::string input_tensor;
+  std::filesystem::path fresh_inputs;  ///< empty: none
+  std::string fresh_input_tensor;      ///< empty: the only tensor of its file, else the name of the inputs' tensor
+};
+
+struct Options {
+  std::variant<SyntheticSource, FileSource> source;
+  GptqOptions gptq;
+  std::filesystem::path output = "gptq-toy";
+  int threads = 0;  ///< 0: what LibTorch chooses
+  bool check = false;
+  bool quiet = false;
+};
+
+/// The command line asks for a text (help, version) instead of a run.
+struct Information {
+  std::string text;
+};
+
+/// Reads a command line, `arguments` being what follows the program's name.
+/// Throws InputError that names the option, what was expected and what came.
+[[nodiscard]] std::variant<Options, Information> parse_options(const std::vector<std::string>& arguments);
+
+}  // namespace miniquant::driver

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <iosfwd>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace miniquant::driver {
+
+/// One line that shows what is being done, rewritten in place; nothing at all where it is not `enabled`.
+class Progress {
+ public:
+  Progress(std::ostream& stream, bool enabled, std::size_t steps);
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+  ~Progress();
+
+  /// The next of `steps` begins.
+  void step(std::string_view description);
+
+  /// Wipes the line.
+  void finish();
+
+ private:
+  std::ostream& stream_;
+  bool enabled_;
+  std::size_t steps_;
+  std::size_t step_ = 0;
+  bool drawn_ = false;
+};
+
+/// Whether standard error is a terminal that can rewrite a line.
+[[nodiscard]] bool error_stream_is_terminal();
+
+/// Runs the stages of a run one after the other, announces each and takes its time.
+class Stages {
+ public:
+  explicit Stages(std::function<void(std::string_view)> announce) : announce_(std::move(announce)) {}
+
+  /// Calls `work` and returns what it returns.
+  template <typename Work>
+  auto run(std::string name, const Work& work) {
+    announce_(name);
+    const double start = now();
+    auto result = work();
+    seconds_.emplace_back(std::move(name), now() - start);
+    return result;
+  }
+
+  /// Stage and seconds, in the order they were run.
+  [[nodiscard]] const std::vector<std::pair<std::string, double>>& seconds() const { return seconds_; }
+
+ private:
+  static double now();
+
+  std::function<void(std::string_view)> announce_;
+  std::vector<std::pair<std::string, double>> seconds_;
+};
+
+}  // namespace miniquant::driver

@@ -1,0 +1,195 @@
+#include "driver/report.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <variant>
+
+#include "driver/build_info.h"
+#include "driver/sha256.h"
+
+namespace miniquant::driver {
+namespace {
+
+using json = nlohmann::ordered_json;
+
+constexpr int kSchemaVersion = 1;
+
+json or_null(const std::optional<double>& value) { return value ? json(*value) : json(nullptr); }
+
+std::string text_of(const json& document) {
+  // A file name need not be UTF-8; JSON has to be.
+  return document.dump(2, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace) + "\n";
+}
+
+json units() {
+  const char* loss = "squared output, summed over rows, mean over tokens";
+  const char* row_loss = "squared output, mean over tokens";
+  const char* none = "dimensionless";
+  return {{"loss_rtn", loss},
+          {"loss_gptq", loss},
+          {"loss_ratio", none},
+          {"fresh_loss_rtn", loss},
+          {"fresh_loss_gptq", loss},
+          {"fresh_loss_ratio", none},
+          {"worst_row_perplexity_proxy_rtn", none},
+          {"worst_row_perplexity_proxy_gptq", none},
+          {"n_grid_changes", "weights"},
+          {"grid_change_share", none},
+          {"rows_improved", "rows"},
+          {"ridge_added", "squared input, mean over tokens"},
+          {"row_loss_rtn", row_loss},
+          {"row_loss_gptq", row_loss},
+          {"top_rows_absolute.gain", row_loss},
+          {"top_rows_relative.gain", none}};
+}
+
+json definitions() {
+  return {
+      {"notation",
+       "W [N, K]: weight; Q: what codes and scales stand for; E = W - Q, e_r its row r; w_r row r of W; n: calibration "
+       "tokens; m: fresh tokens; H = X X^T / n + ridge * mean(diag(X X^T / n)) * I"},
+      {"loss", "tr(E H E^T), the sum of row_loss"},
+      {"row_loss", "e_r H e_r^T for every row r, in row order"},
+      {"loss_ratio", "loss_gptq / loss_rtn; null where loss_rtn is 0"},
+      {"fresh_loss", "tr(E F E^T) with F = Y Y^T / m of inputs Y that calibration did not see, without a ridge"},
+      {"fresh_loss_ratio", "fresh_loss_gptq / fresh_loss_rtn; null without fresh inputs or where fresh_loss_rtn is 0"},
+      {"worst_row_perplexity_proxy",
+       "exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)): 1 is no error; rows with w_r H w_r^T = 0 are left out"},
+      {"n_grid_changes", "weights whose GPTQ code differs from their RTN code"},
+      {"grid_change_share", "n_grid_changes / (N * K)"},
+      {"rows_improved", "rows whose row_loss is lower with GPTQ than with RTN"},
+      {"ridge_added", "ridge * mean(diag(X X^T / n)), what the ridge adds to every diagonal element"},
+      {"top_rows_absolute", "rows with the largest gain = loss_rtn - loss_gptq, largest first"},
+      {"top_rows_relative", "rows with the largest gain = 1 - loss_gptq / loss_rtn, largest first"},
+      {"codes_sha256", "SHA-256 of the codes as int8 [N, K], row-major"}};
+}
+
+json source_json(const TensorOrigin& origin) {
+  json source;
+  if (origin.file.empty()) {
+    source["kind"] = "random";
+    source["description"] = origin.description;
+  } else {
+    source["kind"] = "file";
+    source["file"] = origin.file;
+    source["tensor"] = origin.tensor;
+  }
+  source["dtype"] = origin.dtype;
+  source["shape"] = origin.shape;
+  source["sha256"] = origin.sha256;
+  return source;
+}
+
+json seed_json(const Options& options) {
+  const auto* synthetic = std::get_if<SyntheticSource>(&options.source);
+  return synthetic != nullptr ? json(synthetic->seed) : json(nullptr);
+}
+
+json setup_json(const Options& options, const Problem& problem) {
+  const GptqOptions& gptq = options.gptq;
+  return {{"rows", problem.weight.size(0)},
+          {"columns", problem.weight.size(1)},
+          {"tokens", problem.inputs.size(0)},
+          {"fresh_tokens", problem.fresh_inputs ? problem.fresh_inputs->size(0) : 0},
+          {"bits", gptq.bits},
+          {"group_size", gptq.group_size},
+          {"symmetric", gptq.symmetric},
+          {"ridge", gptq.ridge},
+          {"block_size", gptq.block_size},
+          {"column_order", name_of(gptq.column_order)},
+          {"group_scales", name_of(gptq.group_scales)},
+          {"seed", seed_json(options)},
+          {"weight_source", source_json(problem.weight_origin)}};
+}
+
+json rows_json(const std::vector<RowGain>& rows) {
+  json list = json::array();
+  for (const RowGain& row : rows) {
+    list.push_back({{"row", row.row}, {"loss_rtn", row.loss_rtn}, {"loss_gptq", row.loss_gptq}, {"gain", row.gain}});
+  }
+  return list;
+}
+
+json run_json(const Run& run) {
+  const Comparison& figures = run.comparison;
+  const SchemeFigures& rtn = figures.rtn;
+  const SchemeFigures& gptq = figures.gptq;
+  const std::optional<TensorOrigin>& fresh = run.problem.fresh_input_origin;
+  std::optional<double> fresh_ratio;
+  if (rtn.fresh_loss && gptq.fresh_loss) fresh_ratio = ratio(*gptq.fresh_loss, *rtn.fresh_loss);
+  return {{"input_source", source_json(run.problem.input_origin)},
+          {"fresh_input_source", fresh ? source_json(*fresh) : json(nullptr)},
+          {"loss_rtn", rtn.loss},
+          {"loss_gptq", gptq.loss},
+          {"loss_ratio", or_null(ratio(gptq.loss, rtn.loss))},
+          {"fresh_loss_rtn", or_null(rtn.fresh_loss)},
+          {"fresh_loss_gptq", or_null(gptq.fresh_loss)},
+          {"fresh_loss_ratio", or_null(fresh_ratio)},
+          {"worst_row_perplexity_proxy_rtn", or_null(rtn.worst_row_perplexity_proxy)},
+          {"worst_row_perplexity_proxy_gptq", or_null(gptq.worst_row_perplexity_proxy)},
+          {"n_grid_changes", figures.n_grid_changes},
+          {"grid_change_share", figures.grid_change_share},
+          {"rows_improved", figures.rows_improved},
+          {"ridge_added", figures.ridge_added},
+          {"codes_sha256_rtn", rtn.codes_sha256},
+          {"codes_sha256_gptq", gptq.codes_sha256},
+          {"top_rows_absolute", rows_json(figures.top_rows_absolute)},
+          {"top_rows_relative", rows_json(figures.top_rows_relative)},
+          {"row_loss_rtn", rtn.row_loss},
+          {"row_loss_gptq", gptq.row_loss}};
+}
+
+json check_json(const CheckFigures& check) {
+  json agreements = json::array();
+  for (const Agreement& agreement : check.agreements) {
+    agreements.push_back({{"compared", agreement.name},
+                          {"differing_codes", agreement.differing_codes},
+                          {"differing_rows", agreement.differing_rows},
+                          {"largest_relative_row_loss_difference", agreement.largest_row_loss_difference},
+                          {"relative_loss_difference", agreement.loss_difference}});
+  }
+  return {{"passed", check.passed}, {"agreements", agreements}};
+}
+
+}  // namespace
+
+std::string results_json(const Options& options, const std::vector<Run>& runs) {
+  json document;
+  document["schema_version"] = kSchemaVersion;
+  document["units"] = units();
+  document["definitions"] = definitions();
+  document["setup"] = setup_json(options, runs.front().problem);
+  document["runs"] = json::object();
+  for (const Run& run : runs) document["runs"][run.problem.name] = run_json(run);
+  return text_of(document);
+}
+
+std::string manifest_json(const Options& options, const std::vector<Run>& runs, const std::vector<std::string>& command,
+                          const std::string& results) {
+  const BuildInfo& build = build_info();
+  json document;
+  document["schema_version"] = kSchemaVersion;
+  document["command"] = command;
+  document["seed"] = seed_json(options);
+  document["versions"] = {{"miniquant", build.miniquant},
+                          {"torch", build.torch},
+                          {"compiler", build.compiler},
+                          {"cxx_standard", build.cxx_standard}};
+  document["git_revision"] = build.git_revision.empty() ? json(nullptr) : json(build.git_revision);
+  document["cpu_capability"] = at::get_cpu_capability();
+  document["threads"] = at::get_num_threads();
+  document["seconds"] = json::object();
+  document["check"] = nullptr;
+  for (const Run& run : runs) {
+    json& seconds = document["seconds"][run.problem.name] = json::object();
+    for (const auto& [stage, time] : run.seconds) seconds[stage] = time;
+    if (run.comparison.check) document["check"][run.problem.name] = check_json(*run.comparison.check);
+  }
+  document["outputs"] = {{kResultsName, sha256(results)}};
+  return text_of(document);
+}
+
+}  // namespace miniquant::driver

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace miniquant::driver {
+
+/// A safetensors file: 8 bytes with the header's length n (little-endian), n bytes of JSON, then the tensors' bytes.
+///
+/// The constructor reads the header and checks all of it against the size of the file: every length, offset, shape and
+/// dtype of every tensor, that none overlap and that nothing is left between or behind them. Nothing the header claims
+/// is used to allocate or read before that. Data are read when asked for, into tensors of their own.
+/// Errors are InputError and start with the path.
+class SafetensorsFile {
+ public:
+  struct Entry {
+    std::string dtype;  ///< as written in the header: F32, BF16, ...
+    std::vector<int64_t> shape;
+    uint64_t begin = 0;  ///< of the bytes, from the start of the file
+    uint64_t end = 0;
+  };
+
+  explicit SafetensorsFile(const std::filesystem::path& path);
+  SafetensorsFile(const SafetensorsFile&) = delete;
+  SafetensorsFile& operator=(const SafetensorsFile&) = delete;
+  ~SafetensorsFile();
+
+  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+
+  /// All tensors by name.
+  [[nodiscard]] const std::map<std::string, Entry>& entries() const { return entries_; }
+
+  /// The tensor called `name`, or, with an empty name, the only tensor of the file.
+  /// Returns the name and the entry; the error lists the names there are.
+  [[nodiscard]] const std::pair<const std::string, Entry>& find(const std::string& name) const;
+
+  /// The tensor's data. Its dtype must be one of F64, F32, F16, BF16.
+  [[nodiscard]] at::Tensor read(const std::string& name) const;
+
+ private:
+  [[noreturn]] void fail(const std::string& message) const;
+  void parse_header(uint64_t file_size);
+  void read_exactly(void* destination, uint64_t size, uint64_t offset) const;
+
+  std::filesystem::path path_;
+  int descriptor_ = -1;
+  std::map<std::string, Entry> entries_;
+};
+
+}  // namespace miniquant::driver

@@ -1,0 +1,201 @@
+#include "driver/table.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <optional>
+#include <string_view>
+#include <variant>
+
+#include "driver/build_info.h"
+
+namespace miniquant::driver {
+namespace {
+
+constexpr std::size_t kLabelWidth = 24;
+constexpr std::size_t kCellWidth = 11;
+constexpr std::size_t kCellsPerRun = 3;
+constexpr std::size_t kRunWidth = kCellWidth * kCellsPerRun;
+constexpr std::size_t kTopRowsShown = 5;
+
+std::string right(const std::string& text, std::size_t width) {
+  return text.size() >= width ? " " + text : std::string(width - text.size(), ' ') + text;
+}
+
+std::string left(const std::string& text, std::size_t width) {
+  return text.size() >= width ? text + " " : text + std::string(width - text.size(), ' ');
+}
+
+std::string printed(const char* format, double value) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof(buffer), format, value);
+  return buffer;
+}
+
+std::string figure(double value) { return printed("%.6g", value); }
+std::string figure(const std::optional<double>& value) { return value ? figure(*value) : "-"; }
+std::string short_figure(double value) { return printed("%.4g", value); }
+std::string short_figure(const std::optional<double>& value) { return value ? short_figure(*value) : "-"; }
+std::string percent(double share) { return printed("%.2f%%", 100.0 * share); }
+std::string seconds_text(double value) { return printed("%.4f", value); }
+
+std::optional<double> fresh_ratio(const Comparison& figures) {
+  if (!figures.rtn.fresh_loss || !figures.gptq.fresh_loss) return std::nullopt;
+  return ratio(*figures.gptq.fresh_loss, *figures.rtn.fresh_loss);
+}
+
+std::string dimensions(const Problem& problem) {
+  return std::to_string(problem.weight.size(0)) + " x " + std::to_string(problem.weight.size(1));
+}
+
+std::string source_text(const Options& options, const Problem& problem) {
+  if (const auto* synthetic = std::get_if<SyntheticSource>(&options.source)) {
+    return "random, seed " + std::to_string(synthetic->seed);
+  }
+  return problem.weight_origin.tensor + " of " + problem.weight_origin.file + " (" + problem.weight_origin.dtype + ")";
+}
+
+std::string heading(const Options& options, const Problem& problem) {
+  const GptqOptions& gptq = options.gptq;
+  const std::string groups = gptq.group_size < 0 ? "one group per row" : "groups of " + std::to_string(gptq.group_size);
+  const std::string order = gptq.column_order == ColumnOrder::kNatural ? "natural order" : "descending diag(H)";
+  const std::string fresh =
+      problem.fresh_inputs ? std::to_string(problem.fresh_inputs->size(0)) + " fresh ones" : "no fresh ones";
+  return "gptq_toy " + build_info().miniquant + ": round to nearest (RTN) and GPTQ on one linear layer\n" +
+         "  weight  " + dimensions(problem) + ", " + source_text(options, problem) + "\n" + "  inputs  " +
+         std::to_string(problem.inputs.size(0)) + " calibration tokens, " + fresh + "\n" + "  grid    " +
+         std::to_string(gptq.bits) + " bits, " + (gptq.symmetric ? "symmetric" : "asymmetric") + ", " + groups + ", " +
+         std::string(name_of(gptq.group_scales)) + " scales\n" + "  GPTQ    ridge " + short_figure(gptq.ridge) +
+         ", columns in " + order + ", blocks of " + std::to_string(gptq.block_size) + "\n";
+}
+
+class Grid {
+ public:
+  explicit Grid(const std::vector<Run>& runs) : runs_(runs) {}
+
+  void blank() { text_ += '\n'; }
+
+  // A label and, for every run, what `cells` gives: at most kCellsPerRun texts.
+  void line(const std::string& label, const std::function<std::vector<std::string>(const Run&)>& cells) {
+    std::string result = left(label, kLabelWidth);
+    for (const Run& run : runs_) {
+      std::string block;
+      for (const std::string& cell : cells(run)) block += right(cell, kCellWidth);
+      result += "  " + left(block, kRunWidth - 1);
+    }
+    result.erase(result.find_last_not_of(' ') + 1);
+    text_ += result + '\n';
+  }
+
+  // The runs' names, each over its own columns.
+  void names() {
+    line("", [](const Run& run) {
+      const std::string& name = run.problem.name;
+      const std::size_t rule = kRunWidth - 2 - std::min(name.size() + 2, kRunWidth - 4);
+      return std::vector<std::string>{"  " + std::string(rule / 2, '-') + " " + name + " " +
+                                      std::string(rule - rule / 2, '-')};
+    });
+  }
+
+  [[nodiscard]] const std::string& text() const { return text_; }
+
+ private:
+  const std::vector<Run>& runs_;
+  std::string text_;
+};
+
+using Cells = std::vector<std::string>;
+
+void add_figures(Grid& grid) {
+  grid.names();
+  grid.line("", [](const Run&) { return Cells{"RTN", "GPTQ", "GPTQ/RTN"}; });
+  grid.line("calibration loss", [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{figure(c.rtn.loss), figure(c.gptq.loss), short_figure(ratio(c.gptq.loss, c.rtn.loss))};
+  });
+  grid.line("fresh loss", [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{figure(c.rtn.fresh_loss), figure(c.gptq.fresh_loss), short_figure(fresh_ratio(c))};
+  });
+  grid.line("worst row ppl proxy", [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{figure(c.rtn.worst_row_perplexity_proxy), figure(c.gptq.worst_row_perplexity_proxy), ""};
+  });
+  grid.line("codes changed", [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{"", std::to_string(c.n_grid_changes), percent(c.grid_change_share)};
+  });
+  grid.line("rows with lower loss", [](const Run& run) {
+    const Comparison& c = run.comparison;
+    const double share = static_cast<double>(c.rows_improved) / static_cast<double>(c.rtn.row_loss.size());
+    return Cells{"", std::to_string(c.rows_improved), percent(share)};
+  });
+}
+
+void add_top_rows(Grid& grid, const std::string& title, std::vector<RowGain> Comparison::* rows,
+                  std::string (*gain_text)(double)) {
+  grid.blank();
+  grid.line(title, [](const Run&) { return Cells{"row", "RTN loss", "gain"}; });
+  for (std::size_t i = 0; i < kTopRowsShown; ++i) {
+    grid.line("", [&](const Run& run) {
+      const std::vector<RowGain>& list = run.comparison.*rows;
+      if (i >= list.size()) return Cells{};
+      return Cells{std::to_string(list[i].row), figure(list[i].loss_rtn), gain_text(list[i].gain)};
+    });
+  }
+}
+
+void add_seconds(Grid& grid, const std::vector<Run>& runs) {
+  grid.blank();
+  grid.line("seconds", [](const Run&) { return Cells{}; });
+  for (std::size_t i = 0; i < runs.front().seconds.size(); ++i) {
+    grid.line("  " + runs.front().seconds[i].first,
+              [&](const Run& run) { return Cells{seconds_text(run.seconds[i].second)}; });
+  }
+}
+
+std::string check_text(const Run& run) {
+  const CheckFigures& check = *run.comparison.check;
+  std::string text = "\ncheck, " + run.problem.name + ": " + (check.passed ? "passed" : "FAILED") + "\n";
+  for (const Agreement& agreement : check.agreements) {
+    text += "  " + left(agreement.name, 40) + std::to_string(agreement.differing_codes) + " codes differ, in " +
+            std::to_string(agreement.differing_rows) + " rows; loss differs by " +
+            short_figure(agreement.loss_difference) + ", of a row by at most " +
+            short_figure(agreement.largest_row_loss_difference) + " (relative)\n";
+  }
+  return text;
+}
+
+// What the figures of a run must not be read without.
+std::string note(const Run& run) {
+  const std::optional<double> fresh = fresh_ratio(run.comparison);
+  if (!fresh || *fresh <= 1.0) return "";
+  std::string text = "\nnote: on the fresh inputs of '" + run.problem.name + "' GPTQ's loss is " +
+                     short_figure(*fresh) + " times that of RTN.";
+  const int64_t tokens = run.problem.inputs.size(0);
+  const int64_t columns = run.problem.weight.size(1);
+  if (tokens < columns) {
+    text += " " + std::to_string(tokens) + " tokens do not determine\n" + std::to_string(columns) +
+            " input features: GPTQ moves its error to where they say nothing. More tokens or a larger --ridge help.";
+  }
+  return text + "\n";
+}
+
+}  // namespace
+
+std::string table(const Options& options, const std::vector<Run>& runs) {
+  Grid grid(runs);
+  grid.blank();
+  add_figures(grid);
+  add_top_rows(grid, "largest gain, absolute", &Comparison::top_rows_absolute, figure);
+  add_top_rows(grid, "largest gain, relative", &Comparison::top_rows_relative, percent);
+  add_seconds(grid, runs);
+  std::string text = heading(options, runs.front().problem) + grid.text();
+  for (const Run& run : runs) text += note(run);
+  for (const Run& run : runs) {
+    if (run.comparison.check) text += check_text(run);
+  }
+  return text;
+}
+
+}  // namespace miniquant::driver
