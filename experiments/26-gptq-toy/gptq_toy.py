@@ -1,0 +1,303 @@
+"""GPTQ against round-to-nearest on one synthetic Linear layer, from Python through torch.ops.miniquant.
+
+    python experiments/26-gptq-toy/gptq_toy.py                        # the lab: normal inputs, then Cauchy inputs
+    python experiments/26-gptq-toy/gptq_toy.py --check results.json   # the same, compared with the driver's figures
+
+Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from the
+default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)), with H as
+GPTQ uses it, ridge included. The worst-case-row perplexity proxy is exp of the largest relative output error of a row,
+
+    exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)).
+
+Fresh inputs, drawn right after X, measure both schemes on inputs that neither has seen; their H has no ridge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import miniquant  # noqa: F401  (loads the operators)
+
+ops = torch.ops.miniquant
+
+DISTRIBUTIONS = ("normal", "cauchy")
+WEIGHT_DEVIATION = 0.02
+TOP_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is compared. The defaults are the lab's; the names are those of `setup` in results.json."""
+
+    rows: int = 768
+    columns: int = 768
+    tokens: int = 128
+    fresh_tokens: int = 8192
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+    ridge: float = 0.01
+    block_size: int = 128
+    group_scales: str = "static"
+    column_order: str = "natural"
+    seed: int = 42
+
+    @classmethod
+    def of_results(cls, results: Mapping[str, Any]) -> Setup:
+        """The setup that a results.json was made with."""
+        setup = results["setup"]
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in setup]
+        if missing:
+            raise ValueError(f"results: expected setup to name {', '.join(missing)}, but it has {', '.join(setup)}")
+        return cls(**{field.name: setup[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer and its inputs."""
+
+    weight: torch.Tensor  # [N, K]
+    inputs: torch.Tensor  # [K, n]
+    fresh: torch.Tensor | None  # [K, fresh tokens]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A quantized weight and what it loses."""
+
+    codes: torch.Tensor  # int8 [N, K]
+    dequantized: torch.Tensor  # [N, K]
+    row_loss: torch.Tensor  # [N], on the calibration inputs, H with its ridge
+    fresh_loss: float | None  # on the fresh inputs, H without a ridge
+    proxy: float  # worst-case-row perplexity proxy
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both schemes on one problem."""
+
+    rtn: Scheme
+    gptq: Scheme
+
+    def figures(self) -> dict[str, Any]:
+        """The run as results.json has it."""
+        loss_rtn, loss_gptq = total(self.rtn.row_loss), total(self.gptq.row_loss)
+        changes = int((self.rtn.codes != self.gptq.codes).sum())
+        return {
+            "loss_rtn": loss_rtn,
+            "loss_gptq": loss_gptq,
+            "loss_ratio": ratio(loss_gptq, loss_rtn),
+            "n_grid_changes": changes,
+            "grid_change_share": ratio(changes, self.rtn.codes.numel()),
+            "fresh_loss_rtn": self.rtn.fresh_loss,
+            "fresh_loss_gptq": self.gptq.fresh_loss,
+            "fresh_loss_ratio": ratio(self.gptq.fresh_loss, self.rtn.fresh_loss),
+            "row_loss_rtn": self.rtn.row_loss.tolist(),
+            "row_loss_gptq": self.gptq.row_loss.tolist(),
+            "worst_row_perplexity_proxy_rtn": self.rtn.proxy,
+            "worst_row_perplexity_proxy_gptq": self.gptq.proxy,
+            "codes_sha256_rtn": sha256(self.rtn.codes),
+            "codes_sha256_gptq": sha256(self.gptq.codes),
+        }
+
+
+def draw(setup: Setup, distribution: str) -> Problem:
+    """The lab's layer and inputs. The generator is seeded again, so every distribution has the same weights."""
+    torch.manual_seed(setup.seed)
+    weight = torch.randn(setup.rows, setup.columns) * WEIGHT_DEVIATION
+
+    def samples(count: int) -> torch.Tensor:
+        if distribution == "normal":
+            return torch.randn(setup.columns, count)
+        return torch.empty(setup.columns, count).cauchy_()
+
+    inputs = samples(setup.tokens)
+    return Problem(weight, inputs, samples(setup.fresh_tokens) if setup.fresh_tokens else None)
+
+
+def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
+    """X X^T / n of inputs [K, n], whose columns are tokens."""
+    columns, tokens = inputs.shape
+    hessian = torch.zeros(columns, columns, dtype=inputs.dtype)
+    return ops.hessian_update_(hessian, inputs.t()) / tokens
+
+
+def damped(hessian: torch.Tensor, ridge: float) -> torch.Tensor:
+    """H + ridge * mean(diag H) * I, as ops.gptq adds it."""
+    diagonal = hessian.diagonal()
+    result = hessian.clone()
+    result.diagonal().add_(ridge * diagonal.double().mean().item())
+    return result
+
+
+def total(row_loss: torch.Tensor) -> float:
+    """The sum over rows in float64, in the order of the rows."""
+    result = 0.0
+    for value in row_loss.tolist():
+        result += value
+    return result
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """Their quotient; None where there is none."""
+    if numerator is None or denominator is None or denominator == 0:
+        return None
+    return numerator / denominator
+
+
+def sha256(codes: torch.Tensor) -> str:
+    """Of the int8 codes, row by row."""
+    return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
+
+
+def compare(problem: Problem, setup: Setup) -> Comparison:
+    """Quantizes the weight with both schemes and measures what each loses."""
+    weight, hessian = problem.weight, hessian_of(problem.inputs)
+    with_ridge = damped(hessian, setup.ridge)
+    fresh = None if problem.fresh is None else hessian_of(problem.fresh)
+    # w H w^T per row: the loss of a weight that is all zeros.
+    energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge).double()
+
+    def scheme(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor) -> Scheme:
+        dequantized = ops.dequantize(codes, scales, zero_points, setup.group_size)
+        row_loss = ops.quantization_loss(weight, dequantized, with_ridge)
+        fresh_loss = None if fresh is None else total(ops.quantization_loss(weight, dequantized, fresh))
+        worst = (row_loss.double() / energy).nan_to_num(nan=0.0).max().item()
+        return Scheme(codes, dequantized, row_loss, fresh_loss, math.exp(worst))
+
+    grid = {"bits": setup.bits, "group_size": setup.group_size, "symmetric": setup.symmetric}
+    rtn = scheme(*ops.rtn(weight, **grid))
+    codes, scales, zero_points, _ = ops.gptq(
+        weight,
+        hessian,
+        **grid,
+        ridge=setup.ridge,
+        block_size=setup.block_size,
+        group_scales=setup.group_scales,
+        column_order=setup.column_order,
+    )
+    return Comparison(rtn, scheme(codes, scales, zero_points))
+
+
+def report(distribution: str, comparison: Comparison) -> str:
+    """The loss tensors and the worst-case-row perplexity proxy of both schemes, for a person to read."""
+    figures = comparison.figures()
+    losses = torch.stack([comparison.rtn.row_loss, comparison.gptq.row_loss])
+    gains = losses[0] - losses[1]
+    rows = torch.argsort(gains, descending=True, stable=True)[:TOP_ROWS].tolist()
+
+    def line(label: str, *cells: float | None) -> str:
+        return f"  {label:<28}" + "".join(f"{'-' if cell is None else format(cell, '.6g'):>12}" for cell in cells)
+
+    def scheme_line(label: str, name: str) -> str:
+        return line(label, *(figures[f"{name}_{column}"] for column in ("rtn", "gptq", "ratio")))
+
+    return "\n".join(
+        [
+            f"X ~ {distribution}",
+            "  loss per row [RTN; GPTQ]:",
+            *("  " + text for text in str(losses).splitlines()),
+            f"  {'':28}{'RTN':>12}{'GPTQ':>12}{'GPTQ / RTN':>12}",
+            scheme_line("loss, calibration inputs", "loss"),
+            scheme_line("loss, fresh inputs", "fresh_loss"),
+            line("worst-row perplexity proxy", comparison.rtn.proxy, comparison.gptq.proxy),
+            f"  codes that differ: {figures['n_grid_changes']} ({figures['grid_change_share']:.3%})",
+            f"  rows that gain most: {', '.join(map(str, rows))}",
+        ]
+    )
+
+
+def differences(name: str, expected: Any, found: Any) -> Iterator[tuple[str, float, str]]:
+    """Every figure that both runs have: its name, relative difference, and what each says."""
+    if isinstance(expected, list):
+        if len(expected) != len(found):
+            yield name, math.inf, f"{len(expected)} and {len(found)} values"
+            return
+        for index, (left, right) in enumerate(zip(expected, found, strict=True)):
+            yield from differences(f"{name}[{index}]", left, right)
+    elif isinstance(expected, float | int) and isinstance(found, float | int):
+        scale = max(abs(expected), abs(found))
+        yield name, abs(expected - found) / scale if scale else 0.0, f"{expected!r} and {found!r}"
+    else:
+        yield name, 0.0 if expected == found else math.inf, f"{expected!r} and {found!r}"
+
+
+def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tolerance: float) -> list[str]:
+    """What differs between results.json and these runs by more than the tolerance; nothing where they agree."""
+    problems = []
+    for run, figures in runs.items():
+        if run not in results["runs"]:
+            problems.append(f"{run}: not in results.json, which has {', '.join(results['runs'])}")
+            continue
+        for name, found in figures.items():
+            for figure, difference, values in differences(name, results["runs"][run].get(name), found):
+                if not difference <= tolerance:  # NaN differs from everything
+                    problems.append(f"{run}.{figure}: results.json and this script say {values}")
+    return problems
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gptq_toy.py", description="Compares GPTQ with round-to-nearest on one synthetic Linear layer."
+    )
+    for field in dataclasses.fields(Setup):
+        kinds = {"int": int, "float": float, "str": str}
+        if field.type in kinds:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), type=kinds[str(field.type)], help=f"default: {field.default}"
+            )
+    parser.add_argument(
+        "--asymmetric", action="store_const", const=False, dest="symmetric", help="a grid with zero points"
+    )
+    parser.add_argument(
+        "--distribution", choices=(*DISTRIBUTIONS, "both"), default="both", help="of the inputs (default: both)"
+    )
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="RESULTS",
+        help="take the setup from this results.json and compare with its figures; exit 1 where they differ",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="relative difference that --check allows in a figure; codes must always agree (default: none)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    results = json.loads(options.check.read_text()) if options.check else None
+    setup = Setup.of_results(results) if results else Setup()
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)}
+    setup = dataclasses.replace(setup, **{name: value for name, value in given.items() if value is not None})
+    names = DISTRIBUTIONS if options.distribution == "both" else (options.distribution,)
+    runs = {}
+    for name in names:
+        comparison = compare(draw(setup, name), setup)
+        print(report(name, comparison))
+        runs[name] = comparison.figures()
+    if results:
+        problems = check(results, runs, options.tolerance)
+        if problems:
+            print(f"\n{options.check}: {len(problems)} figures differ", *problems[:20], sep="\n  ", file=sys.stderr)
+            return 1
+        print(f"\n{options.check}: every code and every figure agrees")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

