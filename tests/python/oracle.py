@@ -138,8 +138,8 @@ def quadratic_form(error: Matrix, hessian: Matrix) -> Matrix:
 def tie_tolerance(hessian: Matrix, bits: int) -> float:
     """How far from a tie, in levels, float64 rounding may push a target over it.
 
-    A backward stable factorization followed by substitution quantizes for a Hessian perturbed by a small multiple (4) of
-    K eps |H|. That moves the targets by at most the condition number times as much, relative to their size, and near a
+    A backward stable factorization followed by substitution quantizes for a Hessian perturbed by a small multiple of
+    K eps |H| (here 4). That moves the targets by at most the condition number times as much, relative to their size, and near a
     tie of the grid they are at most 2^(bits-1) levels large.
     """
     columns = max(hessian.shape[0], 1)
