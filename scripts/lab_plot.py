@@ -5,26 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from numpy.typing import NDArray
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
 LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
 
 # Blue and orange stay apart for readers with any colour vision, and in grey.
 RTN_COLOUR = "#d9730d"
 GPTQ_COLOUR = "#1f5fa8"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -104,7 +107,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         handles[0], labels[0] = grid[0, 0].get_legend_handles_labels()[0][0], "RTN"
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=2.5, fontsize=11)
         figure.suptitle(
-            f"Quantization loss per row, {setup['rows']} × {setup['columns']} layer, INT{setup['bits']}, "
+            f"Quantization loss per row, {setup['rows']} x {setup['columns']} layer, INT{setup['bits']}, "
             f"group {setup['group_size']}, {setup['tokens']} calibration inputs",
             x=0.01,
             ha="left",
@@ -117,6 +120,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Draws; the exit code."""
     parser = argparse.ArgumentParser(description="Draws the per-row losses of both schemes from results.json.")
     parser.add_argument("results", type=Path, nargs="?", default=LAB / "results.json", help="default: the lab's")
     parser.add_argument("--output", type=Path, help="default: loss_curve.png beside the results")

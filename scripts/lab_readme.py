@@ -1,0 +1,501 @@
+"""Writes the README.md of the lab's folder: the three answers, with every figure taken or computed here.
+
+The two runs come from results.json, the time from manifest.json. What the answers need beyond that (other ridges,
+numbers of tokens, seeds and the column order) is computed through the library by the functions of gptq_toy.py. Every
+claim of the text stands in a call of `holds`: where the figures no longer bear it out, no README is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import ModuleType
+
+LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
+
+LAB_RATIO = (0.3, 0.7)  # what the lab expects of loss_gptq / loss_rtn; the upper end is its stop condition
+LAB_SHARE = 0.1  # "usually a single-digit percentage" of codes changes
+LAB_SECONDS = 30  # per layer
+RIDGES = (0.01, 0.1, 1.0, 3.0, 10.0)
+TOKENS = (128, 768, 2048, 8192)
+OTHER_SEEDS = tuple(range(10))
+TOP = 10  # rows that are listed
+SHOWN_SEEDS = (0, 1)
+PEAK = 0.99  # of an outlier channel's energy, from one value
+TIME_STEPS = (0.1, 1, LAB_SECONDS)
+
+
+class UnsupportedError(Exception):
+    """A sentence of the README that the figures do not bear out."""
+
+
+def holds(claim: str, condition: bool) -> None:  # noqa: FBT001  (reads as: holds that ... because ...)
+    """Stops where a claim of the README does not hold for these figures."""
+    if not condition:
+        raise UnsupportedError(f"the figures do not support that {claim}: revise the text in scripts/lab_readme.py")
+
+
+def load_lab(folder: Path = LAB) -> ModuleType:
+    """gptq_toy.py as a module; its folder's name is no Python name."""
+    spec = importlib.util.spec_from_file_location("gptq_toy", folder / "gptq_toy.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"expected {folder / 'gptq_toy.py'}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def number(value: float) -> str:
+    """Four significant digits, with thousands separated, and an exponent only where it is short for many zeros."""
+    if abs(value) >= 1e6:
+        return f"{value:.3e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def fixed(value: float) -> str:
+    """A ratio: three digits after the point, fewer for a large one."""
+    return f"{value:.3f}" if value < 10 else f"{value:.4g}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{share * 100:.{digits}f}%"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first aligned to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def reflow(text: str, width: int = 120) -> str:
+    """Fills paragraphs and list items; headings, tables, images and comments stay as they are."""
+    blocks = []
+    for block in text.split("\n\n"):
+        items = re.split(r"\n(?=- )", block) if block.startswith("- ") else [block]
+        if not block.startswith(("#", "|", "!", "<")):
+            items = [
+                textwrap.fill(
+                    " ".join(item.split()),
+                    width,
+                    subsequent_indent="  " if item.startswith("- ") else "",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for item in items
+            ]
+        blocks.append("\n".join(items))
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+def rank_correlation(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Spearman's; the losses of two rows are never equal in practice, so ties need no care."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (left, right)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The runs that the answers need beyond those in results.json, as their figures."""
+
+    ridges: dict[float, dict[str, Any]]  # normal inputs; "common_ratio" measures with the lab's ridge
+    tokens: dict[int, dict[str, Any]]  # normal inputs
+    cauchy_seeds: dict[int, dict[str, Any]]
+    cauchy_activation: dict[str, Any]
+    reference_difference: float  # relative, of the loss of the textbook form and of GPTQ, normal inputs
+    error_growth: float  # ||E||^2 of GPTQ over that of RTN, normal inputs
+    scale_correlation: float  # rank correlation of a row's RTN loss and the sum of its squared scales, normal inputs
+    coupling: dict[str, float]  # mean |H_ij| / sqrt(H_ii H_jj) off the diagonal, H with its ridge
+    top_token_share: float  # of tr(X X^T), Cauchy inputs
+    top_channels_share: float  # of tr(H): its ten largest channels, Cauchy inputs
+    top_channels_loss: float  # of RTN's loss: e_j^2 H_jj of those channels, Cauchy inputs
+    top_channels_peak: float  # the least share that a single value has of such a channel's energy
+    below_ridge_share: float  # channels whose own H_ii is below what the ridge adds, Cauchy inputs
+    directions_above_ridge: int  # eigenvalues of H above the ridge, normal inputs
+
+
+def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
+    """Runs the library for everything that results.json does not hold."""
+    bar = tqdm(
+        total=len(RIDGES) + len(TOKENS) + len(OTHER_SEEDS) + 2,
+        desc="README: other setups",
+        unit="run",
+        disable=not progress,
+        leave=False,
+    )
+
+    def run(distribution: str, **changes: Any) -> Any:
+        changed = dataclasses.replace(setup, **changes)
+        comparison = lab.compare(lab.draw(changed, distribution), changed)
+        bar.update()
+        return comparison
+
+    normal, cauchy = lab.draw(setup, "normal"), lab.draw(setup, "cauchy")
+    weight = normal.weight
+    hessian = {"normal": lab.hessian_of(normal.inputs), "cauchy": lab.hessian_of(cauchy.inputs)}
+    with_ridge = {name: lab.damped(values, setup.ridge) for name, values in hessian.items()}
+
+    def lab_loss(scheme: Any) -> float:
+        loss: float = lab.total(lab.ops.quantization_loss(weight, scheme.dequantized, with_ridge["normal"]))
+        return loss
+
+    ridges = {}
+    for ridge in RIDGES:
+        comparison = run("normal", ridge=ridge)
+        common_ratio = lab_loss(comparison.gptq) / lab_loss(comparison.rtn)
+        ridges[ridge] = {**comparison.figures(), "common_ratio": common_ratio}
+    tokens = {count: run("normal", tokens=count).figures() for count in TOKENS}
+    cauchy_seeds = {seed: run("cauchy", seed=seed).figures() for seed in (setup.seed, *OTHER_SEEDS)}
+    activation = run("cauchy", column_order="activation").figures()
+    bar.close()
+
+    standard = lab.compare(normal, setup)
+    reference_loss = lab.total(lab.quantize(lab.ops.gptq_reference, weight, hessian["normal"], setup)[3])
+    loss = lab.total(standard.gptq.row_loss)
+    errors = [(weight - scheme.dequantized).double().square().sum() for scheme in (standard.gptq, standard.rtn)]
+    scales = lab.ops.rtn(weight, bits=setup.bits, group_size=setup.group_size, symmetric=setup.symmetric)[1]
+
+    def coupling(values: torch.Tensor) -> float:
+        deviation = values.diagonal().double().sqrt()
+        correlation = (values.double() / deviation / deviation.unsqueeze(1)).abs()
+        return float((correlation.sum() - correlation.trace()) / (correlation.numel() - len(correlation)))
+
+    energy = cauchy.inputs.double().square()
+    diagonal = hessian["cauchy"].diagonal().double()
+    top = diagonal.topk(10).indices
+    cauchy_rtn = lab.compare(cauchy, setup).rtn
+    channel_loss = (weight - cauchy_rtn.dequantized).double().square().sum(0) * diagonal
+    eigenvalues = torch.linalg.eigvalsh(hessian["normal"].double())
+    normal_ridge = setup.ridge * hessian["normal"].diagonal().double().mean()
+    return Sweep(
+        ridges=ridges,
+        tokens=tokens,
+        cauchy_seeds=cauchy_seeds,
+        cauchy_activation=activation,
+        reference_difference=abs(reference_loss / loss - 1),
+        error_growth=float(errors[0] / errors[1]),
+        scale_correlation=rank_correlation(standard.rtn.row_loss, scales.double().square().sum(1)),
+        coupling={name: coupling(values) for name, values in with_ridge.items()},
+        top_token_share=float(energy.sum(0).max() / energy.sum()),
+        top_channels_share=float(diagonal[top].sum() / diagonal.sum()),
+        top_channels_loss=float(channel_loss[top].sum() / lab.total(cauchy_rtn.row_loss)),
+        top_channels_peak=float((energy[top].max(1).values / energy[top].sum(1)).min()),
+        below_ridge_share=float((diagonal < setup.ridge * diagonal.mean()).double().mean()),
+        directions_above_ridge=int((eigenvalues > normal_ridge).sum()),
+    )
+
+
+PAGE = """# GPTQ on a single Linear layer
+
+<!-- Written by scripts/lab_readme.py from results.json and manifest.json: change the script, not this file. -->
+
+Round-to-nearest (RTN) against GPTQ on a synthetic layer: W ~ N(0, 0.02²), {rows} x {columns}, {tokens} calibration
+inputs, INT{bits} in groups of {group_size}, symmetric, ridge {ridge:g}, seed {seed}. The calibration inputs are
+N(0, 1), then Cauchy(0, 1) with the same weights. {fresh_tokens:,} fresh inputs of the same distribution measure
+both schemes on what neither has seen.
+
+{summary}
+
+- **Loss** of a row: e H e^T with e = w - dequantize(quantize(w)) and H = X X^T / n; the table has the sum over
+  rows. On calibration inputs H has the ridge that GPTQ uses, {ridge:g} of its mean diagonal; on fresh inputs it has
+  none.
+- **Worst-row perplexity proxy**: exp of the largest relative output error of a row, exp(max over r of (e_r H e_r^T)
+  / (w_r H w_r^T)), with the ridge in H. 1 is a layer without error.
+
+`scripts/lab`, from the root of the repository, makes all five files of this folder: the driver `gptq_toy` writes
+`results.json` and `manifest.json`; `gptq_toy.py` repeats the comparison from Python and must agree code for code
+(`--check results.json`); `scripts/lab_plot.py` draws `loss_curve.png`; `scripts/lab_readme.py` writes this page.
+The tables of other setups below are computed by it through the library.
+
+The lab allows {lab_seconds} s for a layer. Quantizing this one, {rows} x {columns}, took less than {seconds:g} s in
+either run, the factorization of H included; `manifest.json` has the seconds of every stage, the command and the
+versions.
+
+{answers}
+"""
+
+FIRST_ANSWER = """## 1. The loss ratio
+
+**{ratio}** (loss {rtn} for RTN, {gptq} for GPTQ), and {share} of the codes ({changes:,}) differ from RTN's. The
+stop condition, a ratio below {high:g}, holds. The lab's expectations do not: it expects a ratio from {low:g} to
+{high:g} and a single-digit percentage of changes.
+
+The reason is the setup, not the algorithm: the textbook form, `gptq_reference`, gives the same loss within
+{reference}. {tokens} inputs in {columns} dimensions give a Hessian of rank {tokens}: in the other {free} directions
+nothing but the ridge, {ridge:g} of the mean diagonal, says that an error costs anything. GPTQ moves the rounding
+error into those nearly free directions. The loss is measured on the same {tokens} inputs, so it falls far, and many
+codes move to get it there.
+
+On **fresh inputs** of the same distribution ({fresh_tokens:,} of them) GPTQ is **{fresh} times as bad as RTN**:
+loss {fresh_rtn} for RTN, {fresh_gptq} for GPTQ. The true Hessian of N(0, 1) inputs is the identity, for which
+rounding to nearest is already the best there is: on fresh inputs the loss is the plain squared error of the
+weights, and GPTQ made that {error_growth} times as large. All that it gained on the calibration inputs was fitted
+to their chance correlations.
+
+The lab's ranges appear with a far stronger ridge. The first ratio is the lab's formula, with the ridge of that line
+in H; the second measures every line with the lab's ridge, so that the lines can be compared:
+
+{ridge_table}
+
+By the first ratio both ranges are met at a ridge of {own}, by the second at {common}. More inputs bring the ratio
+there too (at {tokens_within} of these), and as H approaches the identity GPTQ approaches RTN. It never pays on
+fresh inputs, because independent inputs have no structure to use:
+
+{token_table}
+
+Inputs of a real layer are correlated, and there GPTQ gains on fresh inputs as well: `scripts/minilm` shows it.
+"""
+
+SECOND_ANSWER = """## 2. The rows that benefit most
+
+![Loss per row of RTN and GPTQ, as stored and sorted, for normal and Cauchy inputs](loss_curve.png)
+
+In absolute terms the lab is right: the rows with the highest RTN loss gain most. The rank correlation of gain and
+RTN loss is {absolute_rank:.3f}, and {shared} of the {top} rows with the highest RTN loss are among the {top} that
+gain most:
+
+{table}
+
+In relative terms hardly any row stands out: GPTQ removes between {least} and {most} of a row's RTN loss (mean
+{mean}, standard deviation {deviation}), with a rank correlation with the RTN loss of {relative_rank:.2f} only. So
+the absolute gain is large where there is much to lose, not because GPTQ works better on those rows.
+
+Why: all rows share one Hessian, and what GPTQ leaves of a row is the rounding error of its grid seen through the
+same factor of H. The loss scales with the square of the row's scales, for both schemes. A row's RTN loss is high
+for one of two reasons: its largest weights make its grid coarse (the rank correlation of RTN loss and the row's sum
+of squared scales is {scale_correlation:.2f}), or its rounding errors happen to line up with the {tokens}
+calibration inputs. The second GPTQ takes away almost entirely, as it has {free} free directions in every row, and
+so the gain follows the RTN loss.
+"""
+
+THIRD_ANSWER = """## 3. Cauchy inputs
+
+The ratio is **{ratio}** (loss {rtn} for RTN, {gptq} for GPTQ; {share} of the codes change). GPTQ benefits **less**
+than with normal inputs ({normal_ratio}), not more, and for {worse} of the {rows} rows it is worse than RTN. The
+lab's reason, a stronger off-diagonal coupling, does not hold here: the mean of |H_ij| / sqrt(H_ii H_jj) off the
+diagonal, with the ridge in H, is {coupling_cauchy:.4f}, against {coupling_normal:.4f} with normal inputs.
+
+- A few outliers are nearly all of H. One token of {tokens} has {top_token} of the inputs' energy, and ten channels
+  of {columns} have {top_channels} of H's diagonal. The errors in those ten channels alone are {top_loss} of RTN's
+  loss, and each of them has more than {peak:.0%} of its energy from a single value.
+- The ridge is relative to the mean diagonal, which the outliers set. For {below_ridge} of the channels it is larger
+  than their own H_ii: to GPTQ they look independent of the others.
+- An outlier channel hands its error on to the columns after it, so what can be done depends on where it happens to
+  stand. With the columns taken in descending order of diag(H) (`--column-order activation`) the outliers come
+  first, and the ratio falls to {activation}; still not to that of normal inputs.
+
+The figure is a matter of luck, too: the Cauchy distribution has no variance, so H does not settle to anything. Over
+the seeds {seed} and {first_seed} to {last_seed} the ratio ranges from {least} to {most}. Three of them:
+
+{table}
+
+On fresh inputs GPTQ is {fresh} times as bad as RTN: which channels have the outliers changes with every draw.
+"""
+
+
+def summary(runs: Mapping[str, Any]) -> str:
+    """The table of both runs."""
+    rows: list[list[str]] = []
+    for name, label in (("normal", "N(0, 1)"), ("cauchy", "Cauchy(0, 1)")):
+        run = runs[name]
+        for inputs, key in (("calibration", "loss"), ("fresh", "fresh_loss")):
+            losses = [number(run[f"{key}_{scheme}"]) for scheme in ("rtn", "gptq")]
+            rows.append([f"{label}, {inputs}", *losses, fixed(run[f"{key}_ratio"])])
+        proxies = [f"{run[f'worst_row_perplexity_proxy_{scheme}']:.5f}" for scheme in ("rtn", "gptq")]
+        rows.append([f"{label}, worst-row perplexity proxy", *proxies, ""])
+    return table(["inputs", "RTN", "GPTQ", "GPTQ / RTN"], rows)
+
+
+def listed(values: Iterable[float]) -> str:
+    """The values as a phrase: 3 and 10."""
+    return " and ".join(f"{value:g}" for value in values)
+
+
+def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
+    """The ratio, why it is what it is, and where the lab's ranges appear."""
+    low, high = LAB_RATIO
+
+    def met(figures: Mapping[str, Any], ratio: str) -> bool:
+        return bool(low <= figures[ratio] <= high and figures["grid_change_share"] < LAB_SHARE)
+
+    own = [ridge for ridge, figures in sweep.ridges.items() if met(figures, "loss_ratio")]
+    common = [ridge for ridge, figures in sweep.ridges.items() if met(figures, "common_ratio")]
+    tokens_within = [count for count, figures in sweep.tokens.items() if low <= figures["loss_ratio"] <= high]
+    fresh_ratios = [
+        figures["fresh_loss_ratio"] for sweeps in (sweep.ridges, sweep.tokens) for figures in sweeps.values()
+    ]
+    fresh = run["fresh_loss_ratio"]
+    holds("the loss ratio is below the lab's range", run["loss_ratio"] < low)
+    holds("the share of changed codes has two digits", run["grid_change_share"] >= LAB_SHARE)
+    holds("the textbook form gives the same loss", sweep.reference_difference < 0.01)
+    holds(
+        "as many directions as inputs lie above the ridge", sweep.directions_above_ridge == setup.tokens < setup.columns
+    )
+    holds("the fresh ratio is the growth of the squared error", abs(sweep.error_growth / fresh - 1) < 0.01)
+    holds("some ridge gives both of the lab's ranges, by either ratio", bool(own) and bool(common))
+    holds("some number of inputs gives the lab's ratio", bool(tokens_within))
+    holds("GPTQ approaches RTN with many inputs", sweep.tokens[TOKENS[-1]]["loss_ratio"] > 0.9)
+    holds("no setup helps on fresh inputs", min(fresh, *fresh_ratios) > 1)
+    ridge_rows = []
+    for ridge, figures in sweep.ridges.items():
+        ratios = [fixed(figures[key]) for key in ("loss_ratio", "common_ratio")]
+        share = percent(figures["grid_change_share"])
+        ridge_rows.append([f"{ridge:g}", *ratios, share, fixed(figures["fresh_loss_ratio"])])
+    ratio_columns = ["ratio, own ridge in H", f"ratio, ridge {setup.ridge:g} in H"]
+    return FIRST_ANSWER.format(
+        **dataclasses.asdict(setup),
+        ratio=fixed(run["loss_ratio"]),
+        rtn=number(run["loss_rtn"]),
+        gptq=number(run["loss_gptq"]),
+        share=percent(run["grid_change_share"]),
+        changes=run["n_grid_changes"],
+        low=low,
+        high=high,
+        reference=next(percent(step, 1) for step in (0.001, 0.002, 0.005, 0.01) if sweep.reference_difference < step),
+        free=setup.columns - setup.tokens,
+        fresh=fixed(fresh),
+        fresh_rtn=number(run["fresh_loss_rtn"]),
+        fresh_gptq=number(run["fresh_loss_gptq"]),
+        error_growth=fixed(sweep.error_growth),
+        ridge_table=table(["ridge", *ratio_columns, "codes changed", "ratio, fresh inputs"], ridge_rows),
+        own=listed(own),
+        common=listed(common),
+        tokens_within=listed(tokens_within),
+        token_table=setups_table("calibration inputs", sweep.tokens),
+    )
+
+
+def setups_table(header: str, setups: Mapping[int, Mapping[str, Any]]) -> str:
+    """One line per setup: ratio, codes changed, ratio on fresh inputs."""
+    rows = []
+    for key, figures in setups.items():
+        ratios = fixed(figures["loss_ratio"]), fixed(figures["fresh_loss_ratio"])
+        rows.append([str(key), ratios[0], percent(figures["grid_change_share"]), ratios[1]])
+    return table([header, "ratio", "codes changed", "ratio, fresh inputs"], rows)
+
+
+def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
+    """Which rows gain, absolutely and relatively."""
+    rtn, gptq = (torch.tensor(run[f"row_loss_{scheme}"], dtype=torch.float64) for scheme in ("rtn", "gptq"))
+    gain, relative = rtn - gptq, 1 - gptq / rtn
+    absolute_rank, relative_rank = rank_correlation(gain, rtn), rank_correlation(relative, rtn)
+    most = gain.topk(TOP).indices.tolist()
+    holds("the absolute gain goes with the RTN loss", absolute_rank > 0.9)
+    holds("the relative gain goes only weakly with the RTN loss", abs(relative_rank) < 0.6)
+    holds("every row gains", float(relative.min()) > 0)
+    holds("the scales explain part of the RTN loss", 0.3 < sweep.scale_correlation < 0.9)
+    rows = [
+        [str(row), *(number(float(values[row])) for values in (rtn, gptq, gain)), percent(float(relative[row]))]
+        for row in most
+    ]
+    return SECOND_ANSWER.format(
+        tokens=setup.tokens,
+        free=setup.columns - setup.tokens,
+        absolute_rank=absolute_rank,
+        relative_rank=relative_rank,
+        shared=len({*most} & {*rtn.topk(TOP).indices.tolist()}),
+        top=TOP,
+        table=table(["row", "loss RTN", "loss GPTQ", "gain", "relative gain"], rows),
+        least=percent(float(relative.min()), 0),
+        most=percent(float(relative.max()), 0),
+        mean=percent(float(relative.mean())),
+        deviation=percent(float(relative.std())),
+        scale_correlation=sweep.scale_correlation,
+    )
+
+
+def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> str:
+    """What Cauchy inputs do, and why."""
+    ratios = [figures["loss_ratio"] for figures in sweep.cauchy_seeds.values()]
+    activation = sweep.cauchy_activation["loss_ratio"]
+    worse = sum(g > r for r, g in zip(cauchy["row_loss_rtn"], cauchy["row_loss_gptq"], strict=True))
+    holds("GPTQ benefits less with Cauchy inputs, for every seed", min(ratios) > normal["loss_ratio"])
+    holds("some rows are worse with GPTQ", worse > 0)
+    holds("the coupling is weaker with Cauchy inputs", sweep.coupling["cauchy"] < sweep.coupling["normal"] / 2)
+    holds("ten channels are most of the loss", min(sweep.top_channels_share, sweep.top_channels_loss) > 0.8)
+    holds("one value dominates each of the outlier channels", sweep.top_channels_peak > PEAK)
+    holds("most channels lie below the ridge", sweep.below_ridge_share > 0.5)
+    holds("activation order helps, but not enough", normal["loss_ratio"] < activation < cauchy["loss_ratio"])
+    holds("GPTQ is worse than RTN on fresh Cauchy inputs", cauchy["fresh_loss_ratio"] > 1)
+    shown = {seed: sweep.cauchy_seeds[seed] for seed in (setup.seed, *SHOWN_SEEDS)}
+    return THIRD_ANSWER.format(
+        **dataclasses.asdict(setup),
+        ratio=fixed(cauchy["loss_ratio"]),
+        rtn=number(cauchy["loss_rtn"]),
+        gptq=number(cauchy["loss_gptq"]),
+        share=percent(cauchy["grid_change_share"]),
+        normal_ratio=fixed(normal["loss_ratio"]),
+        worse=worse,
+        coupling_cauchy=sweep.coupling["cauchy"],
+        coupling_normal=sweep.coupling["normal"],
+        top_token=percent(sweep.top_token_share, 0),
+        top_channels=percent(sweep.top_channels_share, 0),
+        top_loss=percent(sweep.top_channels_loss, 0),
+        peak=PEAK,
+        below_ridge=percent(sweep.below_ridge_share, 0),
+        activation=fixed(activation),
+        first_seed=OTHER_SEEDS[0],
+        last_seed=OTHER_SEEDS[-1],
+        least=fixed(min(ratios)),
+        most=fixed(max(ratios)),
+        table=setups_table("seed", shown),
+        fresh=fixed(cauchy["fresh_loss_ratio"]),
+    )
+
+
+def render(setup: Any, results: Mapping[str, Any], manifest: Mapping[str, Any], sweep: Sweep) -> str:
+    """The whole page."""
+    normal, cauchy = results["runs"]["normal"], results["runs"]["cauchy"]
+    # The exact time differs from run to run and stands in the manifest.
+    seconds = max(run["gptq"] for run in manifest["seconds"].values())
+    holds(f"a layer takes less than {LAB_SECONDS} s", seconds < LAB_SECONDS)
+    answers = [
+        first_answer(setup, normal, sweep),
+        second_answer(setup, normal, sweep),
+        third_answer(setup, normal, cauchy, sweep),
+    ]
+    page = PAGE.format(
+        **dataclasses.asdict(setup),
+        summary=summary(results["runs"]),
+        lab_seconds=LAB_SECONDS,
+        seconds=next(step for step in TIME_STEPS if seconds < step),
+        answers="\n".join(answers),
+    )
+    return reflow(page)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the page; the exit code."""
+    parser = argparse.ArgumentParser(description="Writes the README.md of the lab's folder from its results.")
+    parser.add_argument("folder", type=Path, nargs="?", default=LAB, help="has results.json and manifest.json")
+    parser.add_argument("--output", type=Path, help="default: README.md in the folder")
+    options = parser.parse_args(arguments)
+    results, manifest = (json.loads((options.folder / name).read_text()) for name in ("results.json", "manifest.json"))
+    lab = load_lab()
+    setup = lab.Setup.of_results(results)
+    sweep = measure(lab, setup, progress=sys.stderr.isatty())
+    try:
+        text = render(setup, results, manifest, sweep)
+    except UnsupportedError as error:
+        print(f"lab_readme: {error}", file=sys.stderr)
+        return 1
+    (options.output or options.folder / "README.md").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
