@@ -83,7 +83,7 @@ class Scheme:
     dequantized: torch.Tensor  # [N, K]
     row_loss: torch.Tensor  # [N], on the calibration inputs, H with its ridge
     fresh_loss: float | None  # on the fresh inputs, H without a ridge
-    proxy: float  # worst-case-row perplexity proxy
+    proxy: float | None  # worst-case-row perplexity proxy
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,12 @@ class Comparison:
 
     rtn: Scheme
     gptq: Scheme
+    ridge_added: float
 
     def figures(self) -> dict[str, Any]:
         """The run as results.json has it."""
         loss_rtn, loss_gptq = total(self.rtn.row_loss), total(self.gptq.row_loss)
+        rows_rtn, rows_gptq = self.rtn.row_loss.tolist(), self.gptq.row_loss.tolist()
         changes = int((self.rtn.codes != self.gptq.codes).sum())
         return {
             "loss_rtn": loss_rtn,
@@ -106,12 +108,16 @@ class Comparison:
             "fresh_loss_rtn": self.rtn.fresh_loss,
             "fresh_loss_gptq": self.gptq.fresh_loss,
             "fresh_loss_ratio": ratio(self.gptq.fresh_loss, self.rtn.fresh_loss),
-            "row_loss_rtn": self.rtn.row_loss.tolist(),
-            "row_loss_gptq": self.gptq.row_loss.tolist(),
             "worst_row_perplexity_proxy_rtn": self.rtn.proxy,
             "worst_row_perplexity_proxy_gptq": self.gptq.proxy,
+            "rows_improved": sum(gptq < rtn for rtn, gptq in zip(rows_rtn, rows_gptq, strict=True)),
+            "ridge_added": self.ridge_added,
             "codes_sha256_rtn": sha256(self.rtn.codes),
             "codes_sha256_gptq": sha256(self.gptq.codes),
+            "top_rows_absolute": top_rows(rows_rtn, rows_gptq, relative=False),
+            "top_rows_relative": top_rows(rows_rtn, rows_gptq, relative=True),
+            "row_loss_rtn": rows_rtn,
+            "row_loss_gptq": rows_gptq,
         }
 
 
@@ -139,17 +145,21 @@ def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
 
 def damped(hessian: torch.Tensor, ridge: float) -> torch.Tensor:
     """H + ridge * mean(diag H) * I, as ops.gptq adds it."""
-    diagonal = hessian.diagonal()
     result = hessian.clone()
-    result.diagonal().add_(ridge * diagonal.double().mean().item())
+    result.diagonal().add_(ridge_added(hessian, ridge))
     return result
 
 
-def total(row_loss: torch.Tensor) -> float:
-    """The sum over rows in float64, in the order of the rows."""
+def ridge_added(hessian: torch.Tensor, ridge: float) -> float:
+    """What the ridge adds to every diagonal element: ridge * mean(diag H)."""
+    return ridge * (total(hessian.diagonal()) / len(hessian))
+
+
+def total(values: torch.Tensor) -> float:
+    """The sum in float64, in the order of the values."""
     result = 0.0
-    for value in row_loss.tolist():
-        result += value
+    for value in values.tolist():
+        result += value  # sum() compensates for rounding from Python 3.12 on, which the driver does not
     return result
 
 
@@ -158,6 +168,24 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     if numerator is None or denominator is None or denominator == 0:
         return None
     return numerator / denominator
+
+
+def worst_row_perplexity_proxy(row_loss: torch.Tensor, row_energy: torch.Tensor) -> float | None:
+    """exp of the largest loss relative to its row's energy, rows without energy left out."""
+    relative = [ratio(loss, energy) for loss, energy in zip(row_loss.tolist(), row_energy.tolist(), strict=True)]
+    finite = [value for value in relative if value is not None]
+    return math.exp(max(finite)) if finite else None
+
+
+def top_rows(loss_rtn: Sequence[float], loss_gptq: Sequence[float], *, relative: bool) -> list[dict[str, float]]:
+    """The rows that gain most, largest gain first."""
+    rows: list[dict[str, float]] = []
+    for row, (rtn, gptq) in enumerate(zip(loss_rtn, loss_gptq, strict=True)):
+        left = ratio(gptq, rtn)
+        if left is not None or not relative:
+            gain = 1.0 - left if relative and left is not None else rtn - gptq
+            rows.append({"row": row, "loss_rtn": rtn, "loss_gptq": gptq, "gain": gain})
+    return sorted(rows, key=lambda entry: entry["gain"], reverse=True)[:TOP_ROWS]
 
 
 def sha256(codes: torch.Tensor) -> str:
@@ -188,26 +216,24 @@ def compare(problem: Problem, setup: Setup) -> Comparison:
     with_ridge = damped(hessian, setup.ridge)
     fresh = None if problem.fresh is None else hessian_of(problem.fresh)
     # w H w^T per row: the loss of a weight that is all zeros.
-    energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge).double()
+    energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge)
 
     def scheme(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor) -> Scheme:
         dequantized = ops.dequantize(codes, scales, zero_points, setup.group_size)
         row_loss = ops.quantization_loss(weight, dequantized, with_ridge)
         fresh_loss = None if fresh is None else total(ops.quantization_loss(weight, dequantized, fresh))
-        worst = (row_loss.double() / energy).nan_to_num(nan=0.0).max().item()
-        return Scheme(codes, dequantized, row_loss, fresh_loss, math.exp(worst))
+        return Scheme(codes, dequantized, row_loss, fresh_loss, worst_row_perplexity_proxy(row_loss, energy))
 
     rtn = ops.rtn(weight, bits=setup.bits, group_size=setup.group_size, symmetric=setup.symmetric)
     codes, scales, zero_points, _ = quantize(ops.gptq, weight, hessian, setup)
-    return Comparison(scheme(*rtn), scheme(codes, scales, zero_points))
+    return Comparison(scheme(*rtn), scheme(codes, scales, zero_points), ridge_added(hessian, setup.ridge))
 
 
 def report(distribution: str, comparison: Comparison) -> str:
     """The loss tensors and the worst-case-row perplexity proxy of both schemes, for a person to read."""
     figures = comparison.figures()
     losses = torch.stack([comparison.rtn.row_loss, comparison.gptq.row_loss])
-    gains = losses[0] - losses[1]
-    rows = torch.argsort(gains, descending=True, stable=True)[:TOP_ROWS].tolist()
+    rows = [entry["row"] for entry in figures["top_rows_absolute"]]
 
     def line(label: str, *cells: float | None) -> str:
         return f"  {label:<28}" + "".join(f"{'-' if cell is None else format(cell, '.6g'):>12}" for cell in cells)
@@ -231,13 +257,16 @@ def report(distribution: str, comparison: Comparison) -> str:
 
 
 def differences(name: str, expected: Any, found: Any) -> Iterator[tuple[str, float, str]]:
-    """Every figure that both runs have: its name, relative difference, and what each says."""
-    if isinstance(expected, list):
+    """Every single figure: its name, relative difference, and what either says."""
+    if isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
             yield name, math.inf, f"{len(expected)} and {len(found)} values"
             return
         for index, (left, right) in enumerate(zip(expected, found, strict=True)):
             yield from differences(f"{name}[{index}]", left, right)
+    elif isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            yield from differences(f"{name}.{key}", expected.get(key), found.get(key))
     elif isinstance(expected, float | int) and isinstance(found, float | int):
         scale = max(abs(expected), abs(found))
         yield name, abs(expected - found) / scale if scale else 0.0, f"{expected!r} and {found!r}"
