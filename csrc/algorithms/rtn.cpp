@@ -1,0 +1,26 @@
+#include "algorithms/rtn.h"
+
+#include "algorithms/dispatch.h"
+#include "algorithms/grid.h"
+
+namespace miniquant::algorithms {
+
+QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
+                    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+  const at::Tensor values = weight.to(compute_dtype(weight.scalar_type())).contiguous();
+  Grid grid = make_grid(weight, bits, group_size, symmetric, scales, zero_points);
+  if (!scales.has_value()) {
+    compute_scales(grid, values);
+  }
+  dispatch_compute(values.scalar_type(), [&]<typename T>() {
+    const auto grid_view = view<T>(grid);
+    const T* const from = values.const_data_ptr<T>();
+    const int64_t columns = values.size(1);
+    for_row_panels(values.size(0), [&](int64_t row_begin, int64_t row_end) {
+      typed_kernels<T>().round_to_nearest(grid_view, from, columns, row_begin, row_end);
+    });
+  });
+  return {grid.codes, grid.stored_scales(), grid.zero_points};
+}
+
+}  // namespace miniquant::algorithms

@@ -1,0 +1,43 @@
+// The grid: how a scale comes from a range, and how a value is rounded. The one place for either.
+
+template <typename T>
+constexpr T kRoundToInteger = T(0);
+template <>
+constexpr float kRoundToInteger<float> = 12582912.0F;  // 1.5 * 2^23
+template <>
+constexpr double kRoundToInteger<double> = 6755399441055744.0;  // 1.5 * 2^52
+
+/// clamp(round(value / scale), low, high), ties to even; `low` for NaN. Divides, because multiplying by a reciprocal
+/// rounds ties differently. V is T or a vector of T. Clamping first leaves at most 255 in magnitude, where adding
+/// and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
+template <typename T, typename V>
+MINIQUANT_INLINE V round_to_level(V value, V scale, V low, V high) {
+  V level = value / scale;
+  level = level > low ? level : low;
+  level = level < high ? level : high;
+  return (level + kRoundToInteger<T>)-kRoundToInteger<T>;
+}
+
+/// Scale and zero point of a group whose weights lie in [lowest, highest].
+template <typename T>
+MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest, RoundScale<T> round_scale, T& scale,
+                                    std::int8_t& zero_point) {
+  zero_point = 0;
+  if (range.symmetric) {
+    const T largest = highest > -lowest ? highest : -lowest;
+    scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(range.code_max));
+    return;
+  }
+  lowest = lowest < T(0) ? lowest : T(0);
+  highest = highest > T(0) ? highest : T(0);
+  if (lowest == highest) {
+    scale = T(1);
+    return;
+  }
+  // Halved, so that the range of the largest weights does not overflow.
+  const T half = T(0.5);
+  scale = round_scale((highest * half - lowest * half) / (static_cast<T>(range.code_max - range.code_min) * half));
+  const T code_min = static_cast<T>(range.code_min);
+  const T offset = round_to_level<T, T>(-lowest, scale, T(0), static_cast<T>(range.code_max) - code_min);
+  zero_point = static_cast<std::int8_t>(code_min + offset);
+}

@@ -1,0 +1,51 @@
+// Every kernel, for the one instruction set that this compilation's flags name. The kernels have internal linkage and
+// call nothing inline from the standard library, so that no code compiled for a newer instruction set can be linked in
+// place of the same function elsewhere.
+
+#include <cmath>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/kernels.h"
+#include "kernels/strip_layout.h"
+
+namespace miniquant::kernels {
+namespace {
+
+#include "kernels/vector.inl"
+//
+#include "kernels/grid.inl"
+#include "kernels/microkernel.inl"
+//
+#include "kernels/cholesky.inl"
+#include "kernels/quadratic_form.inl"
+#include "kernels/rank_update.inl"
+#include "kernels/rtn.inl"
+#include "kernels/sweep.inl"
+
+template <typename T>
+constexpr TypedKernels<T> kTypedKernels = {
+    kTileRows<T>,           compute_grid<T>,   round_to_nearest<T>, sweep_workspace<T>, sweep<T>,
+    quadratic_form_workspace<T>, quadratic_form<T>, pack_tile<T>,        rank_update<T>,     factor_block<T>,
+    solve_tile<T>,
+};
+
+[[maybe_unused]] constexpr InstructionSet baseline = InstructionSet::kBaseline;
+[[maybe_unused]] constexpr InstructionSet avx2 = InstructionSet::kAvx2;
+[[maybe_unused]] constexpr InstructionSet avx512 = InstructionSet::kAvx512;
+
+}  // namespace
+
+#define MINIQUANT_JOIN_(a, b) a##b
+#define MINIQUANT_JOIN(a, b) MINIQUANT_JOIN_(a, b)
+
+extern const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA);
+const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA) = {
+    MINIQUANT_KERNEL_ISA,
+    kTypedKernels<float>,
+    kTypedKernels<double>,
+};
+
+}  // namespace miniquant::kernels

@@ -1,0 +1,65 @@
+// One vector register of T for the instruction set this file is compiled for. Included by kernels_isa.cpp only.
+
+#if defined(__AVX512F__)
+constexpr std::int64_t kVectorBytes = 64;
+constexpr std::int64_t kVectorsPerTile = 6;  // 6 x 4 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr std::int64_t kVectorBytes = 32;
+constexpr std::int64_t kVectorsPerTile = 3;  // 3 x 4 accumulators of 16 registers
+#else
+constexpr std::int64_t kVectorBytes = 16;
+constexpr std::int64_t kVectorsPerTile = 2;
+#endif
+
+#define MINIQUANT_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
+
+/// Lanes (rows of W in a sweep) that one call of the innermost loop serves.
+template <typename T>
+constexpr std::int64_t kTileRows = kVectorsPerTile * kLanes<T>;
+
+template <typename T>
+MINIQUANT_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+
+template <typename T>
+MINIQUANT_INLINE void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+
+template <typename T>
+MINIQUANT_INLINE Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+/// a * b + c, fused where the instruction set has it.
+MINIQUANT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+MINIQUANT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}

@@ -1,0 +1,107 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <string_view>
+#include <tuple>
+
+#include "miniquant/miniquant.h"
+
+// The C++ functions: each calls its operator through the dispatcher, so that C++ and Python get the same checks.
+
+namespace miniquant {
+namespace {
+
+using Grid = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Gptq = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OptionalTensor = const std::optional<at::Tensor>&;
+using GptqSignature = Gptq(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t,
+                           std::string_view, std::string_view, OptionalTensor, OptionalTensor);
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Tensor& weight,
+                const at::Tensor& hessian, const GptqOptions& options) {
+  const std::string_view group_scales = options.group_scales == GroupScales::kStatic ? "static" : "dynamic";
+  const std::string_view column_order = options.column_order == ColumnOrder::kNatural ? "natural" : "activation";
+  auto [codes, scales, zero_points, row_loss] =
+      op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
+              group_scales, column_order, options.scales, options.zero_points);
+  return {{codes, scales, zero_points}, row_loss};
+}
+
+}  // namespace
+
+QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
+  static const auto op =
+      find<Grid(const at::Tensor&, int64_t, int64_t, bool, OptionalTensor, OptionalTensor)>("miniquant::rtn");
+  auto [codes, scales, zero_points] =
+      op.call(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
+  return {codes, scales, zero_points};
+}
+
+GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
+  static const auto op = find<GptqSignature>("miniquant::gptq");
+  return call(op, weight, hessian, options);
+}
+
+GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
+  static const auto op = find<GptqSignature>("miniquant::gptq_reference");
+  return call(op, weight, hessian, options);
+}
+
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                      int64_t group_size) {
+  static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t)>(
+      "miniquant::dequantize");
+  return op.call(codes, scales, zero_points, group_size);
+}
+
+at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+  static const auto op = find<at::Tensor&(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
+  return op.call(hessian, inputs);
+}
+
+at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+  static const auto op =
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("miniquant::quantization_loss");
+  return op.call(weight, dequantized, hessian);
+}
+
+at::Tensor pack_int4(const at::Tensor& codes) {
+  static const auto op = find<at::Tensor(const at::Tensor&)>("miniquant::pack_int4");
+  return op.call(codes);
+}
+
+at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns) {
+  static const auto op = find<at::Tensor(const at::Tensor&, c10::SymInt)>("miniquant::unpack_int4");
+  return op.call(packed, columns);
+}
+
+HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(in_features >= 0, "HessianAccumulator: expected in_features to be at least 0, but got ",
+                    in_features);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
+                   "HessianAccumulator: expected dtype to be float32 or float64, but got ", dtype);
+  sum_ = at::zeros({in_features, in_features}, at::TensorOptions().dtype(dtype));
+}
+
+void HessianAccumulator::update(const at::Tensor& inputs) {
+  hessian_update_(sum_, inputs);
+  int64_t batch_tokens = 1;
+  for (int64_t dim = 0; dim + 1 < inputs.dim(); ++dim) {
+    batch_tokens *= inputs.size(dim);
+  }
+  tokens_ += batch_tokens;
+}
+
+at::Tensor HessianAccumulator::hessian() const {
+  TORCH_CHECK_VALUE(tokens_ > 0, "HessianAccumulator: expected at least one token before hessian(), but got none");
+  return sum_ / tokens_;
+}
+
+}  // namespace miniquant

@@ -1,0 +1,293 @@
+#include "ops/checks.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/isfinite.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "algorithms/grid.h"
+
+namespace miniquant::ops {
+namespace {
+
+constexpr const char* kWeightDtypes = "float32, float64, bfloat16 or float16";
+constexpr const char* kHessianDtypes = "float32 or float64";
+
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+bool is_weight_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+bool is_hessian_dtype(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+
+/// The position of the first element for which `bad` is true, as "[i, j]".
+std::string first_position(const at::Tensor& bad) {
+  const at::Tensor position = bad.nonzero().select(0, 0).cpu();
+  std::string text = "[";
+  for (int64_t i = 0; i < position.numel(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(position[i].item<int64_t>());
+  }
+  return text + "]";
+}
+
+/// "<value> at [i, j]" for the first element for which `bad` is true.
+std::string first_value(const at::Tensor& tensor, const at::Tensor& bad) {
+  return c10::str(tensor.masked_select(bad)[0].item<double>(), " at ", first_position(bad));
+}
+
+void check_matrix(const char* op, const char* argument, const char* shape, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2, op, ": expected ", argument, " to be a matrix ", shape, ", but got shape ",
+                    tensor.sym_sizes());
+}
+
+void check_same_device(const char* op, const char* argument, const at::Tensor& tensor, const char* other,
+                       const at::Tensor& reference) {
+  TORCH_CHECK_VALUE(tensor.device() == reference.device(), op, ": expected ", argument, " to be on the device of ",
+                    other, " (", reference.device(), "), but got ", tensor.device());
+}
+
+void check_weight(const char* op, const at::Tensor& weight) {
+  check_matrix(op, "weight", "[N, K]", weight);
+  TORCH_CHECK_TYPE(is_weight_dtype(weight.scalar_type()), op, ": expected weight to be ", kWeightDtypes, ", but got ",
+                   name_of(weight.scalar_type()));
+}
+
+/// hessian [K, K], where K is the number of columns of `argument`.
+void check_hessian(const char* op, const at::Tensor& hessian) {
+  check_matrix(op, "hessian", "[K, K]", hessian);
+  TORCH_CHECK_VALUE(hessian.sym_size(0) == hessian.sym_size(1), op, ": expected hessian to be square, but got shape ",
+                    hessian.sym_sizes());
+  TORCH_CHECK_TYPE(is_hessian_dtype(hessian.scalar_type()), op, ": expected hessian to be ", kHessianDtypes,
+                   ", but got ", name_of(hessian.scalar_type()));
+}
+
+void check_hessian_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian) {
+  check_hessian(op, hessian);
+  TORCH_CHECK_VALUE(hessian.sym_size(0) == weight.sym_size(1), op, ": expected hessian to have shape [K, K] = [",
+                    weight.sym_size(1), ", ", weight.sym_size(1), "] for a weight of shape ", weight.sym_sizes(),
+                    ", but got shape ", hessian.sym_sizes());
+  check_same_device(op, "hessian", hessian, "weight", weight);
+}
+
+void check_group_size(const char* op, int64_t group_size) {
+  TORCH_CHECK_VALUE(group_size == -1 || group_size >= 1, op,
+                    ": expected group_size to be positive, or -1 for one group per row, but got ", group_size);
+}
+
+void check_per_group(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& weight,
+                     int64_t group_size) {
+  const c10::SymInt groups = groups_per_row(group_size, weight.sym_size(1));
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 2 && tensor.sym_size(0) == weight.sym_size(0) && tensor.sym_size(1) == groups, op, ": expected ",
+      argument, " to have shape [N, groups] = [", weight.sym_size(0), ", ", groups, "], but got shape ",
+      tensor.sym_sizes());
+}
+
+void check_zero_point_dtype(const char* op, const at::Tensor& zero_points) {
+  TORCH_CHECK_TYPE(zero_points.scalar_type() == at::kChar, op, ": expected zero_points to be int8, but got ",
+                   name_of(zero_points.scalar_type()));
+}
+
+void check_grid(const char* op, const at::Tensor& weight, const GridArguments& grid) {
+  TORCH_CHECK_VALUE(grid.bits >= 2 && grid.bits <= 8, op, ": expected bits to be 2 to 8, but got ", grid.bits);
+  check_group_size(op, grid.group_size);
+  TORCH_CHECK_VALUE(grid.scales.has_value() || !grid.zero_points.has_value(), op,
+                    ": expected zero_points to come with scales, but got no scales");
+  TORCH_CHECK_VALUE(grid.symmetric || !grid.scales.has_value() || grid.zero_points.has_value(), op,
+                    ": expected scales to come with zero_points where symmetric=False, but got no zero_points");
+  if (grid.scales.has_value()) {
+    TORCH_CHECK_TYPE(grid.scales->scalar_type() == weight.scalar_type(), op,
+                     ": expected scales to have the dtype of weight (", name_of(weight.scalar_type()), "), but got ",
+                     name_of(grid.scales->scalar_type()));
+    check_per_group(op, "scales", *grid.scales, weight, grid.group_size);
+    check_same_device(op, "scales", *grid.scales, "weight", weight);
+  }
+  if (grid.zero_points.has_value()) {
+    check_zero_point_dtype(op, *grid.zero_points);
+    check_per_group(op, "zero_points", *grid.zero_points, weight, grid.group_size);
+    check_same_device(op, "zero_points", *grid.zero_points, "weight", weight);
+  }
+}
+
+void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
+  const at::Tensor finite = at::isfinite(tensor);
+  TORCH_CHECK_VALUE(finite.all().item<bool>(), op, ": expected ", argument, " to be finite, but got ",
+                    first_value(tensor, finite.logical_not()));
+}
+
+void check_grid_values(const char* op, const GridArguments& grid) {
+  if (grid.scales.has_value()) {
+    const at::Tensor good = at::isfinite(*grid.scales).logical_and(*grid.scales > 0);
+    TORCH_CHECK_VALUE(good.all().item<bool>(), op, ": expected scales to be positive and finite, but got ",
+                      first_value(*grid.scales, good.logical_not()));
+  }
+  if (grid.zero_points.has_value()) {
+    const kernels::CodeRange range = algorithms::code_range(grid.bits, grid.symmetric);
+    const int32_t low = grid.symmetric ? 0 : range.code_min;
+    const int32_t high = grid.symmetric ? 0 : range.code_max;
+    const at::Tensor bad = (*grid.zero_points < low).logical_or(*grid.zero_points > high);
+    TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected zero_points to be ",
+                      grid.symmetric ? std::string("0 where symmetric=True")
+                                     : c10::str("in [", low, ", ", high, "] for ", grid.bits, " bits"),
+                      ", but got ", first_value(*grid.zero_points, bad));
+  }
+}
+
+/// Rounding leaves the two halves of a computed X X^T apart by some units in the last place; half of the digits is far
+/// more than that, and far less than the difference of a matrix that is not meant to be symmetric.
+void check_symmetric(const char* op, const at::Tensor& hessian) {
+  if (hessian.numel() == 0) {
+    return;
+  }
+  const double eps = hessian.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                          : std::numeric_limits<float>::epsilon();
+  const double tolerance = std::sqrt(eps) * hessian.abs().max().item<double>();
+  const at::Tensor bad = (hessian - hessian.mT()).abs() > tolerance;
+  if (bad.any().item<bool>()) {
+    TORCH_CHECK_VALUE(false, op, ": expected hessian to be symmetric to within ", tolerance, ", but got ",
+                      first_value(hessian, bad), " and ", first_value(hessian.mT(), bad), " of its transpose");
+  }
+}
+
+GroupScales group_scales_of(const char* op, std::string_view text) {
+  if (text == "static") {
+    return GroupScales::kStatic;
+  }
+  TORCH_CHECK_VALUE(text == "dynamic", op, ": expected group_scales to be 'static' or 'dynamic', but got '", text, "'");
+  return GroupScales::kDynamic;
+}
+
+ColumnOrder column_order_of(const char* op, std::string_view text) {
+  if (text == "natural") {
+    return ColumnOrder::kNatural;
+  }
+  TORCH_CHECK_VALUE(text == "activation", op, ": expected column_order to be 'natural' or 'activation', but got '",
+                    text, "'");
+  return ColumnOrder::kActivation;
+}
+
+}  // namespace
+
+c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns) {
+  if (columns == 0) {
+    return 0;
+  }
+  return group_size == -1 ? c10::SymInt(1) : (columns - 1) / group_size + 1;
+}
+
+void check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid) {
+  check_weight(op, weight);
+  check_grid(op, weight, grid);
+}
+
+void check_rtn_values(const char* op, const at::Tensor& weight, const GridArguments& grid) {
+  check_finite(op, "weight", weight);
+  check_grid_values(op, grid);
+}
+
+GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
+                                 const GridArguments& grid, double ridge, int64_t block_size,
+                                 std::string_view group_scales, std::string_view column_order) {
+  check_rtn_arguments(op, weight, grid);
+  check_hessian_of(op, weight, hessian);
+  TORCH_CHECK_VALUE(std::isfinite(ridge) && ridge >= 0, op, ": expected ridge to be finite and not negative, but got ",
+                    ridge);
+  TORCH_CHECK_VALUE(block_size >= 1, op, ": expected block_size to be positive, but got ", block_size);
+  GptqOptions options;
+  options.bits = grid.bits;
+  options.group_size = grid.group_size;
+  options.symmetric = grid.symmetric;
+  options.scales = grid.scales;
+  options.zero_points = grid.zero_points;
+  options.ridge = ridge;
+  options.block_size = block_size;
+  options.group_scales = group_scales_of(op, group_scales);
+  options.column_order = column_order_of(op, column_order);
+  if (options.group_scales == GroupScales::kDynamic) {
+    TORCH_CHECK_VALUE(options.column_order == ColumnOrder::kNatural, op,
+                      ": expected column_order to be 'natural' with group_scales='dynamic' (in activation order the "
+                      "columns of a stored group are not reached together), but got 'activation'");
+    TORCH_CHECK_VALUE(!grid.scales.has_value(), op,
+                      ": expected no scales with group_scales='dynamic', which computes them, but got scales of shape ",
+                      grid.scales->sym_sizes());
+  }
+  return options;
+}
+
+void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
+                       const GridArguments& grid) {
+  check_rtn_values(op, weight, grid);
+  check_finite(op, "hessian", hessian);
+  check_symmetric(op, hessian);
+}
+
+void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {
+  constexpr const char* op = "hessian_update_";
+  check_hessian(op, hessian);
+  TORCH_CHECK_TYPE(is_weight_dtype(inputs.scalar_type()), op, ": expected inputs to be ", kWeightDtypes, ", but got ",
+                   name_of(inputs.scalar_type()));
+  TORCH_CHECK_VALUE(inputs.dim() >= 1 && inputs.sym_size(-1) == hessian.sym_size(0), op,
+                    ": expected inputs to have shape [..., K] = [..., ", hessian.sym_size(0), "], but got shape ",
+                    inputs.sym_sizes());
+  check_same_device(op, "inputs", inputs, "hessian", hessian);
+}
+
+void check_hessian_update_values(const at::Tensor& inputs) { check_finite("hessian_update_", "inputs", inputs); }
+
+void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
+                                       const at::Tensor& hessian) {
+  constexpr const char* op = "quantization_loss";
+  check_weight(op, weight);
+  TORCH_CHECK_VALUE(dequantized.sym_sizes() == weight.sym_sizes(), op,
+                    ": expected dequantized to have the shape of weight ", weight.sym_sizes(), ", but got shape ",
+                    dequantized.sym_sizes());
+  TORCH_CHECK_TYPE(dequantized.scalar_type() == weight.scalar_type(), op,
+                   ": expected dequantized to have the dtype of weight (", name_of(weight.scalar_type()),
+                   "), but got ", name_of(dequantized.scalar_type()));
+  check_same_device(op, "dequantized", dequantized, "weight", weight);
+  check_hessian_of(op, weight, hessian);
+}
+
+void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                                int64_t group_size) {
+  constexpr const char* op = "dequantize";
+  check_matrix(op, "codes", "[N, K]", codes);
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar, op, ": expected codes to be int8, but got ",
+                   name_of(codes.scalar_type()));
+  check_group_size(op, group_size);
+  TORCH_CHECK_TYPE(is_weight_dtype(scales.scalar_type()), op, ": expected scales to be ", kWeightDtypes, ", but got ",
+                   name_of(scales.scalar_type()));
+  check_per_group(op, "scales", scales, codes, group_size);
+  check_same_device(op, "scales", scales, "codes", codes);
+  check_zero_point_dtype(op, zero_points);
+  check_per_group(op, "zero_points", zero_points, codes, group_size);
+  check_same_device(op, "zero_points", zero_points, "codes", codes);
+}
+
+void check_pack_int4_arguments(const at::Tensor& codes) {
+  check_matrix("pack_int4", "codes", "[N, K]", codes);
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar, "pack_int4: expected codes to be int8, but got ",
+                   name_of(codes.scalar_type()));
+}
+
+void check_pack_int4_values(const at::Tensor& codes) {
+  const at::Tensor bad = (codes < -8).logical_or(codes > 7);
+  TORCH_CHECK_VALUE(!bad.any().item<bool>(), "pack_int4: expected codes to be in [-8, 7], but got ",
+                    first_value(codes, bad));
+}
+
+void check_unpack_int4_arguments(const at::Tensor& packed, const c10::SymInt& columns) {
+  check_matrix("unpack_int4", "packed", "[N, ceil(K / 2)]", packed);
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "unpack_int4: expected packed to be uint8, but got ",
+                   name_of(packed.scalar_type()));
+  TORCH_CHECK_VALUE(columns >= 0 && packed.sym_size(1) == columns / 2 + columns % 2,
+                    "unpack_int4: expected columns to be ", packed.sym_size(1) * 2, " or one less for packed of shape ",
+                    packed.sym_sizes(), ", but got ", columns);
+}
+
+}  // namespace miniquant::ops

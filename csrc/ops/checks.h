@@ -1,0 +1,55 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "miniquant/gptq.h"
+
+// What the operators check before they touch memory. Messages read
+//   <op>: expected <argument> <requirement>, but got <value>
+// Wrong dtypes are TypeErrors, all else ValueErrors.
+//
+// check_*_arguments look at shapes, dtypes, devices and options only and serve real and Meta tensors alike, so that a
+// fake tensor gets the message that a real one would. check_*_values read the data.
+
+namespace miniquant::ops {
+
+/// Arguments of the grid, as in the schemas.
+struct GridArguments {
+  int64_t bits;
+  int64_t group_size;
+  bool symmetric;
+  const std::optional<at::Tensor>& scales;
+  const std::optional<at::Tensor>& zero_points;
+};
+
+/// Groups of a row of `columns`, where group_size has been checked.
+c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns);
+
+void check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid);
+void check_rtn_values(const char* op, const at::Tensor& weight, const GridArguments& grid);
+
+/// Returns the options that the arguments name.
+GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
+                                 const GridArguments& grid, double ridge, int64_t block_size,
+                                 std::string_view group_scales, std::string_view column_order);
+void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid);
+
+void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs);
+void check_hessian_update_values(const at::Tensor& inputs);
+
+void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
+                                       const at::Tensor& hessian);
+
+void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                                int64_t group_size);
+
+void check_pack_int4_arguments(const at::Tensor& codes);
+void check_pack_int4_values(const at::Tensor& codes);
+void check_unpack_int4_arguments(const at::Tensor& packed, const c10::SymInt& columns);
+
+}  // namespace miniquant::ops

@@ -1,0 +1,112 @@
+#include <ATen/core/grad_mode.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "algorithms/gptq.h"
+#include "algorithms/hessian.h"
+#include "algorithms/loss.h"
+#include "algorithms/packing.h"
+#include "algorithms/rtn.h"
+#include "ops/checks.h"
+
+// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone is registered for
+// every device.
+
+namespace miniquant::ops {
+namespace {
+
+using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Algorithm = GptqResult (*)(const at::Tensor&, const at::Tensor&, const GptqOptions&);
+
+QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
+                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+  const at::NoGradGuard no_grad;
+  const GridArguments grid{bits, group_size, symmetric, scales, zero_points};
+  check_rtn_arguments("rtn", weight, grid);
+  check_rtn_values("rtn", weight, grid);
+  const QuantizedWeight result = algorithms::rtn(weight, bits, group_size, symmetric, scales, zero_points);
+  return {result.codes, result.scales, result.zero_points};
+}
+
+GptqTuple run_gptq(const char* op, Algorithm algorithm, const at::Tensor& weight, const at::Tensor& hessian,
+                   const GridArguments& grid, double ridge, int64_t block_size, std::string_view group_scales,
+                   std::string_view column_order) {
+  const at::NoGradGuard no_grad;
+  const GptqOptions options =
+      check_gptq_arguments(op, weight, hessian, grid, ridge, block_size, group_scales, column_order);
+  check_gptq_values(op, weight, hessian, grid);
+  const GptqResult result = algorithm(weight, hessian, options);
+  TORCH_CHECK_VALUE(result.row_loss.isfinite().all().item<bool>(), op,
+                    ": expected weight and hessian whose products are finite in ", result.row_loss.dtype(),
+                    ", but got a row loss that is not");
+  return {result.codes, result.scales, result.zero_points, result.row_loss};
+}
+
+GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
+               double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
+               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+  return run_gptq("gptq", algorithms::gptq, weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge,
+                  block_size, group_scales, column_order);
+}
+
+GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
+                         bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
+                         std::string_view column_order, const std::optional<at::Tensor>& scales,
+                         const std::optional<at::Tensor>& zero_points) {
+  return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian,
+                  {bits, group_size, symmetric, scales, zero_points}, ridge, block_size, group_scales, column_order);
+}
+
+at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+  const at::NoGradGuard no_grad;
+  check_hessian_update_arguments(hessian, inputs);
+  check_hessian_update_values(inputs);
+  algorithms::hessian_update(hessian, inputs);
+  return hessian;
+}
+
+at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+  const at::NoGradGuard no_grad;
+  check_quantization_loss_arguments(weight, dequantized, hessian);
+  return algorithms::quantization_loss(weight, dequantized, hessian);
+}
+
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                      int64_t group_size) {
+  const at::NoGradGuard no_grad;
+  check_dequantize_arguments(codes, scales, zero_points, group_size);
+  return algorithms::dequantize(codes, scales, zero_points, group_size);
+}
+
+at::Tensor pack_int4(const at::Tensor& codes) {
+  check_pack_int4_arguments(codes);
+  check_pack_int4_values(codes);
+  return algorithms::pack_int4(codes);
+}
+
+at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
+  check_unpack_int4_arguments(packed, columns);
+  return algorithms::unpack_int4(packed, columns.guard_int(__FILE__, __LINE__));
+}
+
+}  // namespace
+}  // namespace miniquant::ops
+
+TORCH_LIBRARY_IMPL(miniquant, CPU, m) {
+  m.impl("rtn", miniquant::ops::rtn);
+  m.impl("gptq", miniquant::ops::gptq);
+  m.impl("hessian_update_", miniquant::ops::hessian_update_);
+  m.impl("quantization_loss", miniquant::ops::quantization_loss);
+}
+
+TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) {
+  m.impl("gptq_reference", miniquant::ops::gptq_reference);
+  m.impl("dequantize", miniquant::ops::dequantize);
+  m.impl("pack_int4", miniquant::ops::pack_int4);
+  m.impl("unpack_int4", miniquant::ops::unpack_int4);
+}

@@ -1,0 +1,97 @@
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "algorithms/grid.h"
+#include "ops/checks.h"
+
+// The operators on tensors without data: the same checks, then the shapes and dtypes of the results.
+
+namespace miniquant::ops {
+namespace {
+
+using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+QuantizedTuple empty_quantized(const at::Tensor& weight, int64_t group_size) {
+  const c10::SymInt rows = weight.sym_size(0);
+  const c10::SymInt groups = groups_per_row(group_size, weight.sym_size(1));
+  const auto bytes = weight.options().dtype(at::kChar);
+  return {at::empty_symint({rows, weight.sym_size(1)}, bytes), at::empty_symint({rows, groups}, weight.options()),
+          at::empty_symint({rows, groups}, bytes)};
+}
+
+QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
+                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+  check_rtn_arguments("rtn", weight, {bits, group_size, symmetric, scales, zero_points});
+  return empty_quantized(weight, group_size);
+}
+
+GptqTuple empty_gptq(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                     double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order) {
+  check_gptq_arguments(op, weight, hessian, grid, ridge, block_size, group_scales, column_order);
+  auto [codes, scales, zero_points] = empty_quantized(weight, grid.group_size);
+  const auto options = weight.options().dtype(algorithms::compute_dtype(weight.scalar_type()));
+  return {codes, scales, zero_points, at::empty_symint({weight.sym_size(0)}, options)};
+}
+
+GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
+               double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
+               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+  return empty_gptq("gptq", weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge, block_size,
+                    group_scales, column_order);
+}
+
+GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
+                         bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
+                         std::string_view column_order, const std::optional<at::Tensor>& scales,
+                         const std::optional<at::Tensor>& zero_points) {
+  return empty_gptq("gptq_reference", weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge,
+                    block_size, group_scales, column_order);
+}
+
+at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+  check_hessian_update_arguments(hessian, inputs);
+  return hessian;
+}
+
+at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+  check_quantization_loss_arguments(weight, dequantized, hessian);
+  return at::empty_symint({weight.sym_size(0)},
+                          weight.options().dtype(algorithms::compute_dtype(weight.scalar_type())));
+}
+
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                      int64_t group_size) {
+  check_dequantize_arguments(codes, scales, zero_points, group_size);
+  return at::empty_symint(codes.sym_sizes(), scales.options());
+}
+
+at::Tensor pack_int4(const at::Tensor& codes) {
+  check_pack_int4_arguments(codes);
+  return at::empty_symint({codes.sym_size(0), (codes.sym_size(1) + 1) / 2}, codes.options().dtype(at::kByte));
+}
+
+at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
+  check_unpack_int4_arguments(packed, columns);
+  return at::empty_symint({packed.sym_size(0), std::move(columns)}, packed.options().dtype(at::kChar));
+}
+
+}  // namespace
+}  // namespace miniquant::ops
+
+TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
+  m.impl("rtn", miniquant::ops::rtn);
+  m.impl("gptq", miniquant::ops::gptq);
+  m.impl("gptq_reference", miniquant::ops::gptq_reference);
+  m.impl("hessian_update_", miniquant::ops::hessian_update_);
+  m.impl("quantization_loss", miniquant::ops::quantization_loss);
+  m.impl("dequantize", miniquant::ops::dequantize);
+  m.impl("pack_int4", miniquant::ops::pack_int4);
+  m.impl("unpack_int4", miniquant::ops::unpack_int4);
+}
