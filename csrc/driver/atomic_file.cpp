@@ -36,8 +36,11 @@ class Descriptor {
 
 // A name in the folder of `target` that nothing has, hidden, so that a listing shows finished files only.
 fs::path sibling(const fs::path& target, std::string_view kind, int attempt) {
-  return target.parent_path() / ("." + target.filename().string() + "." + std::to_string(::getpid()) + "." +
-                                 std::to_string(attempt) + "." + std::string(kind));
+  std::string name = target.filename().string();
+  name.insert(0, 1, '.');
+  name.append(".").append(std::to_string(::getpid())).append(".").append(std::to_string(attempt));
+  name.append(".").append(kind);
+  return target.parent_path() / name;
 }
 
 constexpr int kMaxAttempts = 1000;

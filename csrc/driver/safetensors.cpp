@@ -53,7 +53,7 @@ const ItemType* find_item_type(std::string_view name) {
 }
 
 // 'text', cut to a length that leaves a message readable, without control characters.
-std::string quoted(std::string_view text) {
+std::string in_quotes(std::string_view text) {
   std::string result = "'";
   for (const char c : text.substr(0, kMaxQuoted)) result += static_cast<unsigned char>(c) < 0x20 ? '?' : c;
   if (text.size() > kMaxQuoted) result += "...";
@@ -88,7 +88,7 @@ class HeaderGuard {
         // The depth of a key is that of the values in its object, one more than that of the object's start.
         const auto& key = parsed.get_ref<const std::string&>();
         if (!keys_.at(static_cast<std::size_t>(depth - 1)).insert(key).second) {
-          throw HeaderError("the header has " + quoted(key) + " twice");
+          throw HeaderError("the header has " + in_quotes(key) + " twice");
         }
         break;
       }
@@ -104,7 +104,7 @@ class HeaderGuard {
 
 SafetensorsFile::Entry parse_entry(const std::string& name, const json& value, uint64_t data_bytes) {
   const auto refuse = [&](const std::string& message) -> void {
-    throw HeaderError("tensor " + quoted(name) + ": " + message);
+    throw HeaderError("tensor " + in_quotes(name) + ": " + message);
   };
   if (!value.is_object()) refuse("expected an object, but got " + abbreviated(value));
   for (const char* key : {"dtype", "shape", "data_offsets"}) {
@@ -117,7 +117,7 @@ SafetensorsFile::Entry parse_entry(const std::string& name, const json& value, u
   if (!dtype.is_string()) refuse("expected dtype to be a string, but got " + abbreviated(dtype));
   entry.dtype = dtype.get<std::string>();
   const ItemType* type = find_item_type(entry.dtype);
-  if (type == nullptr) refuse("unknown dtype " + quoted(entry.dtype));
+  if (type == nullptr) refuse("unknown dtype " + in_quotes(entry.dtype));
 
   const json& shape = value["shape"];
   if (!shape.is_array()) refuse("expected shape to be a list, but got " + abbreviated(shape));
@@ -158,7 +158,7 @@ void check_metadata(const json& value) {
   if (!value.is_object()) throw HeaderError("expected __metadata__ to be an object, but got " + abbreviated(value));
   for (const auto& [key, text] : value.items()) {
     if (!text.is_string()) {
-      throw HeaderError("expected __metadata__ to map to strings, but " + quoted(key) + " is " + abbreviated(text));
+      throw HeaderError("expected __metadata__ to map to strings, but " + in_quotes(key) + " is " + abbreviated(text));
     }
   }
 }
@@ -176,10 +176,10 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
   const Item* previous = nullptr;
   for (const Item* item : by_offset) {
     if (item->second.begin < position) {
-      throw HeaderError("tensors " + quoted(previous->first) + " and " + quoted(item->first) + " overlap");
+      throw HeaderError("tensors " + in_quotes(previous->first) + " and " + in_quotes(item->first) + " overlap");
     }
     if (item->second.begin > position) {
-      throw HeaderError(bytes(item->second.begin - position) + " before tensor " + quoted(item->first) +
+      throw HeaderError(bytes(item->second.begin - position) + " before tensor " + in_quotes(item->first) +
                         " belong to no tensor");
     }
     position = item->second.end;
@@ -271,9 +271,9 @@ const std::pair<const std::string, SafetensorsFile::Entry>& SafetensorsFile::fin
       names += ", and " + std::to_string(entries_.size() - listed) + " more";
       break;
     }
-    names += (listed++ == 0 ? "" : ", ") + quoted(other);
+    names += (listed++ == 0 ? "" : ", ") + in_quotes(other);
   }
-  fail((name.empty() ? "has more than one tensor, so its name is needed" : "has no tensor " + quoted(name)) +
+  fail((name.empty() ? "has more than one tensor, so its name is needed" : "has no tensor " + in_quotes(name)) +
        "; it has " + names);
 }
 
@@ -281,7 +281,7 @@ at::Tensor SafetensorsFile::read(const std::string& name) const {
   const auto& [found, entry] = find(name);
   const ItemType* type = find_item_type(entry.dtype);
   if (!type->scalar_type) {
-    fail("tensor " + quoted(found) + ": expected dtype F64, F32, F16 or BF16, but got " + entry.dtype);
+    fail("tensor " + in_quotes(found) + ": expected dtype F64, F32, F16 or BF16, but got " + entry.dtype);
   }
   at::Tensor tensor = at::empty(entry.shape, *type->scalar_type);
   read_exactly(tensor.mutable_data_ptr(), entry.end - entry.begin, entry.begin);

@@ -19,11 +19,11 @@ constexpr std::size_t kRunWidth = kCellWidth * kCellsPerRun;
 constexpr std::size_t kTopRowsShown = 5;
 
 std::string right(const std::string& text, std::size_t width) {
-  return text.size() >= width ? " " + text : std::string(width - text.size(), ' ') + text;
+  return std::string(text.size() >= width ? 1 : width - text.size(), ' ').append(text);
 }
 
 std::string left(const std::string& text, std::size_t width) {
-  return text.size() >= width ? text + " " : text + std::string(width - text.size(), ' ');
+  return text + std::string(text.size() >= width ? 1 : width - text.size(), ' ');
 }
 
 std::string printed(const char* format, double value) {
@@ -92,8 +92,9 @@ class Grid {
     line("", [](const Run& run) {
       const std::string& name = run.problem.name;
       const std::size_t rule = kRunWidth - 2 - std::min(name.size() + 2, kRunWidth - 4);
-      return std::vector<std::string>{"  " + std::string(rule / 2, '-') + " " + name + " " +
-                                      std::string(rule - rule / 2, '-')};
+      std::string cell(2, ' ');
+      cell.append(rule / 2, '-').append(" ").append(name).append(" ").append(rule - rule / 2, '-');
+      return std::vector<std::string>{cell};
     });
   }
 
