@@ -28,7 +28,8 @@ struct SweepFactor {
   at::Tensor pivot_squared;  ///< compute dtype [K], R_jj^2; 0 where the damped Hessian's diagonal is 0
 };
 
-/// Static scales: blocks are single segments. Dynamic scales: a segment is a group, a block as many whole groups as fit.
+/// Static scales: blocks are single segments. Dynamic scales: a segment is a group, a block as many whole groups as
+/// fit.
 kernels::StripLayout layout_of_sweep(int64_t columns, const GptqOptions& options) {
   const int64_t block_columns = std::min(options.block_size, std::max<int64_t>(columns, 1));
   if (options.group_scales == GroupScales::kStatic) {
@@ -54,9 +55,8 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& optio
   const at::Tensor packed = at::empty({layout.packed_size}, ordered.options().dtype(dtype));
   const double* const l = ordered.const_data_ptr<double>();  // L[j, i] = R[i, j]
   dispatch_compute(dtype, [&]<typename T>() {
-    pack_triangle(layout, packed.mutable_data_ptr<T>(), [&](int64_t i, int64_t j) {
-      return static_cast<T>(l[j * columns + i] / l[j * columns + j]);
-    });
+    pack_triangle(layout, packed.mutable_data_ptr<T>(),
+                  [&](int64_t i, int64_t j) { return static_cast<T>(l[j * columns + i] / l[j * columns + j]); });
   });
   const at::Tensor diagonal = damped.matrix.diagonal().index_select(0, column);
   const at::Tensor pivot_squared = ordered.diagonal().square().mul(diagonal != 0).to(dtype);
@@ -110,13 +110,14 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
 
   const kernels::StripLayout layout = layout_of_sweep(values.size(1), options);
   const SweepFactor factor = factor_for_sweep(hessian, options, dtype, layout);
-  Grid grid = make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales,
-                        options.zero_points);
+  Grid grid =
+      make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
   if (!dynamic_scales && !options.scales.has_value()) {
     compute_scales(grid, values);
   }
   at::Tensor row_loss;
-  dispatch_compute(dtype, [&]<typename T>() { row_loss = sweep_rows<T>(values, factor, layout, dynamic_scales, grid); });
+  dispatch_compute(dtype,
+                   [&]<typename T>() { row_loss = sweep_rows<T>(values, factor, layout, dynamic_scales, grid); });
   return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }
 

@@ -31,8 +31,8 @@
 #include <ATen/ops/linalg_inv.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/outer.h>
-#include <ATen/ops/zeros_like.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -113,8 +113,8 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   at::Tensor W = original.clone();
   const at::Tensor Hinv = inverse_factor(H, damped);
 
-  Grid grid = make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales,
-                        options.zero_points);
+  Grid grid =
+      make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
   at::Tensor scales = grid.scales;
   at::Tensor zero_points = grid.zero_points.to(dtype);
   const auto store_qparams = [&](int64_t group, const QParams& qparams) {

@@ -28,11 +28,11 @@ int64_t groups_per_row(int64_t group_size, int64_t columns);
 /// A weight's codes, scales and zero points while they are being computed: contiguous, scales in the compute dtype.
 struct Grid {
   kernels::CodeRange range;
-  int64_t group_size;       ///< columns per group
-  at::ScalarType stored;    ///< the dtype scales are rounded to and returned in
-  at::Tensor codes;         ///< int8 [N, K]
-  at::Tensor scales;        ///< [N, groups], compute dtype
-  at::Tensor zero_points;   ///< int8 [N, groups]
+  int64_t group_size;      ///< columns per group
+  at::ScalarType stored;   ///< the dtype scales are rounded to and returned in
+  at::Tensor codes;        ///< int8 [N, K]
+  at::Tensor scales;       ///< [N, groups], compute dtype
+  at::Tensor zero_points;  ///< int8 [N, groups]
   [[nodiscard]] at::Tensor stored_scales() const;
 };
 

@@ -10,8 +10,7 @@
 namespace miniquant::algorithms {
 
 at::Tensor pack_int4(const at::Tensor& codes) {
-  const at::Tensor nibbles =
-      at::bitwise_and(at::constant_pad_nd(codes, {0, codes.size(1) % 2}).view(at::kByte), 0x0F);
+  const at::Tensor nibbles = at::bitwise_and(at::constant_pad_nd(codes, {0, codes.size(1) % 2}).view(at::kByte), 0x0F);
   const at::Tensor pairs = nibbles.unflatten(1, {-1, 2});
   return at::bitwise_or(pairs.select(2, 0), at::bitwise_left_shift(pairs.select(2, 1), 4));
 }

@@ -28,9 +28,9 @@ void solve_tile(const T* l, std::int64_t l_ld, std::int64_t n, T* a, std::int64_
                 std::int64_t tile, T* packed) {
   const std::int64_t first_column = tile * kTileRows<T>;
   const std::int64_t width = columns - first_column < kTileRows<T> ? columns - first_column : kTileRows<T>;
-  // Step p solves row n - 1 - p, four steps at a time: X_j = (A_j - sum_{k>j} L_kj X_k) / L_jj. The strip's coefficients
-  // are read in ascending column order, so that step p + c sits in accumulator kStripColumns - 1 - c. A last, narrower
-  // strip reads up to three unused coefficients in front of its own, which lie in the row before.
+  // Step p solves row n - 1 - p, four steps at a time: X_j = (A_j - sum_{k>j} L_kj X_k) / L_jj. The strip's
+  // coefficients are read in ascending column order, so that step p + c sits in accumulator kStripColumns - 1 - c. A
+  // last, narrower strip reads up to three unused coefficients in front of its own, which lie in the row before.
   for (std::int64_t p = 0; p < n; p += kStripColumns) {
     TileAccumulator<T> sum;
     clear(sum);

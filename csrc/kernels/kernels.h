@@ -34,7 +34,8 @@ struct GridView {
   RoundScale<T> round_scale;
 };
 
-/// A GPTQ sweep: docs/algorithm.md, "The form without an inverse". Step j of the sweep quantizes stored column column[j].
+/// A GPTQ sweep: docs/algorithm.md, "The form without an inverse". Step j of the sweep quantizes stored column
+/// column[j].
 template <typename T>
 struct SweepProblem {
   std::int64_t columns;  ///< K

@@ -27,9 +27,10 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> kTypedKernels = {
-    kTileRows<T>,           compute_grid<T>,   round_to_nearest<T>, sweep_workspace<T>, sweep<T>,
-    quadratic_form_workspace<T>, quadratic_form<T>, pack_tile<T>,        rank_update<T>,     factor_block<T>,
-    solve_tile<T>,
+    kTileRows<T>,       compute_grid<T>, round_to_nearest<T>,
+    sweep_workspace<T>, sweep<T>,        quadratic_form_workspace<T>,
+    quadratic_form<T>,  pack_tile<T>,    rank_update<T>,
+    factor_block<T>,    solve_tile<T>,
 };
 
 [[maybe_unused]] constexpr InstructionSet baseline = InstructionSet::kBaseline;

@@ -44,8 +44,8 @@ MINIQUANT_INLINE void store(const TileAccumulator<T>& accumulator, T* to, std::i
 
 /// Terms are added one after the other, so the sum is the same however `count` is split over calls.
 template <typename T>
-MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient,
-                                 std::int64_t coefficient_stride, const T* lanes, std::int64_t count) {
+MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t coefficient_stride,
+                                 const T* lanes, std::int64_t count) {
   TileAccumulator<T> sum = accumulator;
   for (std::int64_t k = 0; k < count; ++k) {
     Vector<T> lane[kVectorsPerTile];

@@ -19,13 +19,13 @@ constexpr std::int64_t kDepth = 24576 / (kTileRows<T> * static_cast<std::int64_t
 /// Where a panel's arrays lie in the workspace. B = max_block_columns.
 template <typename T>
 struct SweepArrays {
-  T* error;        // [tiles][K][lane]       E
-  T* sum;          // [tiles][B][lane]       S
-  T* weight;       // [tiles][B][lane]       W of the block, in the order of the sweep
-  T* level;        // [B][lane]              code - zero point
-  T* scale;        // [tiles][groups][lane]
-  T* zero_point;   // [tiles][groups][lane]
-  double* loss;    // [tiles][lane]
+  T* error;               // [tiles][K][lane]       E
+  T* sum;                 // [tiles][B][lane]       S
+  T* weight;              // [tiles][B][lane]       W of the block, in the order of the sweep
+  T* level;               // [B][lane]              code - zero point
+  T* scale;               // [tiles][groups][lane]
+  T* zero_point;          // [tiles][groups][lane]
+  double* loss;           // [tiles][lane]
   std::int64_t elements;  // of the workspace, in T
 };
 
@@ -165,8 +165,8 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
 
 /// Quantizes the columns of one strip; E[begin : strip) C[begin : strip), strip] is still to be added to S.
 template <typename T>
-MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                     std::int64_t block_begin, std::int64_t strip, std::int64_t begin) {
+MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
+                                     std::int64_t strip, std::int64_t begin) {
   const std::int64_t first = problem.strip_begin[strip];
   const std::int64_t width = problem.strip_begin[strip + 1] - first;
   const T* const coefficient = problem.packed + problem.strip_offset[strip];

@@ -24,8 +24,8 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Tensor& weight,
-                const at::Tensor& hessian, const GptqOptions& options) {
+GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Tensor& weight, const at::Tensor& hessian,
+                const GptqOptions& options) {
   const std::string_view group_scales = options.group_scales == GroupScales::kStatic ? "static" : "dynamic";
   const std::string_view column_order = options.column_order == ColumnOrder::kNatural ? "natural" : "activation";
   auto [codes, scales, zero_points, row_loss] =
@@ -56,8 +56,8 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                       int64_t group_size) {
-  static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t)>(
-      "miniquant::dequantize");
+  static const auto op =
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t)>("miniquant::dequantize");
   return op.call(codes, scales, zero_points, group_size);
 }
 

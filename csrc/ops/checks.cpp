@@ -82,10 +82,9 @@ void check_group_size(const char* op, int64_t group_size) {
 void check_per_group(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& weight,
                      int64_t group_size) {
   const c10::SymInt groups = groups_per_row(group_size, weight.sym_size(1));
-  TORCH_CHECK_VALUE(
-      tensor.dim() == 2 && tensor.sym_size(0) == weight.sym_size(0) && tensor.sym_size(1) == groups, op, ": expected ",
-      argument, " to have shape [N, groups] = [", weight.sym_size(0), ", ", groups, "], but got shape ",
-      tensor.sym_sizes());
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.sym_size(0) == weight.sym_size(0) && tensor.sym_size(1) == groups, op,
+                    ": expected ", argument, " to have shape [N, groups] = [", weight.sym_size(0), ", ", groups,
+                    "], but got shape ", tensor.sym_sizes());
 }
 
 void check_zero_point_dtype(const char* op, const at::Tensor& zero_points) {
@@ -219,8 +218,7 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
   return options;
 }
 
-void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
-                       const GridArguments& grid) {
+void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid) {
   check_rtn_values(op, weight, grid);
   check_finite(op, "hessian", hessian);
   check_symmetric(op, hessian);
@@ -247,8 +245,8 @@ void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tenso
                     ": expected dequantized to have the shape of weight ", weight.sym_sizes(), ", but got shape ",
                     dequantized.sym_sizes());
   TORCH_CHECK_TYPE(dequantized.scalar_type() == weight.scalar_type(), op,
-                   ": expected dequantized to have the dtype of weight (", name_of(weight.scalar_type()),
-                   "), but got ", name_of(dequantized.scalar_type()));
+                   ": expected dequantized to have the dtype of weight (", name_of(weight.scalar_type()), "), but got ",
+                   name_of(dequantized.scalar_type()));
   check_same_device(op, "dequantized", dequantized, "weight", weight);
   check_hessian_of(op, weight, hessian);
 }

@@ -13,8 +13,8 @@
 #include "algorithms/rtn.h"
 #include "ops/checks.h"
 
-// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone is registered for
-// every device.
+// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone is registered
+// for every device.
 
 namespace miniquant::ops {
 namespace {
