@@ -176,8 +176,12 @@ std::string note(const Run& run) {
   const int64_t tokens = run.problem.inputs.size(0);
   const int64_t columns = run.problem.weight.size(1);
   if (tokens < columns) {
-    text += " " + std::to_string(tokens) + " tokens do not determine\n" + std::to_string(columns) +
-            " input features: GPTQ moves its error to where they say nothing. More tokens or a larger --ridge help.";
+    text.append(" ")
+        .append(std::to_string(tokens))
+        .append(" tokens do not determine\n")
+        .append(std::to_string(columns));
+    text.append(
+        " input features: GPTQ moves its error to where they say nothing. More tokens or a larger --ridge help.");
   }
   return text + "\n";
 }
