@@ -1,4 +1,4 @@
-"""What several test files share: where the clone is, a seeded generator, and programs built on the installed library."""
+"""What several test files share: where the clone is, a seeded generator, programs built on the installed library."""
 
 import os
 import subprocess

@@ -19,9 +19,7 @@ def expected_line(problem: Problem, codes_checksum: Checksum) -> str:
     return f"codes_checksum {codes_checksum(miniquant.gptq(*problem, group_size=32).codes)}"
 
 
-def test_headers(
-    consumer: Path, run: Callable[..., str], consumer_problem: Problem, codes_checksum: Checksum
-) -> None:
+def test_headers(consumer: Path, run: Callable[..., str], consumer_problem: Problem, codes_checksum: Checksum) -> None:
     output = run(consumer / "consumer_headers")
     assert expected_line(consumer_problem, codes_checksum) in output.splitlines()
     assert "packs 1 counts 1 textbook 1" in output
