@@ -1,0 +1,52 @@
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "driver/report.h"
+
+namespace miniquant::driver {
+
+/// Two runs with figures that are easy to tell apart; no computation behind them.
+inline std::vector<Run> sample_runs() {
+  Run normal;
+  normal.problem.name = "normal";
+  normal.problem.weight = at::empty({3, 200}, at::kMeta);
+  normal.problem.inputs = at::empty({50, 200}, at::kMeta);
+  normal.problem.fresh_inputs = at::empty({70, 200}, at::kMeta);
+  normal.problem.weight_origin = {"", "", "drawn weight", "F32", {3, 200}, std::string(64, '0')};
+  normal.problem.input_origin = {"", "", "drawn inputs", "F32", {200, 50}, std::string(64, '1')};
+  normal.problem.fresh_input_origin =
+      TensorOrigin{"", "", "drawn fresh inputs", "F32", {200, 70}, std::string(64, '2')};
+  normal.seconds = {{"inputs", 0.5}, {"gptq", 0.25}};
+  Comparison& figures = normal.comparison;
+  figures.rtn = {.row_loss = {1.0, 2.0, 5.0},
+                 .loss = 8.0,
+                 .fresh_loss = 6.0,
+                 .worst_row_perplexity_proxy = 1.5,
+                 .codes_sha256 = std::string(64, 'a')};
+  figures.gptq = {.row_loss = {0.5, 0.5, 1.0},
+                  .loss = 2.0,
+                  .fresh_loss = 9.0,
+                  .worst_row_perplexity_proxy = 1.25,
+                  .codes_sha256 = std::string(64, 'b')};
+  figures.ridge_added = 0.125;
+  figures.n_grid_changes = 60;
+  figures.grid_change_share = 0.1;
+  figures.rows_improved = 3;
+  figures.top_rows_absolute = top_rows_absolute(figures.rtn.row_loss, figures.gptq.row_loss, 10);
+  figures.top_rows_relative = top_rows_relative(figures.rtn.row_loss, figures.gptq.row_loss, 10);
+
+  Run cauchy = normal;
+  cauchy.problem.name = "cauchy";
+  cauchy.comparison.rtn.loss = 0.0;
+  cauchy.comparison.gptq.loss = 0.0;
+  cauchy.comparison.rtn.fresh_loss = std::nullopt;
+  cauchy.comparison.gptq.fresh_loss = std::nullopt;
+  cauchy.comparison.rtn.worst_row_perplexity_proxy = std::nullopt;
+  cauchy.problem.fresh_input_origin.reset();
+  return {normal, cauchy};
+}
+
+}  // namespace miniquant::driver

@@ -1,0 +1,182 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "driver/error.h"
+#include "driver/options.h"
+
+namespace miniquant::driver {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::StartsWith;
+
+using Arguments = std::vector<std::string>;
+
+Options parsed(const Arguments& arguments) { return std::get<Options>(parse_options(arguments)); }
+
+std::string error_of(const Arguments& arguments) {
+  try {
+    static_cast<void>(parse_options(arguments));
+  } catch (const InputError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(Options, DefaultsAreTheLab) {
+  const Options options = parsed({});
+  const auto& source = std::get<SyntheticSource>(options.source);
+  EXPECT_EQ(source.rows, 768);
+  EXPECT_EQ(source.columns, 768);
+  EXPECT_EQ(source.tokens, 128);
+  EXPECT_EQ(source.fresh_tokens, 8192);
+  EXPECT_EQ(source.seed, 42U);
+  EXPECT_THAT(source.distributions, ElementsAre(Distribution::kNormal, Distribution::kCauchy));
+  EXPECT_EQ(options.gptq.bits, 4);
+  EXPECT_EQ(options.gptq.group_size, 64);
+  EXPECT_TRUE(options.gptq.symmetric);
+  EXPECT_EQ(options.gptq.ridge, 0.01);
+  EXPECT_EQ(options.gptq.block_size, 128);
+  EXPECT_EQ(options.gptq.column_order, ColumnOrder::kNatural);
+  EXPECT_EQ(options.gptq.group_scales, GroupScales::kStatic);
+  EXPECT_EQ(options.output, "gptq-toy");
+  EXPECT_EQ(options.threads, 0);
+  EXPECT_FALSE(options.check);
+  EXPECT_FALSE(options.quiet);
+}
+
+TEST(Options, EverythingCanBeSaid) {
+  const Options options = parsed({"--rows",
+                                  "5",
+                                  "--columns",
+                                  "010",
+                                  "--tokens",
+                                  "7",
+                                  "--fresh-tokens",
+                                  "0",
+                                  "--seed",
+                                  "0",
+                                  "--bits",
+                                  "3",
+                                  "--group-size",
+                                  "-1",
+                                  "--asymmetric",
+                                  "--ridge",
+                                  "1e-3",
+                                  "--block-size",
+                                  "9",
+                                  "--group-scales",
+                                  "dynamic",
+                                  "--distribution",
+                                  "cauchy",
+                                  "--output",
+                                  "a/b",
+                                  "--threads",
+                                  "2",
+                                  "--check",
+                                  "--quiet"});
+  const auto& source = std::get<SyntheticSource>(options.source);
+  EXPECT_EQ(source.rows, 5);
+  EXPECT_EQ(source.columns, 10);
+  EXPECT_EQ(source.tokens, 7);
+  EXPECT_EQ(source.fresh_tokens, 0);
+  EXPECT_EQ(source.seed, 0U);
+  EXPECT_THAT(source.distributions, ElementsAre(Distribution::kCauchy));
+  EXPECT_EQ(options.gptq.bits, 3);
+  EXPECT_EQ(options.gptq.group_size, -1);
+  EXPECT_FALSE(options.gptq.symmetric);
+  EXPECT_EQ(options.gptq.ridge, 1e-3);
+  EXPECT_EQ(options.gptq.block_size, 9);
+  EXPECT_EQ(options.gptq.group_scales, GroupScales::kDynamic);
+  EXPECT_EQ(options.output, "a/b");
+  EXPECT_EQ(options.threads, 2);
+  EXPECT_TRUE(options.check);
+  EXPECT_TRUE(options.quiet);
+  EXPECT_EQ(parsed({"--column-order", "activation"}).gptq.column_order, ColumnOrder::kActivation);
+  EXPECT_FALSE(parsed({"--no-symmetric"}).gptq.symmetric);
+  EXPECT_TRUE(parsed({"--symmetric"}).gptq.symmetric);
+  EXPECT_EQ(parsed({"--seed=9223372036854775807"}).output, "gptq-toy");
+}
+
+TEST(Options, Files) {
+  const Options options = parsed({"--weights", "w", "--tensor", "t", "--inputs", "i", "--input-tensor", "x",
+                                  "--fresh-inputs", "f", "--fresh-input-tensor", "y", "--bits", "2"});
+  const auto& source = std::get<FileSource>(options.source);
+  EXPECT_EQ(source.weights, "w");
+  EXPECT_EQ(source.tensor, "t");
+  EXPECT_EQ(source.inputs, "i");
+  EXPECT_EQ(source.input_tensor, "x");
+  EXPECT_EQ(source.fresh_inputs, "f");
+  EXPECT_EQ(source.fresh_input_tensor, "y");
+  EXPECT_EQ(options.gptq.bits, 2);
+}
+
+TEST(Options, BadValuesAreNamed) {
+  struct Case {
+    Arguments arguments;
+    std::string message;
+  };
+  const std::vector<Case> cases = {
+      {{"--bits", "1"}, "--bits: expected an integer from 2 to 8, but got '1'"},
+      {{"--bits", "9"}, "--bits: expected an integer from 2 to 8, but got '9'"},
+      {{"--bits", "4.0"}, "--bits: expected an integer from 2 to 8, but got '4.0'"},
+      {{"--bits", "four"}, "--bits: expected an integer from 2 to 8, but got 'four'"},
+      {{"--rows", "0"}, "--rows: expected an integer from 1 to 16777216, but got '0'"},
+      {{"--columns", "-3"}, "--columns: expected an integer from 1 to 16777216, but got '-3'"},
+      {{"--tokens", "0"}, "--tokens: expected an integer from 1 to 16777216, but got '0'"},
+      {{"--fresh-tokens", "-1"}, "--fresh-tokens: expected an integer from 0 to 16777216, but got '-1'"},
+      {{"--tokens", "99999999999999999999"}, "--tokens: expected an integer from 1 to 16777216, but got '999"},
+      {{"--seed", "-1"}, "--seed: expected an integer from 0 to 9223372036854775807, but got '-1'"},
+      {{"--group-size", "0"}, "--group-size: expected a positive integer, or -1 for one group per row, but got '0'"},
+      {{"--group-size", "-2"}, "--group-size: expected a positive integer, or -1 for one group per row, but got '-2'"},
+      {{"--ridge", "-0.1"}, "--ridge: expected a finite number of at least 0, but got '-0.1'"},
+      {{"--ridge", "nan"}, "--ridge: expected a finite number of at least 0, but got 'nan'"},
+      {{"--ridge", "inf"}, "--ridge: expected a finite number of at least 0, but got 'inf'"},
+      {{"--ridge", "1e-2x"}, "--ridge: expected a finite number of at least 0, but got '1e-2x'"},
+      {{"--block-size", "0"}, "--block-size: expected an integer from 1 to 16777216, but got '0'"},
+      {{"--column-order", "random"}, "--column-order: expected one of natural, activation, but got 'random'"},
+      {{"--group-scales", "Static"}, "--group-scales: expected one of static, dynamic, but got 'Static'"},
+      {{"--distribution", "uniform"}, "--distribution: expected one of normal, cauchy, both, but got 'uniform'"},
+      {{"--threads", "0"}, "--threads: expected an integer from 1 to 1024, but got '0'"},
+      {{"--output", ""}, "--output: expected a name, but got an empty one"},
+      {{"--weights", "w", "--inputs", "i", "--tensor", ""}, "--tensor: expected a name, but got an empty one"},
+      {{"--weights", "w"}, "--weights: expected --inputs with it, but it is missing"},
+      {{"--inputs", "i"}, "--inputs: expected --weights with it, but it is missing"},
+      {{"--tensor", "t"}, "--tensor: expected --weights with it, but it is missing"},
+      {{"--fresh-inputs", "f"}, "--fresh-inputs: expected --weights with it, but it is missing"},
+      {{"--weights", "w", "--inputs", "i", "--fresh-input-tensor", "y"},
+       "--fresh-input-tensor: expected --fresh-inputs with it, but it is missing"},
+      {{"--weights", "w", "--inputs", "i", "--rows", "3"}, "--rows: expected not with --weights"},
+      {{"--weights", "w", "--inputs", "i", "--seed", "3"}, "--seed: expected not with --weights"},
+      {{"--weights", "w", "--inputs", "i", "--distribution", "both"}, "--distribution: expected not with --weights"},
+      {{"--group-scales", "dynamic", "--column-order", "activation"},
+       "--group-scales: expected static with --column-order activation, but got dynamic"},
+  };
+  for (const Case& c : cases) EXPECT_THAT(error_of(c.arguments), StartsWith(c.message)) << c.message;
+}
+
+// The texts are CLI11's and change with its version; that they name the option does not.
+TEST(Options, UnknownAndIncompleteOptionsAreNamed) {
+  EXPECT_THAT(error_of({"--bitz", "4"}), HasSubstr("--bitz"));
+  EXPECT_THAT(error_of({"stray"}), HasSubstr("stray"));
+  EXPECT_THAT(error_of({"--bits"}), HasSubstr("--bits"));
+  EXPECT_THAT(error_of({"--bits", "4", "--bits", "5"}), HasSubstr("--bits"));
+}
+
+TEST(Options, HelpAndVersion) {
+  const std::string help = std::get<Information>(parse_options({"--help"})).text;
+  for (const char* option :
+       {"--rows",         "--columns",    "--tokens",     "--fresh-tokens", "--seed",         "--distribution",
+        "--weights",      "--tensor",     "--inputs",     "--input-tensor", "--fresh-inputs", "--fresh-input-tensor",
+        "--bits",         "--group-size", "--asymmetric", "--ridge",        "--block-size",   "--column-order",
+        "--group-scales", "--output",     "--threads",    "--check",        "--quiet",        "--version",
+        "Examples:",      "Exit codes:"}) {
+    EXPECT_THAT(help, HasSubstr(option));
+  }
+  EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,
+              testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\.13\\..*\\)\n"));
+}
+
+}  // namespace
+}  // namespace miniquant::driver

@@ -1,0 +1,108 @@
+#include <ATen/Parallel.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "driver/report.h"
+#include "driver/sha256.h"
+#include "sample_runs.h"
+
+namespace miniquant::driver {
+namespace {
+
+using nlohmann::json;
+
+TEST(Report, ResultsHoldTheFigures) {
+  const json document = json::parse(results_json({}, sample_runs()));
+  EXPECT_EQ(document["schema_version"], 1);
+  EXPECT_EQ(document["setup"]["rows"], 3);
+  EXPECT_EQ(document["setup"]["columns"], 200);
+  EXPECT_EQ(document["setup"]["tokens"], 50);
+  EXPECT_EQ(document["setup"]["fresh_tokens"], 70);
+  EXPECT_EQ(document["setup"]["ridge"], 0.01);
+  EXPECT_EQ(document["setup"]["seed"], 42);
+  EXPECT_EQ(document["setup"]["weight_source"]["kind"], "random");
+  const json& normal = document["runs"]["normal"];
+  EXPECT_EQ(normal["loss_rtn"], 8.0);
+  EXPECT_EQ(normal["loss_gptq"], 2.0);
+  EXPECT_EQ(normal["loss_ratio"], 0.25);
+  EXPECT_EQ(normal["fresh_loss_ratio"], 1.5);
+  EXPECT_EQ(normal["n_grid_changes"], 60);
+  EXPECT_EQ(normal["grid_change_share"], 0.1);
+  EXPECT_EQ(normal["row_loss_rtn"], json({1.0, 2.0, 5.0}));
+  EXPECT_EQ(normal["row_loss_gptq"], json({0.5, 0.5, 1.0}));
+  EXPECT_EQ(normal["worst_row_perplexity_proxy_gptq"], 1.25);
+  EXPECT_EQ(normal["top_rows_absolute"][0], json({{"row", 2}, {"loss_rtn", 5.0}, {"loss_gptq", 1.0}, {"gain", 4.0}}));
+  EXPECT_EQ(normal["codes_sha256_gptq"], std::string(64, 'b'));
+  const json& cauchy = document["runs"]["cauchy"];
+  EXPECT_TRUE(cauchy["loss_ratio"].is_null());
+  EXPECT_TRUE(cauchy["fresh_loss_rtn"].is_null());
+  EXPECT_TRUE(cauchy["fresh_loss_ratio"].is_null());
+  EXPECT_TRUE(cauchy["worst_row_perplexity_proxy_rtn"].is_null());
+  EXPECT_TRUE(cauchy["fresh_input_source"].is_null());
+}
+
+TEST(Report, EveryUnitIsOfAFigureThatExists) {
+  const json document = json::parse(results_json({}, sample_runs()));
+  for (const auto& [name, unit] : document["units"].items()) {
+    const std::string figure = name.substr(0, name.find('.'));
+    EXPECT_TRUE(document["runs"]["normal"].contains(figure)) << name;
+    EXPECT_FALSE(unit.get<std::string>().empty());
+  }
+}
+
+TEST(Report, FilesHaveNoSeed) {
+  Options options;
+  options.source = FileSource{};
+  std::vector<Run> runs = sample_runs();
+  runs[0].problem.weight_origin.file = "w.safetensors";
+  runs[0].problem.weight_origin.tensor = "fc.weight";
+  const json document = json::parse(results_json(options, runs));
+  EXPECT_TRUE(document["setup"]["seed"].is_null());
+  EXPECT_EQ(document["setup"]["weight_source"]["kind"], "file");
+  EXPECT_EQ(document["setup"]["weight_source"]["tensor"], "fc.weight");
+  EXPECT_TRUE(json::parse(manifest_json(options, runs, {}, ""))["seed"].is_null());
+}
+
+TEST(Report, TimesAreInTheManifestOnly) {
+  std::vector<Run> runs = sample_runs();
+  const std::string results = results_json({}, runs);
+  runs[0].seconds[0].second = 123.0;
+  EXPECT_EQ(results_json({}, runs), results);
+  Options options;
+  options.threads = 7;
+  options.output = "elsewhere";
+  options.quiet = true;
+  EXPECT_EQ(results_json(options, runs), results);
+
+  const json manifest = json::parse(manifest_json({}, runs, {"gptq_toy", "--bits", "4"}, results));
+  EXPECT_EQ(manifest["seconds"]["normal"], json({{"inputs", 123.0}, {"gptq", 0.25}}));
+  EXPECT_EQ(manifest["seconds"]["cauchy"]["inputs"], 0.5);
+  EXPECT_EQ(manifest["command"], json({"gptq_toy", "--bits", "4"}));
+  EXPECT_EQ(manifest["outputs"], json({{"results.json", sha256(results)}}));
+  EXPECT_EQ(manifest["threads"], at::get_num_threads());
+  EXPECT_TRUE(manifest["check"].is_null());
+}
+
+TEST(Report, TheManifestHoldsTheCheck) {
+  std::vector<Run> runs = sample_runs();
+  runs[0].comparison.check = CheckFigures{.agreements = {{.name = "a",
+                                                          .differing_codes = 3,
+                                                          .differing_rows = 2,
+                                                          .largest_row_loss_difference = 0.5,
+                                                          .loss_difference = 0.25}},
+                                          .passed = true};
+  const json manifest = json::parse(manifest_json({}, runs, {}, ""));
+  EXPECT_EQ(manifest["check"]["normal"]["passed"], true);
+  EXPECT_EQ(manifest["check"]["normal"]["agreements"][0]["differing_codes"], 3);
+  EXPECT_FALSE(manifest["check"].contains("cauchy"));
+}
+
+TEST(Report, AnArgumentThatIsNotUtf8IsReplaced) {
+  const std::string text = manifest_json({}, sample_runs(), {"gptq_toy", "--output", "\xFF"}, "");
+  EXPECT_EQ(json::parse(text)["command"][2], "\xEF\xBF\xBD");
+}
+
+}  // namespace
+}  // namespace miniquant::driver

@@ -1,0 +1,70 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <sstream>
+
+#include "driver/table.h"
+#include "sample_runs.h"
+
+namespace miniquant::driver {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+std::string line_with(const std::string& text, const std::string& start) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with(start)) return line;
+  }
+  return "no line starts with " + start;
+}
+
+TEST(Table, ShowsBothRunsSideBySide) {
+  const std::string text = table({}, sample_runs());
+  EXPECT_THAT(text, HasSubstr("3 x 200, random, seed 42"));
+  EXPECT_THAT(text, HasSubstr("50 calibration tokens, 70 fresh ones"));
+  EXPECT_THAT(text, HasSubstr("4 bits, symmetric, groups of 64, static scales"));
+  EXPECT_THAT(line_with(text, "calibration loss"), testing::MatchesRegex("calibration loss +8 +2 +0.25 +0 +0 +-"));
+  EXPECT_THAT(line_with(text, "fresh loss"), testing::MatchesRegex("fresh loss +6 +9 +1.5 +- +- +-"));
+  EXPECT_THAT(line_with(text, "worst row"), testing::MatchesRegex("worst row ppl proxy +1.5 +1.25 +- +1.25"));
+  EXPECT_THAT(line_with(text, "codes changed"), testing::MatchesRegex("codes changed +60 +10.00% +60 +10.00%"));
+  EXPECT_THAT(line_with(text, "  gptq"), testing::MatchesRegex("  gptq +0.2500 +0.2500"));
+}
+
+TEST(Table, FitsATerminalAndIsPlain) {
+  const std::string text = table({}, sample_runs());
+  EXPECT_EQ(text.back(), '\n');
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    EXPECT_LE(line.size(), 110U) << line;
+    EXPECT_TRUE(line.empty() || line.back() != ' ') << line;
+    for (const char c : line) EXPECT_TRUE(c >= ' ' && c <= '~') << line;
+  }
+}
+
+TEST(Table, AFreshLossAboveRtnIsPointedOut) {
+  std::vector<Run> runs = sample_runs();
+  EXPECT_THAT(table({}, runs), HasSubstr("note: on the fresh inputs of 'normal' GPTQ's loss is 1.5 times that of RTN. "
+                                         "50 tokens do not determine\n200 input features"));
+  EXPECT_THAT(table({}, runs), Not(HasSubstr("inputs of 'cauchy'")));
+  runs[0].comparison.gptq.fresh_loss = 3.0;
+  EXPECT_THAT(table({}, runs), Not(HasSubstr("note:")));
+}
+
+TEST(Table, ShowsTheCheck) {
+  std::vector<Run> runs = sample_runs();
+  EXPECT_THAT(table({}, runs), Not(HasSubstr("check")));
+  runs[1].comparison.check = CheckFigures{.agreements = {{.name = "a and b",
+                                                          .differing_codes = 3,
+                                                          .differing_rows = 2,
+                                                          .largest_row_loss_difference = 0.5,
+                                                          .loss_difference = 0.25}},
+                                          .passed = false};
+  const std::string text = table({}, runs);
+  EXPECT_THAT(text, HasSubstr("check, cauchy: FAILED"));
+  EXPECT_THAT(text, testing::ContainsRegex("a and b +3 codes differ, in 2 rows; loss differs by 0.25"));
+}
+
+}  // namespace
+}  // namespace miniquant::driver
