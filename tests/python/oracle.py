@@ -13,6 +13,7 @@ It shares nothing with the library but the definition of the grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,6 +43,16 @@ class Quantized:
     tie_distance: Matrix  # [N, K]: from the nearest rounding tie, in levels (units of the scale)
     zero_tie_distance: Matrix  # [N, G]: the same of the zero point
     tie_tolerance: float  # levels; see `tie_tolerance`
+    loss_rounding: float  # what is left of a loss that is 0 but for rounding: (8 K eps)^2 of the largest w H w^T
+
+
+SMALLEST_SCALE = {
+    torch.float64: 2.0**-1022,
+    torch.float32: 2.0**-126,
+    torch.bfloat16: 2.0**-126,
+    torch.float16: 2.0**-24,
+}
+"""A group that is not all 0 never gets scale 0: the smallest normal number, but in float16 the smallest of all."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,14 +82,15 @@ def group_grid(values: Tensor, bits: int, *, symmetric: bool, stored: torch.dtyp
     if symmetric:
         scale = values.abs().amax(1) / code_max
         empty = scale == 0
-        scale = torch.where(empty, 1.0, scale).to(stored).to(values.dtype)
+        scale = _stored_scale(torch.where(empty, 1.0, scale), stored)
         return scale, torch.zeros_like(scale), torch.full_like(scale, 0.5)
     low = values.amin(1).clamp(max=0)
     high = values.amax(1).clamp(min=0)
-    scale = (high - low) / (code_max - code_min)
-    scale = torch.where(scale == 0, 1.0, scale).to(stored).to(values.dtype)
-    offset = (-low / scale).clamp(0, code_max - code_min)
     empty = low == high
+    # Halves, so that the range of the largest weights does not overflow.
+    scale = (high / 2 - low / 2) / (code_max - code_min) * 2
+    scale = _stored_scale(torch.where(empty, 1.0, scale), stored)
+    offset = (-low / scale).clamp(0, code_max - code_min)
     zero_point = torch.where(empty, 0.0, code_min + offset.round())
     return scale, zero_point, _distance_from_tie(offset)
 
@@ -139,8 +151,8 @@ def tie_tolerance(hessian: Matrix, bits: int) -> float:
     """How far from a tie, in levels, float64 rounding may push a target over it.
 
     A backward stable factorization followed by substitution quantizes for a Hessian perturbed by a small multiple of
-    K eps |H| (here 4). That moves the targets by at most the condition number times as much, relative to their size, and near a
-    tie of the grid they are at most 2^(bits-1) levels large.
+    K eps |H| (here 4). That moves the targets by at most the condition number times as much, relative to their size,
+    and near a tie of the grid they are at most 2^(bits-1) levels large.
     """
     columns = max(hessian.shape[0], 1)
     condition = float(np.linalg.cond(hessian)) if hessian.size else 1.0
@@ -225,6 +237,9 @@ def gptq(
         tie_distance=tie,
         zero_tie_distance=zero_tie,
         tie_tolerance=tie_tolerance(pivoted, bits),
+        loss_rounding=float(
+            (8 * columns * np.finfo(np.float64).eps) ** 2 * quadratic_form(original, damped).max(initial=0.0)
+        ),
     )
 
 
@@ -287,8 +302,9 @@ class Lab:
     fresh_hessian: Tensor  # of 8192 tokens of the same distribution
 
 
+@cache
 def lab(distribution: Literal["normal", "cauchy"]) -> Lab:
-    """As the driver draws it. Leaves the default generator as it was."""
+    """As the driver draws it. Leaves the default generator as it was. Shared by its users: not to be written to."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(42)
         weight = torch.randn(768, 768) * 0.02
@@ -324,6 +340,11 @@ def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
 def option_id(options: Mapping[str, Any]) -> str:
     """A test's name from its options."""
     return "-".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+
+
+def _stored_scale(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """In the dtype of `scale`, as rounded to `stored`."""
+    return scale.to(stored).to(scale.dtype).clamp(min=SMALLEST_SCALE[stored])
 
 
 def _distance_from_tie(level: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ GPTQ_IDS = ["gptq", "gptq_reference"]
 # rows than a panel, not a multiple of a tile.
 SHAPES = [(1, 1), (1, 65), (3, 1), (5, 7), (33, 96), (101, 131)]
 
+# The reference has no tiles, and a loop in place of them.
+REFERENCE_SHAPES = [(1, 1), (5, 7), (9, 65)]
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"group_size": 1},
@@ -55,7 +58,7 @@ def damped_loss(
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=oracle.option_id)
 def test_the_oracles_codes_in_float64(gptq: Any, options: dict[str, Any]) -> None:
-    for rows, columns in SHAPES:
+    for rows, columns in SHAPES if gptq is miniquant.gptq else REFERENCE_SHAPES:
         weight, hessian = oracle.layer(rows, columns, 2 * columns)
         actual = gptq(weight, hessian, **options)
         expected = oracle.gptq(weight, hessian, **oracle_options(options))
@@ -66,12 +69,12 @@ def test_the_oracles_codes_in_float64(gptq: Any, options: dict[str, Any]) -> Non
             torch.testing.assert_close(actual.scales, expected.scales, rtol=expected.tie_tolerance, atol=0.0)
         else:
             assert torch.equal(actual.scales, expected.scales), "static scales are the definition's, bit for bit"
-        # The two losses sum rounding errors of the same targets; relative to the row with the largest.
+        # Losses of the same codes, relative to the row with the largest.
         torch.testing.assert_close(
             actual.row_loss,
             torch.from_numpy(expected.row_loss),
             rtol=expected.tie_tolerance,
-            atol=expected.tie_tolerance * float(expected.row_loss.max()),
+            atol=expected.tie_tolerance * float(expected.row_loss.max()) + expected.loss_rounding,
         )
 
 
@@ -93,7 +96,8 @@ def test_the_references_codes_in_float64(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=oracle.option_id)
 def test_the_oracles_loss_in_float32(gptq: Any, options: dict[str, Any]) -> None:
-    weight, hessian = oracle.layer(101, 131, 262, dtype=torch.float32)
+    rows = 101 if gptq is miniquant.gptq else 40
+    weight, hessian = oracle.layer(rows, 131, 262, dtype=torch.float32)
     actual = gptq(weight, hessian, **options)
     expected = oracle.gptq(weight, hessian, **oracle_options(options))
     group_size, ridge = options.get("group_size", 64), options.get("ridge", 0.01)
@@ -102,7 +106,10 @@ def test_the_oracles_loss_in_float32(gptq: Any, options: dict[str, Any]) -> None
         assert torch.equal(actual.zero_points, expected.zero_points)
     assert actual.row_loss.dtype == torch.float32
     loss = damped_loss(weight, hessian, actual, group_size, ridge)
-    assert abs(float(loss.sum()) / float(expected.row_loss.sum()) - 1) <= 1e-3
+    # A dynamic zero point that is near to a tie moves every code of its group; a scale of the wrong weights costs tens
+    # of percent.
+    tolerance = 5e-3 if options.get("group_scales") == "dynamic" else 1e-3
+    assert abs(float(loss.sum()) / float(expected.row_loss.sum()) - 1) <= tolerance
     # A target moves by about the condition number of H times float32's eps: few codes are that near to a tie.
     assert (actual.codes != expected.codes).double().mean() <= 5e-3
 
@@ -113,7 +120,7 @@ def test_the_oracles_loss_in_float32(gptq: Any, options: dict[str, Any]) -> None
 def test_half_types_are_computed_in_float32_with_the_rounded_scales(
     symmetric: bool, dtype: torch.dtype, gptq: Any
 ) -> None:
-    weight, hessian = oracle.layer(65, 128, 300, dtype=dtype)
+    weight, hessian = oracle.layer(65, 96, 300, dtype=dtype)
     result = gptq(weight, hessian, group_size=32, symmetric=symmetric)
     _, scales, zero_points = oracle.rtn(weight, group_size=32, symmetric=symmetric)
     assert result.scales.dtype == dtype
