@@ -28,7 +28,7 @@ at::Tensor with_dead_inputs_decoupled(const at::Tensor& matrix) {
 
 void throw_not_positive_definite(const char* op, const DampedHessian& damped) {
   const at::Tensor matrix = with_dead_inputs_decoupled(damped.matrix.to(at::kDouble));
-  const int64_t leading_minor = std::get<1>(at::linalg_cholesky_ex(matrix)).item<int64_t>();
+  const auto leading_minor = std::get<1>(at::linalg_cholesky_ex(matrix)).item<int64_t>();
   const std::string minor = leading_minor > 0
                                 ? "the leading minor of order " + std::to_string(leading_minor) + " is not"
                                 : "it is not to working precision (all leading minors are positive in float64)";

@@ -54,7 +54,7 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& optio
 
   const at::Tensor packed = at::empty({layout.packed_size}, ordered.options().dtype(dtype));
   const double* const l = ordered.const_data_ptr<double>();  // L[j, i] = R[i, j]
-  dispatch_compute(dtype, [&]<typename T>() {
+  dispatch_compute(dtype, [&]<typename T> {
     pack_triangle(layout, packed.mutable_data_ptr<T>(),
                   [&](int64_t i, int64_t j) { return static_cast<T>(l[j * columns + i] / l[j * columns + j]); });
   });
@@ -116,8 +116,7 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
     compute_scales(grid, values);
   }
   at::Tensor row_loss;
-  dispatch_compute(dtype,
-                   [&]<typename T>() { row_loss = sweep_rows<T>(values, factor, layout, dynamic_scales, grid); });
+  dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, layout, dynamic_scales, grid); });
   return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }
 

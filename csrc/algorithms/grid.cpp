@@ -7,6 +7,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -40,7 +41,7 @@ kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
 at::ScalarType compute_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 kernels::CodeRange code_range(int64_t bits, bool symmetric) {
-  const int32_t half = 1 << (bits - 1);
+  const auto half = static_cast<int32_t>(std::exp2(bits - 1));
   return {symmetric ? 1 - half : -half, half - 1, symmetric};
 }
 
@@ -99,7 +100,7 @@ template kernels::GridView<float> view(const Grid& grid);
 template kernels::GridView<double> view(const Grid& grid);
 
 void compute_scales(Grid& grid, const at::Tensor& weight) {
-  dispatch_compute(weight.scalar_type(), [&]<typename T>() {
+  dispatch_compute(weight.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);
     const T* const values = weight.const_data_ptr<T>();
     const int64_t columns = weight.size(1);

@@ -41,7 +41,7 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs) {
   }
   const at::Tensor tokens = inputs.reshape({-1, columns}).to(hessian.scalar_type()).contiguous();
   const at::Tensor sum = hessian.contiguous();
-  dispatch_compute(hessian.scalar_type(), [&]<typename T>() {
+  dispatch_compute(hessian.scalar_type(), [&]<typename T> {
     const int64_t lanes = typed_kernels<T>().tile_rows;
     const at::Tensor tiles = at::empty({(columns + lanes - 1) / lanes, kTokensPerSum, lanes}, sum.options());
     add_products(sum.mutable_data_ptr<T>(), columns, tokens.const_data_ptr<T>(), tokens.size(0),

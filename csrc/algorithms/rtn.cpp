@@ -12,7 +12,7 @@ QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, 
   if (!scales.has_value()) {
     compute_scales(grid, values);
   }
-  dispatch_compute(values.scalar_type(), [&]<typename T>() {
+  dispatch_compute(values.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);
     const T* const from = values.const_data_ptr<T>();
     const int64_t columns = values.size(1);

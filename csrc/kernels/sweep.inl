@@ -16,6 +16,11 @@
 template <typename T>
 constexpr std::int64_t kDepth = 24576 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
 
+template <typename T>
+constexpr std::int64_t kElementsPerDouble = 1;
+template <>
+constexpr std::int64_t kElementsPerDouble<float> = 2;
+
 /// Where a panel's arrays lie in the workspace. B = max_block_columns.
 template <typename T>
 struct SweepArrays {
@@ -47,7 +52,7 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   arrays.level = take(kTileRows<T> * problem.max_block_columns);
   arrays.scale = take(tile_columns * problem.grid.groups);
   arrays.zero_point = take(tile_columns * problem.grid.groups);
-  arrays.loss = reinterpret_cast<double*>(take(tile_columns * static_cast<std::int64_t>(sizeof(double) / sizeof(T))));
+  arrays.loss = reinterpret_cast<double*>(take(tile_columns * kElementsPerDouble<T>));
   arrays.elements = used;
   return arrays;
 }
@@ -94,36 +99,40 @@ MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// S[strip] += E[begin : end) C[begin : end), strip] for the strips [strip_begin, strip_end).
+/// Indices [begin, end): of strips, or of columns in the order of the sweep.
+struct Span {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+/// S[strips] += E[errors] C[errors, strips].
 template <typename T>
 MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                         std::int64_t block_begin, std::int64_t strip_begin, std::int64_t strip_end,
-                                         std::int64_t begin, std::int64_t end) {
-  for (std::int64_t strip = strip_begin; strip < strip_end; ++strip) {
+                                         std::int64_t block_begin, Span strips, Span errors) {
+  for (std::int64_t strip = strips.begin; strip < strips.end; ++strip) {
     const std::int64_t first = problem.strip_begin[strip];
     const std::int64_t width = problem.strip_begin[strip + 1] - first;
     T* const sum = tile.sum + (first - block_begin) * kTileRows<T>;
     TileAccumulator<T> accumulator;
     load(accumulator, sum, width);
-    accumulate(accumulator, problem.packed + problem.strip_offset[strip] + begin * kStripColumns, kStripColumns,
-               tile.error + begin * kTileRows<T>, end - begin);
+    accumulate(accumulator, problem.packed + problem.strip_offset[strip] + errors.begin * kStripColumns, kStripColumns,
+               tile.error + errors.begin * kTileRows<T>, errors.end - errors.begin);
     store(accumulator, sum, width);
   }
 }
 
-/// Scale and zero point of the group that is the segment [begin, end) from its weights as updated by every earlier
-/// column: W + X with X C_GG = S. Uses the group's part of E, which is not yet set, for -X.
+/// Scale and zero point of the group that starts at column `begin` and has the strips `strips`, from its weights as
+/// updated by every earlier column: W + X with X C_GG = S. Uses the group's part of E, which is not yet set, for -X.
 template <typename T>
 MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                       std::int64_t block_begin, std::int64_t strip_begin, std::int64_t strip_end,
-                                       std::int64_t begin) {
+                                       std::int64_t block_begin, Span strips, std::int64_t begin) {
   Vector<T> lowest[kVectorsPerTile];
   Vector<T> highest[kVectorsPerTile];
   for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
     lowest[v] = broadcast<T>(static_cast<T>(__builtin_inf()));
     highest[v] = -lowest[v];
   }
-  for (std::int64_t strip = strip_begin; strip < strip_end; ++strip) {
+  for (std::int64_t strip = strips.begin; strip < strips.end; ++strip) {
     const std::int64_t first = problem.strip_begin[strip];
     const std::int64_t width = problem.strip_begin[strip + 1] - first;
     const T* const coefficient = problem.packed + problem.strip_offset[strip];
@@ -265,28 +274,27 @@ void sweep(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t 
     for (std::int64_t begin = 0; begin < block_begin; begin += kDepth<T>) {
       const std::int64_t end = block_begin - begin < kDepth<T> ? block_begin : begin + kDepth<T>;
       for (std::int64_t t = 0; t < tiles; ++t) {
-        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), block_begin, block_strip, strip,
-                           begin, end);
+        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), block_begin, {block_strip, strip},
+                           {begin, end});
       }
     }
 
     for (std::int64_t t = 0; t < tiles; ++t) {
       const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
-      std::int64_t segment_strip = block_strip;
+      Span strips = {block_strip, block_strip};
       for (std::int64_t s = block_segment; s < segment; ++s) {
         const std::int64_t begin = problem.segment_begin[s];
-        std::int64_t segment_strip_end = segment_strip;
-        while (problem.strip_begin[segment_strip_end] < problem.segment_begin[s + 1]) {
-          ++segment_strip_end;
+        while (problem.strip_begin[strips.end] < problem.segment_begin[s + 1]) {
+          ++strips.end;
         }
-        add_earlier_errors(problem, tile, block_begin, segment_strip, segment_strip_end, block_begin, begin);
+        add_earlier_errors(problem, tile, block_begin, strips, {block_begin, begin});
         if (problem.dynamic_scales) {
-          set_dynamic_grid(problem, tile, block_begin, segment_strip, segment_strip_end, begin);
+          set_dynamic_grid(problem, tile, block_begin, strips, begin);
         }
-        for (std::int64_t i = segment_strip; i < segment_strip_end; ++i) {
+        for (std::int64_t i = strips.begin; i < strips.end; ++i) {
           quantize_strip(problem, tile, block_begin, i, begin);
         }
-        segment_strip = segment_strip_end;
+        strips.begin = strips.end;
       }
       write_codes(problem, tile, block_begin, block_end);
     }

@@ -15,11 +15,11 @@ constexpr std::int64_t kVectorsPerTile = 2;
 
 template <typename T>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  using type __attribute__((vector_size(kVectorBytes), may_alias)) = T;
+  using unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias)) = T;
 };
 template <typename T>
-using Vector = typename VectorOf<T>::type;
+using Vector = VectorOf<T>::type;
 
 template <typename T>
 constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
@@ -30,12 +30,12 @@ constexpr std::int64_t kTileRows = kVectorsPerTile * kLanes<T>;
 
 template <typename T>
 MINIQUANT_INLINE Vector<T> load(const T* from) {
-  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+  return *reinterpret_cast<const VectorOf<T>::unaligned*>(from);
 }
 
 template <typename T>
 MINIQUANT_INLINE void store(T* to, Vector<T> value) {
-  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+  *reinterpret_cast<VectorOf<T>::unaligned*>(to) = value;
 }
 
 template <typename T>
@@ -46,9 +46,11 @@ MINIQUANT_INLINE Vector<T> broadcast(T value) {
 /// a * b + c, fused where the instruction set has it.
 MINIQUANT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if defined(__AVX512F__)
-  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return reinterpret_cast<Vector<float>>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return reinterpret_cast<Vector<float>>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
@@ -56,9 +58,11 @@ MINIQUANT_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Ve
 
 MINIQUANT_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
 #if defined(__AVX512F__)
-  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  return reinterpret_cast<Vector<double>>(
+      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
 #elif defined(__FMA__)
-  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  return reinterpret_cast<Vector<double>>(
+      _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
 #else
   return a * b + c;
 #endif
