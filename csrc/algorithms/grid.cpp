@@ -7,7 +7,6 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -41,7 +40,7 @@ kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
 at::ScalarType compute_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 kernels::CodeRange code_range(int64_t bits, bool symmetric) {
-  const auto half = static_cast<int32_t>(std::exp2(bits - 1));
+  const auto half = static_cast<int32_t>(1U << static_cast<unsigned>(bits - 1));
   return {symmetric ? 1 - half : -half, half - 1, symmetric};
 }
 
