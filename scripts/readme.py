@@ -1,0 +1,128 @@
+"""Keeps README.md true: puts into it the files it shows, what the commands it shows print, and the figures it quotes.
+
+A part of README.md between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is made anew:
+
+    file PATH         the file, as a code block
+    output COMMAND    what COMMAND prints, run from the root of the clone
+    results           the table of results, from the results.json files that are committed
+
+Without --check, README.md is written. With it, nothing is, and the exit status says whether README.md is true: numbers
+of an output may differ in what depends on the machine (times, the last digits of a sum), words may not.
+"""
+
+import argparse
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PART = re.compile(r"(<!-- begin (?P<kind>\w+)(?: (?P<argument>.+?))? -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+LANGUAGES = {".py": "python", ".cpp": "cpp", ".txt": "text"}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+# Results are compared to this; lines that state seconds, to nothing.
+RELATIVE_TOLERANCE = 1e-2
+
+
+def block(language: str, text: str) -> str:
+    """A fenced code block."""
+    return f"```{language}\n{text.strip(chr(10))}\n```\n"
+
+
+def file_part(path: str) -> str:
+    """A file as a code block."""
+    return block(LANGUAGES[Path(path).suffix], (ROOT / path).read_text())
+
+
+def output_part(command: str) -> str:
+    """What a command prints, as a code block."""
+    words = shlex.split(command)
+    if words[0] == "python":
+        words[0] = sys.executable
+    run = subprocess.run(words, check=False, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"README.md shows `{command}`, which ended with {run.returncode}:\n{run.stderr}")
+    return block("text", run.stdout)
+
+
+def results_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every run whose results are committed, with what README.md calls it."""
+    lab = json.loads((ROOT / "experiments/26-gptq-toy/results.json").read_text())["runs"]
+    yield "the lab, normal inputs", lab["normal"]
+    yield "the lab, Cauchy inputs", lab["cauchy"]
+    for path in sorted((ROOT / "experiments/minilm").glob("*/results.json")):
+        yield f"MiniLM, `{path.parent.name}`", json.loads(path.read_text())["runs"]["file"]
+
+
+def results_part(_: str) -> str:
+    """The table of results."""
+    lines = [
+        "| layer | loss RTN | loss GPTQ | GPTQ / RTN | fresh loss RTN | fresh loss GPTQ | GPTQ / RTN | codes changed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in results_rows():
+        figures = [
+            f"{run['loss_rtn']:.4g}",
+            f"{run['loss_gptq']:.4g}",
+            f"**{run['loss_ratio']:.3f}**",
+            f"{run['fresh_loss_rtn']:.4g}",
+            f"{run['fresh_loss_gptq']:.4g}",
+            f"**{run['fresh_loss_ratio']:.3f}**",
+            f"{run['grid_change_share']:.1%}",
+        ]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+MAKERS = {"file": file_part, "output": output_part, "results": results_part}
+
+
+def remade(part: re.Match[str]) -> str:
+    """A part as it should be."""
+    return f"{part[1]}{MAKERS[part['kind']](part['argument'] or '')}{part[5]}"
+
+
+def agree(old: str, new: str) -> bool:
+    """Whether two outputs differ only in what depends on the machine."""
+    old_lines, new_lines = old.splitlines(), new.splitlines()
+    timed = False
+    if len(old_lines) != len(new_lines):
+        return False
+    for old_line, new_line in zip(old_lines, new_lines, strict=True):
+        # A table's lines under "seconds" are indented.
+        timed = "second" in new_line or (timed and new_line.startswith(" "))
+        if re.sub(r"\s+", " ", NUMBER.sub("#", old_line)) != re.sub(r"\s+", " ", NUMBER.sub("#", new_line)):
+            return False
+        pairs = zip(NUMBER.findall(old_line), NUMBER.findall(new_line), strict=True)
+        if not timed and not all(math.isclose(float(a), float(b), rel_tol=RELATIVE_TOLERANCE) for a, b in pairs):
+            return False
+    return True
+
+
+def main() -> int:
+    """Writes or checks README.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where README.md is not true")
+    check = parser.parse_args().check
+    text = README.read_text()
+    if not check:
+        README.write_text(PART.sub(remade, text))
+        return 0
+    stale = []
+    for part in PART.finditer(text):
+        made = remade(part)
+        same = agree(part[0], made) if part["kind"] == "output" else part[0] == made
+        if not same:
+            stale.append(f"README.md: `{part['kind']} {part['argument'] or ''}` should read\n{made}")
+    print("\n".join(stale) or "README.md is true")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
