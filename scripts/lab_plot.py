@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -86,8 +87,10 @@ def draw_rows(axes: Axes, rtn: NDArray[np.float64], gptq: NDArray[np.float64], *
     axes.set_xlim(-len(rtn) * 0.01, len(rtn) * 1.01)
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One line of panels per run: rows as they are stored, and sorted by the loss of RTN."""
+def draw(source: Path, path: Path) -> None:
+    """One line of panels per run of a results.json: rows as they are stored, and sorted by the loss of RTN."""
+    content = source.read_bytes()
+    results = json.loads(content)
     setup, runs = results["setup"], results["runs"]
     with mpl.rc_context(STYLE):
         figure, grid = plt.subplots(
@@ -114,8 +117,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             fontsize=13,
             fontweight="bold",
         )
-        # Without the version of matplotlib, and there is no date: the same figures give the same bytes.
-        figure.savefig(path, dpi=130, metadata={"Software": None})
+        # No date and no version, so that the same figures give the same bytes; and which figures they are.
+        metadata = {"Software": None, "Source": f"{source.name} sha256 {hashlib.sha256(content).hexdigest()}"}
+        figure.savefig(path, dpi=130, metadata=metadata)
         plt.close(figure)
 
 
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="?", default=LAB / "results.json", help="default: the lab's")
     parser.add_argument("--output", type=Path, help="default: loss_curve.png beside the results")
     options = parser.parse_args(arguments)
-    draw(json.loads(options.results.read_text()), options.output or options.results.with_name("loss_curve.png"))
+    draw(options.results, options.output or options.results.with_name("loss_curve.png"))
     return 0
 
 

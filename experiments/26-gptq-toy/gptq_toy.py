@@ -171,7 +171,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def worst_row_perplexity_proxy(row_loss: torch.Tensor, row_energy: torch.Tensor) -> float | None:
-    """exp of the largest loss relative to its row's energy, rows without energy left out."""
+    """The exp of the largest loss relative to its row's energy, rows without energy left out."""
     relative = [ratio(loss, energy) for loss, energy in zip(row_loss.tolist(), row_energy.tolist(), strict=True)]
     finite = [value for value in relative if value is not None]
     return math.exp(max(finite)) if finite else None
@@ -271,7 +271,8 @@ def differences(name: str, expected: Any, found: Any) -> Iterator[tuple[str, flo
         scale = max(abs(expected), abs(found))
         yield name, abs(expected - found) / scale if scale else 0.0, f"{expected!r} and {found!r}"
     else:
-        yield name, 0.0 if expected == found else math.inf, f"{expected!r} and {found!r}"
+        shown = [text if len(text) < 80 else text[:76] + " ..." for text in (repr(expected), repr(found))]
+        yield name, 0.0 if expected == found else math.inf, " and ".join(shown)
 
 
 def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tolerance: float) -> list[str]:
