@@ -52,7 +52,8 @@ def compile_commands(build: Path) -> dict[Path, tuple[list[str], str]]:
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
         if source.is_relative_to(ROOT) and not source.is_relative_to(build):
-            commands.setdefault(source, (shlex.split(entry["command"]), entry["output"]))
+            command = shlex.split(entry["command"])
+            commands.setdefault(source, (command, command[command.index("-o") + 1]))
     return commands
 
 

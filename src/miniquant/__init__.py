@@ -21,7 +21,7 @@ def _load_library() -> None:
             "Run scripts/setup in a clone, or install the package with `pip install --no-build-isolation .`"
         )
     try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
             f"miniquant's library {library} does not load with torch {torch.__version__}: {error}. "

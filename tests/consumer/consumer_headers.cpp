@@ -22,7 +22,8 @@ int main() {
   const miniquant::QuantizedWeight nearest = miniquant::rtn(weight, options);
   const double loss_rtn =
       miniquant::quantization_loss(
-          weight, miniquant::dequantize(nearest.codes, nearest.scales, nearest.zero_points, options.group_size), hessian)
+          weight, miniquant::dequantize(nearest.codes, nearest.scales, nearest.zero_points, options.group_size),
+          hessian)
           .sum()
           .item<double>();
   const bool packs = miniquant::unpack_int4(miniquant::pack_int4(result.codes), kColumns).equal(result.codes);
