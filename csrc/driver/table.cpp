@@ -81,7 +81,8 @@ class Grid {
     for (const Run& run : runs_) {
       std::string block;
       for (const std::string& cell : cells(run)) block += right(cell, kCellWidth);
-      result += "  " + left(block, kRunWidth - 1);
+      block.resize(std::max(block.size(), kRunWidth), ' ');
+      result += "  " + block;
     }
     result.erase(result.find_last_not_of(' ') + 1);
     text_ += result + '\n';
@@ -90,10 +91,11 @@ class Grid {
   // The runs' names, each over its own columns.
   void names() {
     line("", [](const Run& run) {
-      const std::string& name = run.problem.name;
-      const std::size_t rule = kRunWidth - 2 - std::min(name.size() + 2, kRunWidth - 4);
-      std::string cell(2, ' ');
-      cell.append(rule / 2, '-').append(" ").append(name).append(" ").append(rule - rule / 2, '-');
+      // right() puts one blank before a text as wide as this.
+      const std::string name = " " + run.problem.name + " ";
+      const std::size_t rule = kRunWidth - 2 - std::min(name.size(), kRunWidth - 2);
+      std::string cell(1, ' ');
+      cell.append(rule / 2, '-').append(name).append(rule - rule / 2, '-');
       return std::vector<std::string>{cell};
     });
   }
@@ -141,7 +143,7 @@ void add_top_rows(Grid& grid, const std::string& title, std::vector<RowGain> Com
     grid.line("", [&](const Run& run) {
       const std::vector<RowGain>& list = run.comparison.*rows;
       if (i >= list.size()) return Cells{};
-      return Cells{std::to_string(list[i].row), figure(list[i].loss_rtn), gain_text(list[i].gain)};
+      return Cells{std::to_string(list[i].row), short_figure(list[i].loss_rtn), gain_text(list[i].gain)};
     });
   }
 }
@@ -192,7 +194,7 @@ std::string table(const Options& options, const std::vector<Run>& runs) {
   Grid grid(runs);
   grid.blank();
   add_figures(grid);
-  add_top_rows(grid, "largest gain, absolute", &Comparison::top_rows_absolute, figure);
+  add_top_rows(grid, "largest gain, absolute", &Comparison::top_rows_absolute, short_figure);
   add_top_rows(grid, "largest gain, relative", &Comparison::top_rows_relative, percent);
   add_seconds(grid, runs);
   std::string text = heading(options, runs.front().problem) + grid.text();

@@ -1,0 +1,392 @@
+"""The driver as its users meet it: the built program, its files, its exit codes and its documentation."""
+
+import hashlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# W, X and fresh inputs of the lab in float64, computed apart from this project's code (see docs/driver.md).
+LAB = {
+    "normal": {
+        "loss_rtn": 2.766669,
+        "loss_gptq": 0.303847,
+        "loss_ratio": 0.10982,
+        "grid_change_share": 0.16087,
+        "fresh_loss_rtn": 2.7304,
+        "fresh_loss_gptq": 5.1410,
+        "fresh_loss_ratio": 1.883,
+    },
+    "cauchy": {
+        "loss_rtn": 105127.2,
+        "loss_gptq": 39725.6,
+        "loss_ratio": 0.37788,
+        "grid_change_share": 0.265,
+    },
+}
+
+SMALL = ["--rows", "48", "--columns", "96", "--tokens", "40", "--fresh-tokens", "100"]
+
+Driver = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    path = Path(os.environ.get("MINIQUANT_DRIVER", ROOT / "build" / "release" / "bin" / "gptq_toy"))
+    if not path.is_file():
+        pytest.fail(f"{path} does not exist: run scripts/setup, or set MINIQUANT_DRIVER")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def driver(program: Path) -> Driver:
+    """Runs the driver; a test that expects another exit code says so."""
+
+    def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [str(program), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == code, f"{arguments}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lab(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the driver fills without options but the folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    driver("--output", folder, "--check")
+    return folder
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def validate(folder: Path) -> None:
+    for name in ("results", "manifest"):
+        schema = load(ROOT / "docs" / f"{name}.schema.json")
+        validator = jsonschema.Draft202012Validator
+        validator.check_schema(schema)
+        validator(schema).validate(load(folder / f"{name}.json"))
+
+
+def test_lab_figures(lab: Path) -> None:
+    runs = load(lab / "results.json")["runs"]
+    assert list(runs) == ["normal", "cauchy"]
+    for name, expected in LAB.items():
+        for figure, value in expected.items():
+            assert runs[name][figure] == pytest.approx(value, rel=0.01), f"{name}.{figure}"
+    assert runs["normal"]["loss_ratio"] < 0.7, "the lab's stop condition"
+
+
+def test_lab_figures_belong_together(lab: Path) -> None:
+    document = load(lab / "results.json")
+    weights = document["setup"]["rows"] * document["setup"]["columns"]
+    for run in document["runs"].values():
+        for scheme in ("rtn", "gptq"):
+            assert sum(run[f"row_loss_{scheme}"]) == pytest.approx(run[f"loss_{scheme}"], rel=1e-12)
+            assert len(run[f"row_loss_{scheme}"]) == document["setup"]["rows"]
+        assert run["loss_ratio"] == run["loss_gptq"] / run["loss_rtn"]
+        assert run["fresh_loss_ratio"] == run["fresh_loss_gptq"] / run["fresh_loss_rtn"]
+        assert run["grid_change_share"] == run["n_grid_changes"] / weights
+        gains = [a - b for a, b in zip(run["row_loss_rtn"], run["row_loss_gptq"], strict=True)]
+        best = sorted(range(len(gains)), key=lambda row: (-gains[row], row))[:10]
+        assert [entry["row"] for entry in run["top_rows_absolute"]] == best
+        assert [entry["gain"] for entry in run["top_rows_absolute"]] == [gains[row] for row in best]
+        relative = [1 - b / a for a, b in zip(run["row_loss_rtn"], run["row_loss_gptq"], strict=True)]
+        best = sorted(range(len(relative)), key=lambda row: (-relative[row], row))[:10]
+        assert [entry["row"] for entry in run["top_rows_relative"]] == best
+
+
+def test_lab_inputs_are_the_seeded_generators(lab: Path) -> None:
+    document = load(lab / "results.json")
+
+    def digest(tensor: torch.Tensor) -> str:
+        return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+    torch.manual_seed(42)
+    assert digest(torch.randn(768, 768) * 0.02) == document["setup"]["weight_source"]["sha256"]
+    assert digest(torch.randn(768, 128)) == document["runs"]["normal"]["input_source"]["sha256"]
+    assert digest(torch.randn(768, 8192)) == document["runs"]["normal"]["fresh_input_source"]["sha256"]
+    torch.manual_seed(42)
+    torch.randn(768, 768)
+    assert digest(torch.empty(768, 128).cauchy_()) == document["runs"]["cauchy"]["input_source"]["sha256"]
+    assert digest(torch.empty(768, 8192).cauchy_()) == document["runs"]["cauchy"]["fresh_input_source"]["sha256"]
+
+
+def test_lab_files_follow_their_schemas(lab: Path) -> None:
+    validate(lab)
+
+
+def test_schemas_refuse_what_is_missing_or_unknown(lab: Path) -> None:
+    schema = load(ROOT / "docs" / "results.schema.json")
+    document = load(lab / "results.json")
+    document["runs"]["normal"]["seconds"] = 1.0
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema)
+    del document["runs"]["normal"]["seconds"]
+    jsonschema.validate(document, schema)
+    del document["runs"]["normal"]["n_grid_changes"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema)
+
+
+def test_manifest(lab: Path) -> None:
+    manifest = load(lab / "manifest.json")
+    results = (lab / "results.json").read_bytes()
+    assert manifest["outputs"] == {"results.json": hashlib.sha256(results).hexdigest()}
+    assert manifest["command"] == ["gptq_toy", "--output", str(lab), "--check"]
+    assert manifest["seed"] == 42
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    for run in ("normal", "cauchy"):
+        assert list(manifest["seconds"][run]) == [
+            "inputs",
+            "hessian",
+            "rtn",
+            "gptq",
+            "loss",
+            "fresh_hessian",
+            "fresh_loss",
+            "check",
+        ]
+        assert manifest["seconds"][run]["gptq"] < 30, "the lab's bound for a layer"
+        float64 = manifest["check"][run]["agreements"][0]
+        assert float64["compared"].startswith("float64")
+        assert float64["differing_codes"] == 0
+
+
+def test_results_do_not_depend_on_threads_folder_or_run(driver: Driver, lab: Path, tmp_path: Path) -> None:
+    expected = (lab / "results.json").read_bytes()
+    for threads in ("1", "2", "2"):
+        folder = tmp_path / f"threads {threads}"
+        driver("--output", folder, "--threads", threads, "--quiet")
+        assert (folder / "results.json").read_bytes() == expected
+        assert load(folder / "manifest.json")["threads"] == int(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_layer_from_safetensors(driver: Driver, tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = (torch.randn(24, 80) * 0.05).to(dtype)
+    mix = torch.randn(80, 80) / 80**0.5
+    inputs = (torch.randn(3, 50, 80) @ mix).to(dtype)
+    fresh = (torch.randn(400, 80) @ mix).to(dtype)
+    save_file({"fc.weight": weight, "fc.bias": torch.zeros(24)}, tmp_path / "layer.safetensors")
+    save_file({"x": inputs}, tmp_path / "inputs.safetensors", metadata={"format": "pt"})
+    save_file({"y": fresh}, tmp_path / "fresh.safetensors")
+    files = ["--weights", tmp_path / "layer.safetensors", "--inputs", tmp_path / "inputs.safetensors"]
+    driver(
+        *files,
+        "--tensor",
+        "fc.weight",
+        "--fresh-inputs",
+        tmp_path / "fresh.safetensors",
+        "--output",
+        tmp_path,
+        "--check",
+    )
+    validate(tmp_path)
+    document = load(tmp_path / "results.json")
+    assert document["setup"]["tokens"] == 150
+    assert document["setup"]["fresh_tokens"] == 400
+    source = document["setup"]["weight_source"]
+    assert source["file"] == "layer.safetensors"
+    assert source["dtype"] == {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype)[6:]]
+    assert source["sha256"] == hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    # RTN and its losses from their definitions, in float64 but for what is stored in the weight's dtype.
+    run = document["runs"]["file"]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    w = weight.to(compute)
+    scales = torch.stack([group.abs().amax(1) for group in w.split(64, dim=1)], dim=1).div(7).to(dtype).to(compute)
+    scale = scales.repeat_interleave(64, dim=1)[:, :80]
+    codes = (w / scale).round().clamp(-7, 7)
+    assert run["codes_sha256_rtn"] == hashlib.sha256(codes.to(torch.int8).numpy().tobytes()).hexdigest()
+    error = w.double() - codes.double() * scale.double()
+
+    def hessian(tokens: torch.Tensor) -> torch.Tensor:
+        flat = tokens.double().reshape(-1, 80)
+        return flat.T @ flat / flat.shape[0]
+
+    damped = hessian(inputs) + 0.01 * hessian(inputs).diagonal().mean() * torch.eye(80, dtype=torch.float64)
+    rows = (error @ damped * error).sum(1)
+    # float32 Hessians of 150 and 400 products; float64 ones are exact to 1e-12.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert run["row_loss_rtn"] == pytest.approx(rows.tolist(), rel=tolerance)
+    assert run["fresh_loss_rtn"] == pytest.approx((error @ hessian(fresh) * error).sum().item(), rel=tolerance)
+    energy = (w.double() @ damped * w.double()).sum(1)
+    assert run["worst_row_perplexity_proxy_rtn"] == pytest.approx((rows / energy).max().exp().item(), rel=tolerance)
+    assert run["loss_gptq"] < run["loss_rtn"]
+    assert run["fresh_loss_gptq"] < run["fresh_loss_rtn"]
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    save_file({"w": torch.randn(8, 16), "b": torch.zeros(8)}, folder / "w.safetensors")
+    save_file({"x": torch.randn(20, 16)}, folder / "x.safetensors")
+    save_file({"x": torch.randn(20, 15)}, folder / "narrow.safetensors")
+    save_file({"x": torch.full((20, 16), float("inf"))}, folder / "infinite.safetensors")
+    save_file({"x": torch.ones(20, 16, dtype=torch.int64)}, folder / "integers.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "x.safetensors").read_bytes()[:-1])
+    return {path.stem: path for path in folder.glob("*.safetensors")}
+
+
+FILE_ERRORS: list[tuple[list[str], str]] = [
+    (["--weights", "w"], "--weights: expected --inputs with it, but it is missing"),
+    (["--weights", "w", "--inputs", "x"], "has more than one tensor, so its name is needed; it has 'b', 'w'"),
+    (["--weights", "w", "--tensor", "v", "--inputs", "x"], "has no tensor 'v'; it has 'b', 'w'"),
+    (
+        ["--weights", "w", "--tensor", "b", "--inputs", "x"],
+        "expected a weight [N, K] with N, K >= 1, but got shape [8]",
+    ),
+    (["--weights", "w", "--tensor", "w", "--inputs", "narrow"], "expected shape [..., 16]"),
+    (["--weights", "w", "--tensor", "w", "--inputs", "infinite"], "expected finite values, but 320 of 320 are not"),
+    (["--weights", "w", "--tensor", "w", "--inputs", "integers"], "expected dtype F64, F32, F16 or BF16, but got I64"),
+    (["--weights", "w", "--tensor", "w", "--inputs", "cut"], "reach past the end of the data"),
+    (["--weights", "w", "--tensor", "w", "--inputs", "x", "--fresh-inputs", "narrow"], "--fresh-inputs: "),
+    (["--weights", "w", "--tensor", "w", "--inputs", "missing"], "cannot be opened: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FILE_ERRORS, ids=[message for _, message in FILE_ERRORS])
+def test_bad_files_end_with_two_and_write_nothing(
+    driver: Driver, tmp_path: Path, arguments: Sequence[str], message: str
+) -> None:
+    paths = {**bad_files(tmp_path), "missing": tmp_path / "missing.safetensors"}
+    takes_file = ("--weights", "--inputs", "--fresh-inputs")
+    full = [
+        str(paths[argument]) if index and arguments[index - 1] in takes_file else argument
+        for index, argument in enumerate(arguments)
+    ]
+    result = driver(*full, "--output", tmp_path / "out", code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("gptq_toy: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "1"], "--bits: expected an integer from 2 to 8, but got '1'"),
+        (["--group-size", "0"], "--group-size: expected a positive integer, or -1 for one group per row, but got '0'"),
+        (["--ridge", "-1"], "--ridge: expected a finite number of at least 0, but got '-1'"),
+        (["--colunm-order", "natural"], "--colunm-order"),
+        (
+            ["--group-scales", "dynamic", "--column-order", "activation"],
+            "--group-scales: expected static with --column-order activation, but got dynamic",
+        ),
+    ],
+)
+def test_bad_options_end_with_two(driver: Driver, tmp_path: Path, arguments: Sequence[str], message: str) -> None:
+    result = driver(*arguments, "--output", tmp_path / "out", code=2)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_singular_hessian_is_an_error_with_advice(driver: Driver, tmp_path: Path) -> None:
+    result = driver(*SMALL, "--ridge", "0", "--output", tmp_path / "out", code=1)
+    assert "ridge" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_keeps_what_was_there(driver: Driver, tmp_path: Path) -> None:
+    driver(*SMALL, "--output", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"results.json", "manifest.json"}
+    driver(*SMALL, "--ridge", "0", "--output", tmp_path, code=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_killed_run_leaves_whole_files_or_none(program: Path, driver: Driver, tmp_path: Path) -> None:
+    driver(*SMALL, "--output", tmp_path / "whole", "--quiet")
+    expected = (tmp_path / "whole" / "results.json").read_bytes()
+    start = time.monotonic()
+    driver(*SMALL, "--output", tmp_path / "timed", "--quiet")
+    duration = time.monotonic() - start
+    steps = 8
+    for step in range(1, steps + 1):
+        folder = tmp_path / str(step)
+        process = subprocess.Popen([str(program), *SMALL, "--output", str(folder), "--quiet"])
+        time.sleep(duration * step / steps)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (folder / "results.json").exists():
+            assert (folder / "results.json").read_bytes() == expected
+        if (folder / "manifest.json").exists():
+            assert load(folder / "manifest.json")["outputs"]["results.json"] == hashlib.sha256(expected).hexdigest()
+
+
+def test_a_pipe_gets_the_table_and_no_progress(driver: Driver, tmp_path: Path) -> None:
+    result = driver(*SMALL, "--output", tmp_path)
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    for text in ("calibration loss", "fresh loss", "worst row ppl proxy", "codes changed", "largest gain, relative"):
+        assert text in result.stdout
+    shown = re.search(r"^calibration loss +(\S+)", result.stdout, re.MULTILINE)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(load(tmp_path / "results.json")["runs"]["normal"]["loss_rtn"], rel=1e-5)
+
+
+def test_a_reader_that_goes_away_does_not_cost_the_files(program: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        subprocess.run([str(program), *SMALL, "--output", str(tmp_path)], stdout=pipe, check=False, timeout=300)
+    validate(tmp_path)
+
+
+def test_a_terminal_gets_progress(program: Path, tmp_path: Path) -> None:
+    terminal, side = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    command = [str(program), *SMALL, "--output", str(tmp_path)]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=side, env=environment, text=True, check=True, timeout=300
+    )
+    os.close(side)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    finally:
+        os.close(terminal)
+    assert b"0/14  normal: inputs" in shown
+    assert b"13/14  cauchy: fresh_loss" in shown
+    assert shown.endswith(b"\r\x1b[K")
+    assert "\x1b" not in result.stdout
+
+
+def test_documented_help_is_the_programs(driver: Driver) -> None:
+    page = (ROOT / "docs" / "driver.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"--[a-z][a-z-]+", driver("--help").stdout)) - {"--help"}
+    missing = sorted(name for name in names if f"`{name}" not in page)
+    assert not missing, f"docs/driver.md says nothing about {missing}"
+    documented = set(re.findall(r"`(--[a-z][a-z-]+)", page))
+    assert documented <= names, f"docs/driver.md has options that do not exist: {sorted(documented - names)}"
+
+
+def test_documented_definitions_are_those_of_the_results(lab: Path) -> None:
+    page = " ".join((ROOT / "docs" / "driver.md").read_text(encoding="utf-8").split())
+    for name, definition in load(lab / "results.json")["definitions"].items():
+        assert definition in page, f"docs/driver.md does not have the definition of {name} in results.json"
+
+
+def test_version(driver: Driver) -> None:
+    assert re.fullmatch(r"gptq_toy \d+\.\d+\.\d+ \(torch 2\.13\.\d+.*\)\n", driver("--version").stdout)
