@@ -1,0 +1,143 @@
+#pragma once
+
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kernels/strip_layout.h"
+
+// What the tests of the kernels share. Oracles are plain scalar loops in float64 (long double for float64 kernels).
+
+namespace miniquant::kernels::testing {
+
+/// Memory that ends where an unreadable page begins: the kernels carry no sanitizer, so that this is what catches a
+/// read or write past the end. The bytes in front of it are checked when it goes away.
+template <typename T>
+class GuardedBuffer {
+ public:
+  /// `alignment` above alignof(T) is for workspaces, whose sizes the kernels round up themselves.
+  explicit GuardedBuffer(std::int64_t count, std::size_t alignment = alignof(T)) : count_(count) {
+    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t bytes =
+        (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
+    const std::size_t pages = (bytes + page - 1) / page + 1;
+    mapped_ = (pages + 1) * page;
+    void* const memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(static_cast<char*>(memory) + pages * page, page, PROT_NONE) != 0) {
+      throw std::bad_alloc();
+    }
+    base_ = static_cast<unsigned char*>(memory);
+    slack_ = pages * page - bytes;
+    std::memset(base_, kCanary, slack_);
+    data_ = reinterpret_cast<T*>(base_ + slack_);
+  }
+  explicit GuardedBuffer(const std::vector<T>& values) : GuardedBuffer(static_cast<std::int64_t>(values.size())) {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      data_[i] = values[i];
+    }
+  }
+  GuardedBuffer(const GuardedBuffer&) = delete;
+  GuardedBuffer& operator=(const GuardedBuffer&) = delete;
+  ~GuardedBuffer() {
+    std::size_t changed = 0;
+    for (std::size_t i = 0; i < slack_; ++i) {
+      changed += base_[i] != kCanary ? 1 : 0;
+    }
+    EXPECT_EQ(changed, 0U) << "bytes written in front of a buffer";
+    munmap(base_, mapped_);
+  }
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](std::int64_t i) { return data_[i]; }
+  const T& operator[](std::int64_t i) const { return data_[i]; }
+  std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
+
+ private:
+  static constexpr unsigned char kCanary = 0xA5;
+  std::int64_t count_;
+  std::size_t mapped_;
+  std::size_t slack_;
+  unsigned char* base_;
+  T* data_;
+};
+
+inline std::vector<InstructionSet> supported_instruction_sets() {
+  std::vector<InstructionSet> supported;
+  for (const InstructionSet candidate : {InstructionSet::kBaseline, InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+    if (is_supported(candidate)) {
+      supported.push_back(candidate);
+    }
+  }
+  return supported;
+}
+
+/// Calls body(kernels) for every instruction set that this CPU can run, named in the trace of a failure.
+template <typename T, typename Body>
+void for_each_instruction_set(const Body& body) {
+  for (const InstructionSet instruction_set : supported_instruction_sets()) {
+    SCOPED_TRACE(name(instruction_set));
+    body(typed_kernels<T>(kernels_for(instruction_set)));
+  }
+}
+
+/// What the oracle of a kernel for T sums in.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
+
+template <typename T>
+constexpr Wide<T> kEps = static_cast<Wide<T>>(std::numeric_limits<T>::epsilon());
+
+template <typename T>
+T no_rounding(T scale) {
+  return scale;
+}
+
+/// Standard normal values times `factor`.
+template <typename T>
+std::vector<T> normal(std::mt19937_64& generator, std::int64_t count, double factor = 1.0) {
+  std::normal_distribution<double> distribution(0.0, factor);
+  std::vector<T> values(static_cast<std::size_t>(count));
+  for (T& value : values) {
+    value = static_cast<T>(distribution(generator));
+  }
+  return values;
+}
+
+/// The packed triangle as strip_layout.h documents it, from a dense row-major one.
+template <typename T>
+std::vector<T> pack(const StripLayout& layout, const std::vector<T>& dense, std::int64_t columns) {
+  std::vector<T> packed(static_cast<std::size_t>(layout.packed_size), T(0));
+  for (std::size_t strip = 0; strip + 1 < layout.strip_begin.size(); ++strip) {
+    const std::int64_t first = layout.strip_begin[strip];
+    for (std::int64_t j = first; j < layout.strip_begin[strip + 1]; ++j) {
+      for (std::int64_t row = 0; row <= j; ++row) {
+        const std::int64_t at = layout.strip_offset[strip] + row * kStripColumns + (j - first);
+        packed[static_cast<std::size_t>(at)] = dense[static_cast<std::size_t>(row * columns + j)];
+      }
+    }
+  }
+  return packed;
+}
+
+using ElementTypes = ::testing::Types<float, double>;
+
+struct ElementTypeNames {
+  template <typename T>
+  static std::string GetName(int) {
+    return std::is_same_v<T, float> ? "float32" : "float64";
+  }
+};
+
+}  // namespace miniquant::kernels::testing
