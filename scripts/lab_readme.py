@@ -138,15 +138,18 @@ def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
         leave=False,
     )
 
-    def run(distribution: str, **changes: Any) -> Any:
-        changed = dataclasses.replace(setup, **changes)
-        comparison = lab.compare(lab.draw(changed, distribution), changed)
+    normal, cauchy = lab.draw(setup, "normal"), lab.draw(setup, "cauchy")
+    weight = normal.weight
+    hessian = {"normal": normal.hessian, "cauchy": cauchy.hessian}
+
+    def run(problem: Any, **changes: Any) -> Any:
+        comparison = lab.compare(problem, dataclasses.replace(setup, **changes))
         bar.update()
         return comparison
 
-    normal, cauchy = lab.draw(setup, "normal"), lab.draw(setup, "cauchy")
-    weight = normal.weight
-    hessian = {"normal": lab.hessian_of(normal.inputs), "cauchy": lab.hessian_of(cauchy.inputs)}
+    def drawn(distribution: str, **changes: Any) -> Any:
+        return run(lab.draw(dataclasses.replace(setup, **changes), distribution), **changes).figures()
+
     with_ridge = {name: lab.damped(values, setup.ridge) for name, values in hessian.items()}
 
     def lab_loss(scheme: Any) -> float:
@@ -155,15 +158,15 @@ def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
 
     ridges = {}
     for ridge in RIDGES:
-        comparison = run("normal", ridge=ridge)
+        comparison = run(normal, ridge=ridge)
         common_ratio = lab_loss(comparison.gptq) / lab_loss(comparison.rtn)
         ridges[ridge] = {**comparison.figures(), "common_ratio": common_ratio}
-    tokens = {count: run("normal", tokens=count).figures() for count in TOKENS}
-    cauchy_seeds = {seed: run("cauchy", seed=seed).figures() for seed in (setup.seed, *OTHER_SEEDS)}
-    activation = run("cauchy", column_order="activation").figures()
+    tokens = {count: drawn("normal", tokens=count) for count in TOKENS}
+    cauchy_seeds = {seed: drawn("cauchy", seed=seed) for seed in (setup.seed, *OTHER_SEEDS)}
+    activation = run(cauchy, column_order="activation").figures()
     bar.close()
 
-    standard = lab.compare(normal, setup)
+    standard, cauchy_standard = lab.compare(normal, setup), lab.compare(cauchy, setup)
     reference, fast = (
         lab.quantize(operator, weight.double(), hessian["normal"].double(), setup)[0]
         for operator in (lab.ops.gptq_reference, lab.ops.gptq)
@@ -179,7 +182,7 @@ def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
     energy = cauchy.inputs.double().square()
     diagonal = hessian["cauchy"].diagonal().double()
     top = diagonal.topk(10).indices
-    cauchy_rtn = lab.compare(cauchy, setup).rtn
+    cauchy_rtn = cauchy_standard.rtn
     channel_loss = (weight - cauchy_rtn.dequantized).double().square().sum(0) * diagonal
     eigenvalues = torch.linalg.eigvalsh(hessian["normal"].double())
     normal_ridge = setup.ridge * hessian["normal"].diagonal().double().mean()
@@ -236,11 +239,11 @@ FIRST_ANSWER = """## 1. The loss ratio
 stop condition, a ratio below {high:g}, holds. The lab's expectations do not: it expects a ratio from {low:g} to
 {high:g} and a single-digit percentage of changes.
 
-The reason is the setup, not the algorithm: the textbook form, `gptq_reference`, gives the same loss within
-{reference}. {tokens} inputs in {columns} dimensions give a Hessian of rank {tokens}: in the other {free} directions
-nothing but the ridge, {ridge:g} of the mean diagonal, says that an error costs anything. GPTQ moves the rounding
-error into those nearly free directions. The loss is measured on the same {tokens} inputs, so it falls far, and many
-codes move to get it there.
+The reason is the setup, not the algorithm: the textbook form, `gptq_reference`, differs in {reference_changes} of
+the {codes:,} codes where both compute in float64. {tokens} inputs in {columns} dimensions give a Hessian of rank
+{tokens}: in the other {free} directions nothing but the ridge, {ridge:g} of the mean diagonal, says that an error
+costs anything. GPTQ moves the rounding error into those nearly free directions. The loss is measured on the same
+{tokens} inputs, so it falls far, and many codes move to get it there.
 
 On **fresh inputs** of the same distribution ({fresh_tokens:,} of them) GPTQ is **{fresh} times as bad as RTN**:
 loss {fresh_rtn} for RTN, {fresh_gptq} for GPTQ. The true Hessian of N(0, 1) inputs is the identity, for which

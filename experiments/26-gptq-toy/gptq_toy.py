@@ -22,6 +22,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,16 @@ class Problem:
     weight: torch.Tensor  # [N, K]
     inputs: torch.Tensor  # [K, n]
     fresh: torch.Tensor | None  # [K, fresh tokens]
+
+    @cached_property
+    def hessian(self) -> torch.Tensor:
+        """H of the calibration inputs, without a ridge."""
+        return hessian_of(self.inputs)
+
+    @cached_property
+    def fresh_hessian(self) -> torch.Tensor | None:
+        """H of the fresh inputs."""
+        return None if self.fresh is None else hessian_of(self.fresh)
 
 
 @dataclass(frozen=True)
@@ -212,9 +223,8 @@ def quantize(
 
 def compare(problem: Problem, setup: Setup) -> Comparison:
     """Quantizes the weight with both schemes and measures what each loses."""
-    weight, hessian = problem.weight, hessian_of(problem.inputs)
+    weight, hessian, fresh = problem.weight, problem.hessian, problem.fresh_hessian
     with_ridge = damped(hessian, setup.ridge)
-    fresh = None if problem.fresh is None else hessian_of(problem.fresh)
     # w H w^T per row: the loss of a weight that is all zeros.
     energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge)
 
