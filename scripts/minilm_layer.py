@@ -192,7 +192,8 @@ def write(layer: Layer, folder: Path) -> None:
 
 
 def driver_command(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> list[str]:
-    """How the driver is run on a layer's files."""
+    """How the driver is run on a layer's files: with paths as they are seen from here, since its output shows them."""
+    folder = Path(os.path.relpath(folder))
     return [
         str(driver),
         *("--weights", str(folder / "weight.safetensors"), "--tensor", f"{layer}.weight"),
@@ -204,8 +205,7 @@ def driver_command(driver: Path, layer: str, folder: Path, extra: Sequence[str])
 
 def run_driver(command: Sequence[str]) -> None:
     """Runs the driver with its output where ours goes."""
-    shown = [os.path.relpath(word) if Path(word).is_absolute() else word for word in command]
-    print("$", shlex.join(shown), flush=True)
+    print("$", shlex.join([os.path.relpath(command[0]), *command[1:]]), flush=True)
     try:
         subprocess.run(command, check=True)
     except FileNotFoundError:
