@@ -33,7 +33,7 @@ constexpr std::string_view kExamples = R"(Examples:
 
 Exit codes: 0 done; 1 could not be computed or written, or --check found a difference; 2 bad option or input file.)";
 
-// A validator that leaves the canonical decimal form behind, so that "010" is ten wherever it is read next.
+// For transform(): leaves the canonical decimal form behind, so that "010" is ten wherever it is read next.
 CLI::Validator integer_from(int64_t low, int64_t high) {
   const auto check = [low, high](std::string& text) -> std::string {
     int64_t value = 0;
@@ -121,7 +121,7 @@ void add_layer_options(CLI::App& app, SyntheticSource& source) {
         ->type_name("INT")
         ->capture_default_str()
         ->group(group)
-        ->check(integer_from(low, kMaxSize));
+        ->transform(integer_from(low, kMaxSize));
   };
   add("--rows", source.rows, 1, "output features N");
   add("--columns", source.columns, 1, "input features K");
@@ -131,7 +131,7 @@ void add_layer_options(CLI::App& app, SyntheticSource& source) {
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
-      ->check(integer_from(0, std::numeric_limits<int64_t>::max()));
+      ->transform(integer_from(0, std::numeric_limits<int64_t>::max()));
   using Distributions = std::vector<Distribution>;
   const Choices<Distributions> distributions = {{"normal", {Distribution::kNormal}},
                                                 {"cauchy", {Distribution::kCauchy}},
@@ -164,7 +164,7 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
-      ->check(integer_from(2, 8));
+      ->transform(integer_from(2, 8));
   app.add_option("--group-size", gptq.group_size, "columns per scale; -1: one scale per row")
       ->type_name("INT")
       ->capture_default_str()
@@ -182,7 +182,7 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
-      ->check(integer_from(1, kMaxSize));
+      ->transform(integer_from(1, kMaxSize));
   add_choice(app, "--column-order", gptq.column_order,
              {{"natural", ColumnOrder::kNatural}, {"activation", ColumnOrder::kActivation}},
              "left to right, or descending diag(H)")
@@ -245,7 +245,7 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
       ->check(not_empty());
   app.add_option("--threads", parsed.options.threads, "the default is LibTorch's")
       ->type_name("INT")
-      ->check(integer_from(1, kMaxThreads));
+      ->transform(integer_from(1, kMaxThreads));
   app.add_flag("--check", parsed.options.check, "compare with the textbook implementation, code for code");
   app.add_flag("--quiet", parsed.options.quiet, "print errors only");
 

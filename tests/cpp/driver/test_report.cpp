@@ -13,8 +13,20 @@ namespace {
 
 using nlohmann::json;
 
+// With the default options.
+std::string results_of(const std::vector<Run>& runs) {
+  const Options options;
+  return results_json(options, runs);
+}
+
+std::string manifest_of(const std::vector<Run>& runs, const std::vector<std::string>& command,
+                        const std::string& results) {
+  const Options options;
+  return manifest_json(options, runs, command, results);
+}
+
 TEST(Report, ResultsHoldTheFigures) {
-  const json document = json::parse(results_json({}, sample_runs()));
+  const json document = json::parse(results_of(sample_runs()));
   EXPECT_EQ(document["schema_version"], 1);
   EXPECT_EQ(document["setup"]["rows"], 3);
   EXPECT_EQ(document["setup"]["columns"], 200);
@@ -44,7 +56,7 @@ TEST(Report, ResultsHoldTheFigures) {
 }
 
 TEST(Report, EveryUnitIsOfAFigureThatExists) {
-  const json document = json::parse(results_json({}, sample_runs()));
+  const json document = json::parse(results_of(sample_runs()));
   for (const auto& [name, unit] : document["units"].items()) {
     const std::string figure = name.substr(0, name.find('.'));
     EXPECT_TRUE(document["runs"]["normal"].contains(figure)) << name;
@@ -55,7 +67,7 @@ TEST(Report, EveryUnitIsOfAFigureThatExists) {
 TEST(Report, FilesHaveNoSeed) {
   Options options;
   options.source = FileSource{};
-  std::vector<Run> runs = sample_runs();
+  auto runs = sample_runs();
   runs[0].problem.weight_origin.file = "w.safetensors";
   runs[0].problem.weight_origin.tensor = "fc.weight";
   const json document = json::parse(results_json(options, runs));
@@ -66,17 +78,17 @@ TEST(Report, FilesHaveNoSeed) {
 }
 
 TEST(Report, TimesAreInTheManifestOnly) {
-  std::vector<Run> runs = sample_runs();
-  const std::string results = results_json({}, runs);
+  auto runs = sample_runs();
+  const std::string results = results_of(runs);
   runs[0].seconds[0].second = 123.0;
-  EXPECT_EQ(results_json({}, runs), results);
+  EXPECT_EQ(results_of(runs), results);
   Options options;
   options.threads = 7;
   options.output = "elsewhere";
   options.quiet = true;
   EXPECT_EQ(results_json(options, runs), results);
 
-  const json manifest = json::parse(manifest_json({}, runs, {"gptq_toy", "--bits", "4"}, results));
+  const json manifest = json::parse(manifest_of(runs, {"gptq_toy", "--bits", "4"}, results));
   EXPECT_EQ(manifest["seconds"]["normal"], json({{"inputs", 123.0}, {"gptq", 0.25}}));
   EXPECT_EQ(manifest["seconds"]["cauchy"]["inputs"], 0.5);
   EXPECT_EQ(manifest["command"], json({"gptq_toy", "--bits", "4"}));
@@ -86,21 +98,21 @@ TEST(Report, TimesAreInTheManifestOnly) {
 }
 
 TEST(Report, TheManifestHoldsTheCheck) {
-  std::vector<Run> runs = sample_runs();
+  auto runs = sample_runs();
   runs[0].comparison.check = CheckFigures{.agreements = {{.name = "a",
                                                           .differing_codes = 3,
                                                           .differing_rows = 2,
                                                           .largest_row_loss_difference = 0.5,
                                                           .loss_difference = 0.25}},
                                           .passed = true};
-  const json manifest = json::parse(manifest_json({}, runs, {}, ""));
+  const json manifest = json::parse(manifest_of(runs, {}, ""));
   EXPECT_EQ(manifest["check"]["normal"]["passed"], true);
   EXPECT_EQ(manifest["check"]["normal"]["agreements"][0]["differing_codes"], 3);
   EXPECT_FALSE(manifest["check"].contains("cauchy"));
 }
 
 TEST(Report, AnArgumentThatIsNotUtf8IsReplaced) {
-  const std::string text = manifest_json({}, sample_runs(), {"gptq_toy", "--output", "\xFF"}, "");
+  const std::string text = manifest_of(sample_runs(), {"gptq_toy", "--output", "\xFF"}, "");
   EXPECT_EQ(json::parse(text)["command"][2], "\xEF\xBF\xBD");
 }
 

@@ -12,6 +12,11 @@ namespace {
 using testing::HasSubstr;
 using testing::Not;
 
+std::string shown(const std::vector<Run>& runs) {
+  const Options options;
+  return table(options, runs);
+}
+
 std::string line_with(const std::string& text, const std::string& start) {
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
@@ -21,7 +26,7 @@ std::string line_with(const std::string& text, const std::string& start) {
 }
 
 TEST(Table, ShowsBothRunsSideBySide) {
-  const std::string text = table({}, sample_runs());
+  const std::string text = shown(sample_runs());
   EXPECT_THAT(text, HasSubstr("3 x 200, random, seed 42"));
   EXPECT_THAT(text, HasSubstr("50 calibration tokens, 70 fresh ones"));
   EXPECT_THAT(text, HasSubstr("4 bits, symmetric, groups of 64, static scales"));
@@ -33,7 +38,7 @@ TEST(Table, ShowsBothRunsSideBySide) {
 }
 
 TEST(Table, FitsATerminalAndIsPlain) {
-  const std::string text = table({}, sample_runs());
+  const std::string text = shown(sample_runs());
   EXPECT_EQ(text.back(), '\n');
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
@@ -44,24 +49,24 @@ TEST(Table, FitsATerminalAndIsPlain) {
 }
 
 TEST(Table, AFreshLossAboveRtnIsPointedOut) {
-  std::vector<Run> runs = sample_runs();
-  EXPECT_THAT(table({}, runs), HasSubstr("note: on the fresh inputs of 'normal' GPTQ's loss is 1.5 times that of RTN. "
-                                         "50 tokens do not determine\n200 input features"));
-  EXPECT_THAT(table({}, runs), Not(HasSubstr("inputs of 'cauchy'")));
+  auto runs = sample_runs();
+  EXPECT_THAT(shown(runs), HasSubstr("note: on the fresh inputs of 'normal' GPTQ's loss is 1.5 times that of RTN. "
+                                     "50 tokens do not determine\n200 input features"));
+  EXPECT_THAT(shown(runs), Not(HasSubstr("inputs of 'cauchy'")));
   runs[0].comparison.gptq.fresh_loss = 3.0;
-  EXPECT_THAT(table({}, runs), Not(HasSubstr("note:")));
+  EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));
 }
 
 TEST(Table, ShowsTheCheck) {
-  std::vector<Run> runs = sample_runs();
-  EXPECT_THAT(table({}, runs), Not(HasSubstr("check")));
+  auto runs = sample_runs();
+  EXPECT_THAT(shown(runs), Not(HasSubstr("check")));
   runs[1].comparison.check = CheckFigures{.agreements = {{.name = "a and b",
                                                           .differing_codes = 3,
                                                           .differing_rows = 2,
                                                           .largest_row_loss_difference = 0.5,
                                                           .loss_difference = 0.25}},
                                           .passed = false};
-  const std::string text = table({}, runs);
+  const std::string text = shown(runs);
   EXPECT_THAT(text, HasSubstr("check, cauchy: FAILED"));
   EXPECT_THAT(text, testing::ContainsRegex("a and b +3 codes differ, in 2 rows; loss differs by 0.25"));
 }
