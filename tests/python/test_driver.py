@@ -69,7 +69,7 @@ def driver(program: Path) -> Driver:
 def lab(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the driver fills without options but the folder."""
     folder = tmp_path_factory.mktemp("lab")
-    driver("--output", folder, "--check")
+    driver("--output", folder)
     return folder
 
 
@@ -150,25 +150,30 @@ def test_manifest(lab: Path) -> None:
     manifest = load(lab / "manifest.json")
     results = (lab / "results.json").read_bytes()
     assert manifest["outputs"] == {"results.json": hashlib.sha256(results).hexdigest()}
-    assert manifest["command"] == ["gptq_toy", "--output", str(lab), "--check"]
+    assert manifest["command"] == ["gptq_toy", "--output", str(lab)]
     assert manifest["seed"] == 42
     assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert manifest["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     for run in ("normal", "cauchy"):
-        assert list(manifest["seconds"][run]) == [
-            "inputs",
-            "hessian",
-            "rtn",
-            "gptq",
-            "loss",
-            "fresh_hessian",
-            "fresh_loss",
-            "check",
-        ]
+        stages = ["inputs", "hessian", "rtn", "gptq", "loss", "fresh_hessian", "fresh_loss"]
+        assert list(manifest["seconds"][run]) == stages
         assert manifest["seconds"][run]["gptq"] < 30, "the lab's bound for a layer"
-        float64 = manifest["check"][run]["agreements"][0]
-        assert float64["compared"].startswith("float64")
+    assert manifest["check"] is None
+
+
+def test_check_says_how_far_the_textbook_form_is(driver: Driver, tmp_path: Path) -> None:
+    result = driver("--rows", "96", "--columns", "256", "--tokens", "64", "--check", "--output", tmp_path)
+    validate(tmp_path)
+    for run in ("normal", "cauchy"):
+        assert f"check, {run}: passed" in result.stdout
+        check = load(tmp_path / "manifest.json")["check"][run]
+        float64, float32, across = check["agreements"]
+        assert check["passed"]
+        assert float64["compared"] == "float64: gptq, gptq_reference"
         assert float64["differing_codes"] == 0
+        assert float64["largest_relative_row_loss_difference"] < 1e-9
+        assert float32["compared"] == "float32: gptq, gptq_reference"
+        assert across["compared"] == "float32 gptq, float64 gptq_reference"
 
 
 def test_results_do_not_depend_on_threads_folder_or_run(driver: Driver, lab: Path, tmp_path: Path) -> None:
