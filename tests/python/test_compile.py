@@ -94,7 +94,7 @@ def test_meta_and_fake_tensors_give_the_same_shapes_and_dtypes(call: Call) -> No
     def converted(convert: Callable[[Tensor], Tensor]) -> Any:
         new_args = [convert(value) if isinstance(value, Tensor) else value for value in args]
         new_options = {key: convert(value) if isinstance(value, Tensor) else value for key, value in options.items()}
-        return getattr(OPS, op)(*new_args, **new_options)
+        return getattr(miniquant, op)(*new_args, **new_options)
 
     expected = described(converted(lambda tensor: tensor.clone()))
     assert described(converted(lambda tensor: tensor.to("meta"))) == expected
@@ -125,6 +125,7 @@ def test_compile_with_no_graph_break(dynamic: bool) -> None:
         assert oracle.same_bits(compiled(weight, inputs), whole_layer(weight, inputs))
 
 
+@pytest.mark.slow
 def test_compile_with_inductor() -> None:
     """The default backend, and an update in place that the compiled function's caller must see."""
 
