@@ -1,0 +1,124 @@
+"""The commands of scripts/: what they refuse, and that the checks they run can fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def ended(*command: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """The exit status of a command, and all that it said."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def program(folder: Path, name: str, body: str) -> Path:
+    """A shell script of that name, ready to run."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", ["setup", "test", "lab"])
+def test_help_and_unknown_argument(root: Path, name: str) -> None:
+    status, text = ended(root / "scripts" / name, "--help")
+    assert status == 0
+    assert text.startswith(f"Usage: scripts/{name}")
+    status, text = ended(root / "scripts" / name, "nonsense")
+    assert status == 1
+    assert "unknown argument 'nonsense'" in text
+
+
+def test_setup_refuses_an_old_python(root: Path, tmp_path: Path) -> None:
+    old = program(
+        tmp_path,
+        "python3.8",
+        'case "$*" in *base_prefix*) echo "$0" ;; *version_info*) exit 1 ;; --version) echo Python 3.8.20 ;; esac',
+    )
+    status, text = ended(root / "scripts" / "setup", env={"PYTHON": str(old)})
+    assert status == 1
+    assert "needs Python 3.10 or newer" in text
+    assert "Python 3.8.20" in text
+
+
+def test_setup_without_python(root: Path, tmp_path: Path) -> None:
+    status, text = ended(root / "scripts" / "setup", env={"PYTHON": str(tmp_path / "python3")})
+    assert status == 1
+    assert "install Python 3.10 or newer" in text
+
+
+def test_setup_installs_missing_packages_or_names_the_command(root: Path, tmp_path: Path) -> None:
+    """With stand-ins for dpkg-query, apt-get and sudo, so that nothing is installed."""
+    said = tmp_path / "said"
+    bin_dir = tmp_path / "bin"
+    program(bin_dir, "dpkg-query", "exit 1")
+    program(bin_dir, "apt-get", f'echo "$@" >>{said}; exit 7')
+    program(bin_dir, "sudo", "exit 1")
+    status, text = ended(
+        root / "scripts" / "setup", "--no-build", env={"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    )
+    assert status != 0
+    assert "libcli11-dev libgtest-dev libssl-dev nlohmann-json3-dev" in text
+    if os.geteuid() == 0:
+        assert said.read_text() == "update -q\n"
+    else:
+        assert "sudo apt-get update && sudo apt-get install -y --no-install-recommends libcli11-dev" in text
+        assert not said.exists()
+
+
+def test_symbol_check_finds_a_weak_symbol(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "kernels" / "CMakeFiles" / "miniquant_kernels_avx2.dir"
+    folder.mkdir(parents=True)
+    source = tmp_path / "kernels_isa.cpp"
+    compiler = shutil.which("c++") or "g++"
+    check = (sys.executable, root / "scripts" / "check_symbols.py", tmp_path)
+
+    status, text = ended(*check)
+    assert status == 1
+    assert "no objects of miniquant_kernels_*" in text
+
+    source.write_text("static int twice(int x) { return 2 * x; }\nint four() { return twice(2); }\n")
+    assert ended(compiler, "-O0", "-c", source, "-o", folder / "kernels_isa.cpp.o")[0] == 0
+    status, text = ended(*check)
+    assert (status, "1 objects of kernels define no weak symbol" in text) == (0, True)
+
+    source.write_text("inline int twice(int x) { return 2 * x; }\nint four() { return twice(2); }\n")
+    assert ended(compiler, "-O0", "-c", source, "-o", folder / "kernels_isa.cpp.o")[0] == 0
+    status, text = ended(*check)
+    assert status == 1
+    assert "W twice(int)" in text
+
+
+def test_format_check_finds_a_misformatted_file(root: Path, tmp_path: Path) -> None:
+    lint = (sys.executable, root / "scripts" / "lint_cpp.py", "--only", "format")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shutil.copy(root / ".clang-format", tmp_path)
+    source = tmp_path / "source.cpp"
+    source.write_text("int four() { return 4; }\n")
+    assert ended(*lint, source, env={"PATH": path})[0] == 0
+    source.write_text("int  four() {return 4;}\n")
+    status, text = ended(*lint, source, env={"PATH": path})
+    assert status == 1
+    assert "code should be clang-formatted" in text
+
+
+def test_every_requirement_is_pinned(root: Path) -> None:
+    for path in (root / "scripts").glob("requirements*.txt"):
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert lines
+        for line in lines:
+            assert line.count("==") >= 1, f"{path.name}: {line}"
+            assert not line.startswith("torch==") or path.name == "requirements-torch.txt"
+    assert (root / "scripts" / "requirements-torch.txt").read_text() == "torch==2.13.0\n"
