@@ -17,8 +17,6 @@ import oracle
 hypothesis.settings.register_profile("miniquant", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("miniquant")
 
-EXACT = {"rtol": 0.0, "atol": 0.0}
-
 
 @st.composite
 def grids(draw: st.DrawFn) -> dict[str, Any]:
@@ -194,12 +192,12 @@ def test_powers_of_two_scale_exactly(
     expected = miniquant.gptq(weight, hessian, **options)
     of_weight = miniquant.gptq(weight * factor, hessian, **options)
     assert torch.equal(of_weight.codes, expected.codes)
-    torch.testing.assert_close(of_weight.scales, expected.scales * factor, **EXACT)
-    torch.testing.assert_close(of_weight.row_loss, expected.row_loss * factor**2, **EXACT)
+    assert torch.equal(of_weight.scales, expected.scales * factor)
+    assert torch.equal(of_weight.row_loss, expected.row_loss * factor**2)
     of_hessian = miniquant.gptq(weight, hessian * factor**2, **options)
     assert torch.equal(of_hessian.codes, expected.codes)
-    torch.testing.assert_close(of_hessian.scales, expected.scales, **EXACT)
-    torch.testing.assert_close(of_hessian.row_loss, expected.row_loss * factor**2, **EXACT)
+    assert torch.equal(of_hessian.scales, expected.scales)
+    assert torch.equal(of_hessian.row_loss, expected.row_loss * factor**2)
 
 
 @hypothesis.given(layers(), st.data())
