@@ -21,7 +21,7 @@ const std::vector<std::pair<const char*, std::string>> kSchemas = {
      "Tensor? zero_points=None) -> (Tensor codes, Tensor scales, Tensor zero_points)"},
     {"gptq", kGptqArguments},
     {"gptq_reference", kGptqArguments},
-    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs) -> Tensor(a!)"},
+    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs) -> ()"},
     {"quantization_loss", "(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor"},
     {"dequantize", "(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor"},
     {"pack_int4", "(Tensor codes) -> Tensor"},
