@@ -54,9 +54,11 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& optio
 
   const at::Tensor packed = at::empty({layout.packed_size}, ordered.options().dtype(dtype));
   const double* const l = ordered.const_data_ptr<double>();  // L[j, i] = R[i, j]
+  const at::Tensor reciprocal_pivots = ordered.diagonal().reciprocal();
+  const double* const reciprocal_pivot = reciprocal_pivots.const_data_ptr<double>();
   dispatch_compute(dtype, [&]<typename T> {
     pack_triangle(layout, packed.mutable_data_ptr<T>(),
-                  [&](int64_t i, int64_t j) { return static_cast<T>(l[j * columns + i] / l[j * columns + j]); });
+                  [&](int64_t i, int64_t j) { return static_cast<T>(l[j * columns + i] * reciprocal_pivot[j]); });
   });
   const at::Tensor diagonal = damped.matrix.diagonal().index_select(0, column);
   const at::Tensor pivot_squared = ordered.diagonal().square().mul(diagonal != 0).to(dtype);
