@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYER = "encoder.layer.0.intermediate.dense"
+RECORDS = ROOT / "experiments" / "minilm"
 # The Linear layers of one block of a BERT encoder; query, key and value have the same inputs.
 KINDS = (
     "attention.self.query",
@@ -191,34 +193,29 @@ def write(layer: Layer, folder: Path) -> None:
     save_file({"inputs": layer.fresh.contiguous()}, folder / "fresh.safetensors")
 
 
-def driver_command(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> list[str]:
-    """How the driver is run on a layer's files: with paths as they are seen from here, since its output shows them."""
-    folder = Path(os.path.relpath(folder))
-    return [
-        str(driver),
-        *("--weights", str(folder / "weight.safetensors"), "--tensor", f"{layer}.weight"),
-        *("--inputs", str(folder / "calibration.safetensors"), "--fresh-inputs", str(folder / "fresh.safetensors")),
-        *("--output", str(folder)),
+def run_driver(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> str:
+    """Runs the driver on a layer's files, in their folder; the command and what it printed."""
+    arguments = [
+        *("--weights", "weight.safetensors", "--tensor", f"{layer}.weight"),
+        *("--inputs", "calibration.safetensors", "--fresh-inputs", "fresh.safetensors", "--output", "."),
         *extra,
     ]
-
-
-def run_driver(command: Sequence[str]) -> None:
-    """Runs the driver with its output where ours goes."""
-    print("$", shlex.join([os.path.relpath(command[0]), *command[1:]]), flush=True)
     try:
-        subprocess.run(command, check=True)
+        result = subprocess.run(
+            [driver.resolve(), *arguments], check=True, cwd=folder, stdout=subprocess.PIPE, text=True
+        )
     except FileNotFoundError:
         raise SystemExit(
-            f"minilm_layer: --driver: expected the built gptq_toy, but there is no {command[0]}; run scripts/minilm"
+            f"minilm_layer: --driver: expected the built gptq_toy, but there is no {driver}; run scripts/minilm"
         ) from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"minilm_layer: the driver ended with exit code {error.returncode}") from None
+    return f"$ cd {os.path.relpath(folder)}\n$ {shlex.join([driver.name, *arguments])}\n{result.stdout.rstrip()}"
 
 
 def summary(layers: Sequence[str], folders: Sequence[Path]) -> str:
     """A table of the loss ratios that the driver wrote into each folder's results.json."""
-    width = max(len("layer"), *map(len, layers))
+    width = max(len(name) for name in layers)
     lines = [f"{'layer':<{width}}  {'N x K':>11}  {'GPTQ / RTN: calibration':>23}  {'fresh':>6}  {'codes changed':>13}"]
     for name, folder in zip(layers, folders, strict=True):
         results = json.loads((folder / "results.json").read_text())
@@ -252,7 +249,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all-kinds",
         action="store_true",
-        help="the six Linear layers of the encoder's first block, and a table of their ratios",
+        help="the six Linear layers of the encoder's first block: a table of their ratios, and one of them in full",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="with --all-kinds: keep output and results in experiments/minilm"
     )
     parser.add_argument("--tokens", type=positive, default=11_000, help="calibration tokens (default: %(default)s)")
     parser.add_argument("--fresh-tokens", type=positive, default=11_000, help="fresh tokens (default: %(default)s)")
@@ -270,6 +270,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("driver_options", nargs="*", metavar="-- DRIVER OPTIONS", help="options for the driver")
     options = parser.parse_args(arguments)
+    if options.record and (not options.all_kinds or options.extract_only):
+        parser.error("--record needs --all-kinds, and no --extract-only")
     if options.all_kinds:
         if options.layer:
             parser.error("--layer and --all-kinds exclude each other")
@@ -278,24 +280,45 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def record(text: str, layers: Sequence[str], folders: Sequence[Path]) -> None:
+    """Keeps what was printed and the driver's files in the repository, without the safetensors."""
+    for name, folder in zip(layers, folders, strict=True):
+        (RECORDS / name).mkdir(parents=True, exist_ok=True)
+        for file in ("results.json", "manifest.json"):
+            shutil.copyfile(folder / file, RECORDS / name / file)
+    (RECORDS / "output.txt").write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Extracts, writes and runs the driver; the exit code."""
     options = parse_arguments(arguments)
     layers = extract(options.layer, options.tokens, options.fresh_tokens)
     # One layer alone goes into the folder itself, several into a folder each.
     folders = [options.output / layer.name if len(layers) > 1 else options.output for layer in layers]
+    output = ""
+
+    def show(text: str) -> None:
+        nonlocal output
+        output += text + "\n"
+        print(text, flush=True)
+
     for layer, folder in zip(layers, folders, strict=True):
         write(layer, folder)
         rows, columns = layer.weight.shape
-        print(
-            f"{layer.name}: weight {rows} x {columns}, {layer.calibration.shape[0]} calibration tokens, "
-            f"{layer.fresh.shape[0]} fresh tokens -> {os.path.relpath(folder)}",
-            flush=True,
-        )
+        if not options.all_kinds or layer.name == DEFAULT_LAYER:
+            show(
+                f"{layer.name}: weight {rows} x {columns}, {layer.calibration.shape[0]} calibration tokens, "
+                f"{layer.fresh.shape[0]} fresh tokens -> {os.path.relpath(folder)}"
+            )
         if not options.extract_only:
-            run_driver(driver_command(options.driver, layer.name, folder, options.driver_options))
+            text = run_driver(options.driver, layer.name, folder, options.driver_options)
+            # The whole output for six layers is more than anyone reads.
+            if not options.all_kinds or layer.name == DEFAULT_LAYER:
+                show(text + "\n")
     if len(layers) > 1 and not options.extract_only:
-        print(summary(options.layer, folders))
+        show(summary(options.layer, folders))
+    if options.record:
+        record(output, options.layer, folders)
     return 0
 
 

@@ -96,7 +96,8 @@ CheckFigures run_check(const Problem& problem, const at::Tensor& hessian, const 
 
 std::vector<RowGain> first_rows(std::vector<RowGain> gains, std::size_t count) {
   const std::size_t kept = std::min(count, gains.size());
-  std::stable_sort(gains.begin(), gains.end(), [](const RowGain& a, const RowGain& b) { return a.gain > b.gain; });
+  std::ranges::sort(
+      gains, [](const RowGain& a, const RowGain& b) { return a.gain != b.gain ? a.gain > b.gain : a.row < b.row; });
   gains.resize(kept);
   return gains;
 }

@@ -47,7 +47,7 @@ CLI::Validator integer_from(int64_t low, int64_t high) {
     text = std::to_string(value);
     return {};
   };
-  return CLI::Validator(check, "", "integer");
+  return {check, "", "integer"};
 }
 
 CLI::Validator group_size() {
@@ -56,7 +56,7 @@ CLI::Validator group_size() {
     if (text == "-1" || positive(text).empty()) return {};
     return "expected a positive integer, or -1 for one group per row, but got '" + text + "'";
   };
-  return CLI::Validator(check, "", "group size");
+  return {check, "", "group size"};
 }
 
 CLI::Validator non_negative_number() {
@@ -67,14 +67,14 @@ CLI::Validator non_negative_number() {
     if (error == std::errc() && end == last && std::isfinite(value) && value >= 0.0) return {};
     return "expected a finite number of at least 0, but got '" + text + "'";
   };
-  return CLI::Validator(check, "", "number");
+  return {check, "", "number"};
 }
 
 CLI::Validator not_empty() {
   const auto check = [](std::string& text) -> std::string {
     return text.empty() ? "expected a name, but got an empty one" : std::string();
   };
-  return CLI::Validator(check, "", "name");
+  return {check, "", "name"};
 }
 
 template <typename T>
@@ -92,7 +92,7 @@ template <typename T>
 CLI::Option* add_choice(CLI::App& app, const std::string& name, T& target, const Choices<T>& choices,
                         const std::string& description) {
   const auto check = [choices](std::string& text) -> std::string {
-    const bool known = std::any_of(choices.begin(), choices.end(), [&](const auto& c) { return c.first == text; });
+    const bool known = std::ranges::any_of(choices, [&](const auto& c) { return c.first == text; });
     return known ? std::string() : "expected one of " + joined(choices, ", ") + ", but got '" + text + "'";
   };
   const auto assign = [&target, choices](const std::string& text) {
@@ -105,7 +105,7 @@ CLI::Option* add_choice(CLI::App& app, const std::string& name, T& target, const
       ->check(CLI::Validator(check, "", "choice"));
 }
 
-constexpr int64_t kMaxSize = int64_t{1} << 24;
+constexpr int64_t kMaxSize = 16'777'216;
 constexpr int kMaxThreads = 1024;
 
 struct Parsed {

@@ -186,7 +186,7 @@ std::string manifest_json(const Options& options, const std::vector<Run>& runs, 
   for (const Run& run : runs) {
     json& seconds = document["seconds"][run.problem.name] = json::object();
     for (const auto& [stage, time] : run.seconds) seconds[stage] = time;
-    if (run.comparison.check) document["check"][run.problem.name] = check_json(*run.comparison.check);
+    if (const auto& check = run.comparison.check) document["check"][run.problem.name] = check_json(*check);
   }
   document["outputs"] = {{kResultsName, sha256(results)}};
   return text_of(document);

@@ -48,7 +48,7 @@ constexpr std::array kItemTypes = {
     ItemType{"F8_E5M2", 1, std::nullopt}, ItemType{"F8_E8M0", 1, std::nullopt}};
 
 const ItemType* find_item_type(std::string_view name) {
-  const auto* found = std::find_if(kItemTypes.begin(), kItemTypes.end(), [&](const auto& t) { return t.name == name; });
+  const auto* found = std::ranges::find_if(kItemTypes, [&](const auto& t) { return t.name == name; });
   return found == kItemTypes.end() ? nullptr : found;
 }
 
@@ -169,7 +169,7 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
   std::vector<const Item*> by_offset;
   by_offset.reserve(entries.size());
   for (const Item& item : entries) by_offset.push_back(&item);
-  std::sort(by_offset.begin(), by_offset.end(), [](const Item* a, const Item* b) {
+  std::ranges::sort(by_offset, [](const Item* a, const Item* b) {
     return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);
   });
   uint64_t position = 0;

@@ -157,9 +157,8 @@ void add_seconds(Grid& grid, const std::vector<Run>& runs) {
   }
 }
 
-std::string check_text(const Run& run) {
-  const CheckFigures& check = *run.comparison.check;
-  std::string text = "\ncheck, " + run.problem.name + ": " + (check.passed ? "passed" : "FAILED") + "\n";
+std::string check_text(const std::string& name, const CheckFigures& check) {
+  std::string text = "\ncheck, " + name + ": " + (check.passed ? "passed" : "FAILED") + "\n";
   for (const Agreement& agreement : check.agreements) {
     text += "  " + left(agreement.name, 40) + std::to_string(agreement.differing_codes) + " codes differ, in " +
             std::to_string(agreement.differing_rows) + " rows; loss differs by " +
@@ -200,7 +199,7 @@ std::string table(const Options& options, const std::vector<Run>& runs) {
   std::string text = heading(options, runs.front().problem) + grid.text();
   for (const Run& run : runs) text += note(run);
   for (const Run& run : runs) {
-    if (run.comparison.check) text += check_text(run);
+    if (const auto& check = run.comparison.check) text += check_text(run.problem.name, *check);
   }
   return text;
 }

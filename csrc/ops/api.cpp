@@ -62,8 +62,9 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const a
 }
 
 at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  static const auto op = find<at::Tensor&(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
-  return op.call(hessian, inputs);
+  static const auto op = find<void(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
+  op.call(hessian, inputs);
+  return hessian;
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {

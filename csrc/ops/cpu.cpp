@@ -62,12 +62,13 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
                   {bits, group_size, symmetric, scales, zero_points}, ridge, block_size, group_scales, column_order);
 }
 
-at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
   const at::NoGradGuard no_grad;
   check_hessian_update_arguments(hessian, inputs);
   check_hessian_update_values(inputs);
   algorithms::hessian_update(hessian, inputs);
-  return hessian;
+  // Autograd sees the change: no generated kernel above this one counts it.
+  hessian.unsafeGetTensorImpl()->bump_version();
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {

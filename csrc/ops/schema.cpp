@@ -20,7 +20,7 @@ TORCH_LIBRARY(miniquant, m) {
       "Tensor? scales=None, Tensor? zero_points=None) "
       "-> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
-  m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> Tensor(a!)", tags);
+  m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);
   m.def("dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);

@@ -206,7 +206,8 @@ def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return cast("Tensor", torch.ops.miniquant.hessian_update_(hessian, inputs))
+    torch.ops.miniquant.hessian_update_(hessian, inputs)
+    return hessian
 
 
 def quantization_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:

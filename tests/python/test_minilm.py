@@ -87,6 +87,17 @@ def test_output_names_layers_and_ratios(folder: Path) -> None:
     assert f"{run['fresh_loss_ratio']:.3f}" in line
 
 
+def test_kept_output_is_that_of_the_kept_results(minilm: ModuleType) -> None:
+    layers = [f"encoder.layer.0.{kind}" for kind in minilm.KINDS]
+    folders = [minilm.RECORDS / layer for layer in layers]
+    text = (minilm.RECORDS / "output.txt").read_text()
+    assert text.endswith(minilm.summary(layers, folders) + "\n")
+    for folder in folders:
+        run = json.loads((folder / "results.json").read_text())["runs"]["file"]
+        assert run["loss_ratio"] < 0.6, folder.name
+        assert run["fresh_loss_ratio"] < 0.7, folder.name
+
+
 def test_recorded_inputs_are_what_the_layer_saw(minilm: ModuleType) -> None:
     encoder = minilm.Encoder()
     linear = encoder.linear(LAYER)

@@ -29,8 +29,7 @@ class GuardedBuffer {
   /// `alignment` above alignof(T) is for workspaces, whose sizes the kernels round up themselves.
   explicit GuardedBuffer(std::int64_t count, std::size_t alignment = alignof(T)) : count_(count) {
     const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    const std::size_t bytes =
-        (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
     const std::size_t pages = (bytes + page - 1) / page + 1;
     mapped_ = (pages + 1) * page;
     void* const memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

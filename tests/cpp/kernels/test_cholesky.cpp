@@ -25,8 +25,8 @@ class Cholesky : public ::testing::Test {
       for (std::int64_t j = 0; j < n; ++j) {
         double sum = i == j ? 0.1 : 0.0;
         for (std::int64_t r = 0; r < n; ++r) {
-          sum += y[static_cast<std::size_t>(r * n + i)] * y[static_cast<std::size_t>(r * n + j)] /
-                 static_cast<double>(n);
+          sum +=
+              y[static_cast<std::size_t>(r * n + i)] * y[static_cast<std::size_t>(r * n + j)] / static_cast<double>(n);
         }
         a[static_cast<std::size_t>(i * ld + j)] = static_cast<T>(sum);
       }

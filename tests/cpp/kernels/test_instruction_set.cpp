@@ -1,5 +1,3 @@
-#include "kernels/instruction_set.h"
-
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -7,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/instruction_set.h"
 #include "kernels/kernel_testing.h"
 
 namespace miniquant::kernels {

@@ -1,11 +1,10 @@
-#include "kernels/kernels.h"
-
 #include <gtest/gtest.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "kernels/kernel_testing.h"
+#include "kernels/kernels.h"
 
 namespace miniquant::kernels {
 namespace {

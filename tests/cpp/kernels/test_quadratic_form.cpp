@@ -15,19 +15,15 @@ namespace {
 template <typename T>
 class QuadraticForm : public ::testing::Test {
  protected:
-  static std::vector<T> forms(const TypedKernels<T>& kernel, const std::vector<T>& error,
-                              const std::vector<T>& upper, std::int64_t rows, std::int64_t columns,
-                              const StripLayout& layout, std::int64_t rows_per_call) {
+  static std::vector<T> forms(const TypedKernels<T>& kernel, const std::vector<T>& error, const std::vector<T>& upper,
+                              std::int64_t rows, std::int64_t columns, const StripLayout& layout,
+                              std::int64_t rows_per_call) {
     const GuardedBuffer<T> errors(error);
     const GuardedBuffer<T> packed(pack(layout, upper, columns));
     GuardedBuffer<T> form(rows);
-    const QuadraticFormProblem<T> problem{columns,
-                                          errors.data(),
-                                          packed.data(),
-                                          layout.strip_begin.data(),
-                                          layout.strip_offset.data(),
-                                          layout.strips(),
-                                          form.data()};
+    const QuadraticFormProblem<T> problem{
+        columns,         errors.data(), packed.data(), layout.strip_begin.data(), layout.strip_offset.data(),
+        layout.strips(), form.data()};
     GuardedBuffer<T> workspace(kernel.quadratic_form_workspace(problem), 64);
     for (std::int64_t row = 0; row < rows; row += rows_per_call) {
       kernel.quadratic_form(problem, row, std::min(rows, row + rows_per_call), workspace.data());
@@ -82,9 +78,9 @@ TYPED_TEST(QuadraticForm, NeitherRowsPerCallNorStripsChangeABit) {
     const std::vector<T> whole =
         this->forms(kernel, error, upper, rows, kColumns, make_strip_layout(kColumns, kColumns, 1), rows);
     for (const std::int64_t rows_per_call : {std::int64_t{1}, std::int64_t{7}, kernel.tile_rows}) {
-      EXPECT_EQ(this->forms(kernel, error, upper, rows, kColumns, make_strip_layout(kColumns, kColumns, 1),
-                            rows_per_call),
-                whole)
+      EXPECT_EQ(
+          this->forms(kernel, error, upper, rows, kColumns, make_strip_layout(kColumns, kColumns, 1), rows_per_call),
+          whole)
           << rows_per_call;
     }
     for (const std::int64_t segment : {1, 3, 10}) {

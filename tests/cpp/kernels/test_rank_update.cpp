@@ -35,7 +35,8 @@ TYPED_TEST(RankUpdate, PacksATileWithZerosPastTheColumns) {
       for (std::int64_t r = 0; r < kRows; ++r) {
         for (std::int64_t lane = 0; lane < kernel.tile_rows; ++lane) {
           const std::int64_t column = tile * kernel.tile_rows + lane;
-          ASSERT_EQ(tiles[(tile * kRows + r) * kernel.tile_rows + lane], column < columns ? rows[r * ld + column] : T(0));
+          ASSERT_EQ(tiles[(tile * kRows + r) * kernel.tile_rows + lane],
+                    column < columns ? rows[r * ld + column] : T(0));
         }
       }
     }

@@ -20,16 +20,16 @@ struct Shape {
 };
 
 const std::vector<Shape> kShapes = {
-    {1, 1, 1},       // one weight
-    {3, 5, 1},       // a group per weight
-    {2, 17, 16},     // one AVX-512 vector of float32, and a group of one
-    {3, 100, 33},    // groups of a vector plus one, a shorter last group
-    {2, 130, 64},    // the lab's groups, a last group of two
-    {5, 63, 63},     // one group per row, a vector not filled at its end
-    {97, 12, 4},     // a panel plus one row
+    {1, 1, 1},     // one weight
+    {3, 5, 1},     // a group per weight
+    {2, 17, 16},   // one AVX-512 vector of float32, and a group of one
+    {3, 100, 33},  // groups of a vector plus one, a shorter last group
+    {2, 130, 64},  // the lab's groups, a last group of two
+    {5, 63, 63},   // one group per row, a vector not filled at its end
+    {97, 12, 4},   // a panel plus one row
 };
 
-const std::vector<CodeRange> kRanges = {{-1, 1, true}, {-7, 7, true},    {-127, 127, true},
+const std::vector<CodeRange> kRanges = {{-1, 1, true},  {-7, 7, true},  {-127, 127, true},
                                         {-2, 1, false}, {-8, 7, false}, {-128, 127, false}};
 
 template <typename T>
@@ -50,7 +50,7 @@ TYPED_TEST(Rtn, ScalesAndCodesAreThoseOfAScalarLoop) {
         GuardedBuffer<T> scales(rows * groups);
         GuardedBuffer<std::int8_t> zero_points(rows * groups);
         GuardedBuffer<std::int8_t> codes(rows * columns);
-        const GridView<T> grid{range,         group_size,        groups, scales.data(), zero_points.data(),
+        const GridView<T> grid{range,        group_size,    groups, scales.data(), zero_points.data(),
                                codes.data(), no_rounding<T>};
         kernel.compute_grid(grid, weight.data(), columns, 0, rows);
         kernel.round_to_nearest(grid, weight.data(), columns, 0, rows);
@@ -72,12 +72,13 @@ TYPED_TEST(Rtn, ScalesAndCodesAreThoseOfAScalarLoop) {
               // The difference and the division are each rounded once, by half a unit.
               ASSERT_NEAR(static_cast<double>(scale), static_cast<double>(expected),
                           static_cast<double>(1.01 * kEps<T> * expected));
-              ASSERT_EQ(zero_point, static_cast<T>(range.code_min) + std::clamp(std::nearbyint(static_cast<T>(-low) / scale), T(0),
-                                                                static_cast<T>(range.code_max - range.code_min)));
+              ASSERT_EQ(zero_point,
+                        static_cast<T>(range.code_min) + std::clamp(std::nearbyint(static_cast<T>(-low) / scale), T(0),
+                                                                    static_cast<T>(range.code_max - range.code_min)));
             }
             for (std::int64_t i = 0; i < count; ++i) {
-              const T code = std::clamp(std::nearbyint(values[i] / scale) + zero_point,
-                                        static_cast<T>(range.code_min), static_cast<T>(range.code_max));
+              const T code = std::clamp(std::nearbyint(values[i] / scale) + zero_point, static_cast<T>(range.code_min),
+                                        static_cast<T>(range.code_max));
               ASSERT_EQ(static_cast<T>(codes[row * columns + group * group_size + i]), code) << row << ", " << i;
             }
           }

@@ -1,10 +1,10 @@
-#include "kernels/strip_layout.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "kernels/strip_layout.h"
 
 namespace miniquant::kernels {
 namespace {
@@ -16,20 +16,19 @@ struct Cut {
 };
 
 const std::vector<Cut> kCuts = {
-    {0, 4, 1},      // nothing to cut
-    {1, 1, 1},      // one strip of one column
-    {3, 8, 1},      // less than a strip, segment longer than the columns
-    {4, 4, 1},      // one full strip
-    {5, 4, 1},      // a strip plus one
-    {7, 7, 1},      // a segment that is no multiple of a strip
-    {64, 7, 2},     // blocks of two such segments, and a shorter last one
-    {64, 64, 1},    // one segment
-    {65, 64, 1},    // a segment plus one column
-    {130, 10, 6},   // a last block with fewer segments
-    {130, 1, 128},  // segments of one column: every strip has one
-    {300, 300, 5},  // one segment, blocks never filled
-    {12, 3, INT64_MAX},
-    {12, INT64_MAX, 1},  // lengths that overflow when added to
+    {0, 4, 1},                               // nothing to cut
+    {1, 1, 1},                               // one strip of one column
+    {3, 8, 1},                               // less than a strip, segment longer than the columns
+    {4, 4, 1},                               // one full strip
+    {5, 4, 1},                               // a strip plus one
+    {7, 7, 1},                               // a segment that is no multiple of a strip
+    {64, 7, 2},                              // blocks of two such segments, and a shorter last one
+    {64, 64, 1},                             // one segment
+    {65, 64, 1},                             // a segment plus one column
+    {130, 10, 6},                            // a last block with fewer segments
+    {130, 1, 128},                           // segments of one column: every strip has one
+    {300, 300, 5},                           // one segment, blocks never filled
+    {12, 3, INT64_MAX}, {12, INT64_MAX, 1},  // lengths that overflow when added to
 };
 
 bool contains(const std::vector<std::int64_t>& sorted, std::int64_t value) {

@@ -1,6 +1,6 @@
-// kernels/sweep.inl. The oracle is the recurrence at the head of that file as a scalar loop. It follows the codes that the
-// kernel chose, so that one rounding tie decided the other way does not change all that comes after it: each code must
-// be the nearest to its target, up to the rounding error of that target.
+// kernels/sweep.inl. The oracle is the recurrence at the head of that file as a scalar loop. It follows the codes that
+// the kernel chose, so that one rounding tie decided the other way does not change all that comes after it: each code
+// must be the nearest to its target, up to the rounding error of that target.
 
 #include <gtest/gtest.h>
 
@@ -93,20 +93,20 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, const Str
   for (std::size_t block = 0; block + 1 < layout.block_begin.size(); ++block) {
     max_block_columns = std::max(max_block_columns, layout.block_begin[block + 1] - layout.block_begin[block]);
   }
-  const SweepProblem<T> problem{inputs.columns,
-                                weight.data(),
-                                {inputs.range, inputs.group_size, groups, scales.data(), zero_points.data(),
-                                 codes.data(), no_rounding<T>},
-                                inputs.dynamic_scales,
-                                column.data(),
-                                pivot_squared.data(),
-                                packed.data(),
-                                layout.block_begin.data(),
-                                layout.segment_begin.data(),
-                                layout.strip_begin.data(),
-                                layout.strip_offset.data(),
-                                max_block_columns,
-                                row_loss.data()};
+  const SweepProblem<T> problem{
+      inputs.columns,
+      weight.data(),
+      {inputs.range, inputs.group_size, groups, scales.data(), zero_points.data(), codes.data(), no_rounding<T>},
+      inputs.dynamic_scales,
+      column.data(),
+      pivot_squared.data(),
+      packed.data(),
+      layout.block_begin.data(),
+      layout.segment_begin.data(),
+      layout.strip_begin.data(),
+      layout.strip_offset.data(),
+      max_block_columns,
+      row_loss.data()};
   for (std::int64_t row = 0; row < inputs.rows; row += rows_per_call) {
     const std::int64_t end = std::min(inputs.rows, row + rows_per_call);
     GuardedBuffer<T> workspace(kernel.sweep_workspace(problem, end - row), 64);
@@ -152,15 +152,15 @@ void expect_recurrence(const Inputs<T>& inputs, const Outputs<T>& outputs) {
         }
         const T scale = outputs.scales[at(group)];
         const int levels = inputs.range.code_max - inputs.range.code_min;
-        const Wide<T> expected =
-            inputs.range.symmetric
-                ? std::max(high, -low) / inputs.range.code_max
-                : (std::max<Wide<T>>(high, 0) - std::min<Wide<T>>(low, 0)) / levels;
+        const Wide<T> expected = inputs.range.symmetric
+                                     ? std::max(high, -low) / inputs.range.code_max
+                                     : (std::max<Wide<T>>(high, 0) - std::min<Wide<T>>(low, 0)) / levels;
         // Sums of up to K terms, each at most as large as a weight.
         const Wide<T> tolerance = static_cast<Wide<T>>(K + 4) * kEps<T> * (expected + largest_term / levels);
         ASSERT_LE(std::abs(scale - expected), tolerance) << "scale of row " << row << ", group at " << j;
-        const Wide<T> zero =
-            inputs.range.symmetric ? 0 : inputs.range.code_min - std::min<Wide<T>>(low, 0) / static_cast<Wide<T>>(scale);
+        const Wide<T> zero = inputs.range.symmetric
+                                 ? 0
+                                 : inputs.range.code_min - std::min<Wide<T>>(low, 0) / static_cast<Wide<T>>(scale);
         ASSERT_LE(std::abs(outputs.zero_points[at(group)] - zero), 0.5 + 1e-3);
       }
 
@@ -177,8 +177,8 @@ void expect_recurrence(const Inputs<T>& inputs, const Outputs<T>& outputs) {
       }
       const int level = code - zero_point;
       const Wide<T> target_error = static_cast<Wide<T>>(j + 2) * kEps<T> * magnitude;
-      const Wide<T> clamped = std::clamp<Wide<T>>(target / scale, inputs.range.code_min - zero_point,
-                                                  inputs.range.code_max - zero_point);
+      const Wide<T> clamped =
+          std::clamp<Wide<T>>(target / scale, inputs.range.code_min - zero_point, inputs.range.code_max - zero_point);
       ASSERT_LE(std::abs(clamped - level), 0.5 + target_error / scale + kEps<T> * std::abs(clamped))
           << "code of row " << row << ", column " << stored;
 
@@ -207,13 +207,14 @@ TYPED_TEST(Sweep, StaticScalesFollowTheRecurrence) {
     std::int64_t block;
   };
   const std::vector<Case> cases = {
-      {1, 1, 1},       // one column
-      {3, 3, 128},     // a strip not filled, a block longer than the row
-      {8, 4, 8},       // whole strips, one block
-      {9, 2, 4},       // a last block, group and strip of one column
-      {65, 64, 64},    // a block and group plus one
-      {70, 30, 16},    // groups longer than blocks that cross them
-      {300, 64, 288},  // the earlier errors do not fit the cache at once: two passes over them (512 bytes a lane or less)
+      {1, 1, 1},     // one column
+      {3, 3, 128},   // a strip not filled, a block longer than the row
+      {8, 4, 8},     // whole strips, one block
+      {9, 2, 4},     // a last block, group and strip of one column
+      {65, 64, 64},  // a block and group plus one
+      {70, 30, 16},  // groups longer than blocks that cross them
+      {300, 64,
+       288},  // the earlier errors do not fit the cache at once: two passes over them (512 bytes a lane or less)
   };
   std::mt19937_64 generator(11);
   for (const Case& c : cases) {
@@ -312,7 +313,8 @@ TYPED_TEST(Sweep, BlocksAndSegmentsDoNotChangeACode) {
   });
 }
 
-// The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever their vectors' length.
+// The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever their vectors'
+// length.
 TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
   using T = TypeParam;
   if (!is_supported(InstructionSet::kAvx2) || !is_supported(InstructionSet::kAvx512)) {
@@ -331,7 +333,8 @@ TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
   }
 }
 
-// Without fusing, targets differ by some units in the last place: in float64 no code of this problem is that near a tie.
+// Without fusing, targets differ by some units in the last place: in float64 no code of this problem is that near a
+// tie.
 TEST(SweepFloat64, EveryInstructionSetGivesTheSameCodes) {
   std::mt19937_64 generator(17);
   const Inputs<double> inputs = make_inputs<double>(generator, 100, 200, 64, kSymmetric4);

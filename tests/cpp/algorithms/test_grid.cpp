@@ -1,0 +1,120 @@
+#include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "algorithms/grid.h"
+#include "tensor_testing.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+Grid computed_grid(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
+  Grid grid = make_grid(weight, bits, group_size, symmetric, std::nullopt, std::nullopt);
+  compute_scales(grid, weight.to(compute_dtype(weight.scalar_type())).contiguous());
+  return grid;
+}
+
+TEST(Grid, ComputesInFloat64ForFloat64AndInFloat32ForTheRest) {
+  EXPECT_EQ(compute_dtype(at::kDouble), at::kDouble);
+  for (const at::ScalarType dtype : {at::kFloat, at::kHalf, at::kBFloat16}) {
+    EXPECT_EQ(compute_dtype(dtype), at::kFloat);
+  }
+}
+
+TEST(Grid, CodesOfEveryNumberOfBits) {
+  for (int64_t bits = 2; bits <= 8; ++bits) {
+    const int32_t half = 1 << (bits - 1);
+    const kernels::CodeRange symmetric = code_range(bits, true);
+    EXPECT_EQ(symmetric.code_min, -(half - 1));
+    EXPECT_EQ(symmetric.code_max, half - 1);
+    EXPECT_TRUE(symmetric.symmetric);
+    const kernels::CodeRange asymmetric = code_range(bits, false);
+    EXPECT_EQ(asymmetric.code_min, -half);
+    EXPECT_EQ(asymmetric.code_max, half - 1);
+    EXPECT_FALSE(asymmetric.symmetric);
+  }
+}
+
+TEST(Grid, GroupsOfARow) {
+  struct Case {
+    int64_t group_size, columns, columns_per_group, groups;
+  };
+  for (const Case& c :
+       {Case{64, 768, 64, 12}, Case{64, 769, 64, 13}, Case{64, 63, 63, 1}, Case{64, 64, 64, 1}, Case{-1, 768, 768, 1},
+        Case{1, 5, 1, 5}, Case{5, 12, 5, 3}, Case{64, 0, 1, 0}, Case{-1, 0, 1, 0}, Case{INT64_MAX, 7, 7, 1}}) {
+    EXPECT_EQ(columns_per_group(c.group_size, c.columns), c.columns_per_group) << c.group_size << ", " << c.columns;
+    EXPECT_EQ(groups_per_row(c.group_size, c.columns), c.groups) << c.group_size << ", " << c.columns;
+  }
+}
+
+TEST(Grid, SmallestScalesAreThoseOfTheStorageTypes) {
+  EXPECT_EQ(smallest_scale(at::kHalf), 0x1p-24);
+  EXPECT_EQ(smallest_scale(at::kFloat), 0x1p-126);
+  EXPECT_EQ(smallest_scale(at::kBFloat16), 0x1p-126);
+  EXPECT_EQ(smallest_scale(at::kDouble), 0x1p-1022);
+}
+
+TEST(Grid, MakesItsOwnContiguousCopiesOfGivenScales) {
+  const at::Tensor weight = at::zeros({4, 6}, at::kBFloat16);
+  const at::Tensor scales = at::full({2, 4}, 0.5, at::kBFloat16).mT();
+  const at::Tensor zero_points = at::full({2, 4}, 3, at::kChar).mT();
+  const Grid grid = make_grid(weight, 4, 3, false, scales, zero_points);
+  EXPECT_EQ(grid.scales.scalar_type(), at::kFloat);
+  EXPECT_TRUE(grid.scales.is_contiguous());
+  EXPECT_TRUE(grid.zero_points.is_contiguous());
+  EXPECT_EQ(grid.codes.sizes(), weight.sizes());
+  EXPECT_EQ(grid.codes.scalar_type(), at::kChar);
+  EXPECT_EQ(grid.stored_scales().scalar_type(), at::kBFloat16);
+  grid.scales.fill_(9);
+  grid.zero_points.fill_(9);
+  EXPECT_TRUE(scales.eq(0.5).all().item<bool>());
+  EXPECT_TRUE(zero_points.eq(3).all().item<bool>());
+}
+
+TEST(Grid, CodesAreContiguousWhateverTheWeightsStrides) {
+  EXPECT_TRUE(make_grid(at::zeros({6, 4}).mT(), 4, 3, true, std::nullopt, std::nullopt).codes.is_contiguous());
+}
+
+TEST(Grid, EveryGroupHasTheScaleOfItsOwnColumns) {
+  // Column j holds j + 1, so that the largest of a group is its last column's.
+  const at::Tensor weight = at::arange(1, 12, at::kDouble).unsqueeze(0).repeat({3, 1});
+  for (const int64_t group_size : {1, 2, 4, 5, 11}) {
+    const Grid grid = computed_grid(weight, 4, group_size, true);
+    for (int64_t group = 0; group < grid.scales.size(1); ++group) {
+      const double last = static_cast<double>(std::min<int64_t>((group + 1) * group_size, 11));
+      EXPECT_TRUE(grid.scales.select(1, group).eq(last / 7).all().item<bool>()) << group_size << ", " << group;
+    }
+  }
+}
+
+TEST(Grid, ScalesAreRoundedToTheirStorageType) {
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    for (const bool symmetric : {true, false}) {
+      const Grid grid = computed_grid(testing::normal({5, 40}, 1, dtype), 4, 8, symmetric);
+      EXPECT_TRUE(at::equal(grid.scales, grid.scales.to(dtype).to(at::kFloat))) << dtype;
+      EXPECT_TRUE(at::equal(grid.stored_scales().to(at::kFloat), grid.scales)) << dtype;
+    }
+  }
+}
+
+TEST(Grid, ScalesOfTinyWeightsDoNotRoundToZero) {
+  struct Case {
+    at::ScalarType dtype;
+    double weight;
+  };
+  for (const Case& c : {Case{at::kHalf, 0x1p-24}, Case{at::kBFloat16, 0x1p-133}, Case{at::kFloat, 0x1p-149},
+                        Case{at::kDouble, 0x1p-1074}}) {
+    const Grid grid = computed_grid(at::full({1, 4}, c.weight, c.dtype), 8, 4, true);
+    EXPECT_EQ(grid.scales.item<double>(), smallest_scale(c.dtype)) << c.dtype;
+    EXPECT_GT(grid.stored_scales().item<double>(), 0.0) << c.dtype;
+  }
+}
+
+}  // namespace
+}  // namespace miniquant::algorithms

@@ -1,0 +1,120 @@
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+#include <miniquant/miniquant.h>
+
+#include <vector>
+
+#include "ops/operators.h"
+#include "tensor_testing.h"
+
+namespace miniquant {
+namespace {
+
+using testing::message_of;
+
+TEST(Api, DefaultsAreThoseOfTheSchema) {
+  const auto schema = testing::find_operator("gptq").schema();
+  const auto default_of = [&](const char* name) {
+    return *schema.arguments()[*schema.argumentIndexWithName(name)].default_value();
+  };
+  const GptqOptions options;
+  EXPECT_EQ(options.bits, default_of("bits").toInt());
+  EXPECT_EQ(options.group_size, default_of("group_size").toInt());
+  EXPECT_EQ(options.symmetric, default_of("symmetric").toBool());
+  EXPECT_EQ(options.ridge, default_of("ridge").toDouble());
+  EXPECT_EQ(options.block_size, default_of("block_size").toInt());
+  EXPECT_EQ(options.group_scales == GroupScales::kStatic, default_of("group_scales").toStringRef() == "static");
+  EXPECT_EQ(options.column_order == ColumnOrder::kNatural, default_of("column_order").toStringRef() == "natural");
+  EXPECT_FALSE(options.scales.has_value());
+  EXPECT_FALSE(options.zero_points.has_value());
+}
+
+// Each option changes the result in the way that the same change through the dispatcher does.
+TEST(Api, EveryOptionReachesTheOperator) {
+  const at::Tensor weight = testing::normal({5, 48}, 1);
+  const at::Tensor hessian = testing::hessian_of_inputs(48, 100, 2);
+  GptqOptions base;
+  base.group_size = 16;
+  const GptqResult plain = gptq(weight, hessian, base);
+  std::vector<GptqOptions> changed(6, base);
+  changed[0].bits = 3;
+  changed[1].group_size = 8;
+  changed[2].symmetric = false;
+  changed[3].ridge = 1.0;
+  changed[4].group_scales = GroupScales::kDynamic;
+  changed[5].column_order = ColumnOrder::kActivation;
+  for (size_t i = 0; i < changed.size(); ++i) {
+    for (const testing::NamedAlgorithm& form : testing::kForms) {
+      const GptqResult result = form.run(weight, hessian, changed[i]);
+      EXPECT_GT(testing::differences(result.codes, plain.codes), 0) << form.name << ", option " << i;
+      const GptqResult dispatched = testing::call_gptq(
+          form.name, weight, hessian, changed[i].group_scales == GroupScales::kDynamic ? "dynamic" : "static",
+          changed[i].column_order == ColumnOrder::kActivation ? "activation" : "natural", changed[i]);
+      EXPECT_TRUE(at::equal(result.codes, dispatched.codes)) << form.name << ", option " << i;
+      EXPECT_TRUE(at::equal(result.row_loss, dispatched.row_loss)) << form.name << ", option " << i;
+    }
+  }
+  GridOptions grid;
+  grid.bits = 3;
+  grid.group_size = 16;
+  grid.symmetric = false;
+  const QuantizedWeight nearest = rtn(weight, grid);
+  EXPECT_EQ(nearest.codes.min().item<int>(), -4);
+  EXPECT_EQ(nearest.codes.max().item<int>(), 3);
+  grid.scales = nearest.scales * 2;
+  grid.zero_points = nearest.zero_points;
+  EXPECT_TRUE(at::equal(rtn(weight, grid).scales, nearest.scales * 2));
+}
+
+TEST(Api, PackedCodesComeBack) {
+  const QuantizedWeight quantized = rtn(testing::normal({5, 33}, 3));
+  EXPECT_TRUE(at::equal(unpack_int4(pack_int4(quantized.codes), 33), quantized.codes));
+}
+
+TEST(HessianAccumulator, IsTheMeanOverAllTokensOfAnySplit) {
+  const at::Tensor inputs = testing::normal({60, 12}, 4);
+  const at::Tensor expected = inputs.mT().matmul(inputs) / 60;
+  HessianAccumulator whole(12, at::kDouble);
+  whole.update(inputs);
+  EXPECT_EQ(whole.tokens(), 60);
+  EXPECT_LE((whole.hessian() - expected).abs().max().item<double>(), 1e-14);
+  HessianAccumulator parts(12, at::kDouble);
+  parts.update(inputs.slice(0, 0, 24).view({2, 3, 4, 12}));
+  parts.update(inputs[24]);
+  parts.update(inputs.slice(0, 25, 25));
+  parts.update(inputs.slice(0, 25));
+  EXPECT_EQ(parts.tokens(), 60);
+  EXPECT_LE((parts.hessian() - whole.hessian()).abs().max().item<double>(), 1e-14);
+}
+
+TEST(HessianAccumulator, GivesATensorOfItsOwn) {
+  HessianAccumulator accumulator(3);
+  accumulator.update(testing::normal({5, 3}, 5));
+  EXPECT_EQ(accumulator.hessian().scalar_type(), at::kFloat);
+  const at::Tensor before = accumulator.hessian();
+  accumulator.hessian().zero_();
+  EXPECT_TRUE(at::equal(accumulator.hessian(), before));
+}
+
+TEST(HessianAccumulator, ABadBatchCountsNothing) {
+  HessianAccumulator accumulator(3);
+  accumulator.update(testing::normal({5, 3}, 6));
+  const at::Tensor before = accumulator.hessian();
+  EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(at::zeros({2, 4})); }),
+            "hessian_update_: expected inputs to have shape [..., K] = [..., 3], but got shape [2, 4]");
+  EXPECT_EQ(accumulator.tokens(), 5);
+  EXPECT_TRUE(at::equal(accumulator.hessian(), before));
+}
+
+TEST(HessianAccumulator, SaysWhatIsWrong) {
+  EXPECT_EQ(message_of<c10::ValueError>([] { HessianAccumulator(-1); }),
+            "HessianAccumulator: expected in_features to be at least 0, but got -1");
+  EXPECT_EQ(message_of<c10::TypeError>([] { HessianAccumulator(3, at::kHalf); }),
+            "HessianAccumulator: expected dtype to be float32 or float64, but got Half");
+  EXPECT_EQ(message_of<c10::ValueError>([] { (void)HessianAccumulator(3).hessian(); }),
+            "HessianAccumulator: expected at least one token before hessian(), but got none");
+}
+
+}  // namespace
+}  // namespace miniquant

@@ -1,0 +1,61 @@
+#include <ATen/core/enum_tag.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops/operators.h"
+
+namespace miniquant {
+namespace {
+
+const std::string kGptqArguments =
+    "(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, float ridge=0.01, "
+    "int block_size=128, str group_scales=\"static\", str column_order=\"natural\", Tensor? scales=None, "
+    "Tensor? zero_points=None) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)";
+
+const std::vector<std::pair<const char*, std::string>> kSchemas = {
+    {"rtn",
+     "(Tensor weight, *, int bits=4, int group_size=64, bool symmetric=True, Tensor? scales=None, "
+     "Tensor? zero_points=None) -> (Tensor codes, Tensor scales, Tensor zero_points)"},
+    {"gptq", kGptqArguments},
+    {"gptq_reference", kGptqArguments},
+    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs) -> ()"},
+    {"quantization_loss", "(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor"},
+    {"dequantize", "(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor"},
+    {"pack_int4", "(Tensor codes) -> Tensor"},
+    {"unpack_int4", "(Tensor packed, SymInt columns) -> Tensor"},
+};
+
+TEST(Schema, IsWhatTheDocumentationSays) {
+  for (const auto& [name, arguments] : kSchemas) {
+    EXPECT_EQ(c10::toString(testing::find_operator(name).schema()), std::string("miniquant::") + name + arguments);
+  }
+}
+
+TEST(Schema, EveryOperatorIsTaggedAsCompliantWithThePt2Compiler) {
+  for (const auto& [name, arguments] : kSchemas) {
+    EXPECT_TRUE(testing::find_operator(name).hasTag(at::Tag::pt2_compliant_tag)) << name;
+  }
+}
+
+TEST(Schema, EveryOperatorServesRealAndMetaTensorsAndHasNoDerivative) {
+  for (const auto& [name, arguments] : kSchemas) {
+    const c10::OperatorHandle op = testing::find_operator(name);
+    EXPECT_TRUE(op.hasKernelForDispatchKey(c10::DispatchKey::CPU) ||
+                op.hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd))
+        << name;
+    EXPECT_TRUE(op.hasKernelForDispatchKey(c10::DispatchKey::Meta)) << name;
+    EXPECT_TRUE(op.hasKernelForDispatchKey(c10::DispatchKey::Autograd)) << name;
+  }
+}
+
+TEST(Schema, OnlyTheUpdateChangesAnArgument) {
+  for (const auto& [name, arguments] : kSchemas) {
+    EXPECT_EQ(testing::find_operator(name).schema().is_mutable(), std::string(name) == "hessian_update_") << name;
+  }
+}
+
+}  // namespace
+}  // namespace miniquant
