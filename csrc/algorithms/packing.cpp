@@ -19,7 +19,9 @@ at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns) {
   // A left shift, then an arithmetic right shift of the signed byte, extends the sign of a nibble.
   const at::Tensor low = at::bitwise_right_shift(at::bitwise_left_shift(packed, 4).view(at::kChar), 4);
   const at::Tensor high = at::bitwise_right_shift(packed.view(at::kChar), 4);
-  return at::stack({low, high}, 2).flatten(1).narrow(1, 0, columns).contiguous();
+  const at::Tensor codes = at::stack({low, high}, 2).flatten(1);
+  // Not contiguous(): of an odd last column in a single row it would keep the strides of the longer row.
+  return columns == codes.size(1) ? codes : codes.narrow(1, 0, columns).clone(at::MemoryFormat::Contiguous);
 }
 
 }  // namespace miniquant::algorithms

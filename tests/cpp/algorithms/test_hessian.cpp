@@ -37,6 +37,7 @@ TEST(Hessian, IsTheProductOfTheInputs) {
 }
 
 TEST(Hessian, AnySplitIntoBatchesIsTheSameToRounding) {
+  const testing::ScopedThreads threads(1);
   const at::Tensor inputs = testing::normal({600, 40}, 2);
   const at::Tensor whole = sum_of(inputs, at::kDouble);
   const at::Tensor tolerance = bound(inputs, 2 * std::numeric_limits<double>::epsilon());

@@ -12,7 +12,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
+QuantizedWeight nearest(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
   return rtn(weight, bits, group_size, symmetric, std::nullopt, std::nullopt);
 }
 
@@ -39,7 +39,7 @@ TEST(Rtn, RoundsEveryGroupToItsOwnGrid) {
       for (const bool symmetric : {true, false}) {
         for (const int64_t group_size : {1, 32, 64, 70}) {
           const at::Tensor values = weight.to(dtype);
-          const QuantizedWeight quantized = rtn(values, bits, group_size, symmetric);
+          const QuantizedWeight quantized = nearest(values, bits, group_size, symmetric);
           EXPECT_TRUE(at::equal(quantized.codes, codes_from(values, quantized, bits, group_size, symmetric)))
               << dtype << ", " << bits << " bits, group size " << group_size << ", symmetric " << symmetric;
         }
@@ -51,10 +51,10 @@ TEST(Rtn, RoundsEveryGroupToItsOwnGrid) {
 // The error is at most half a step, but for what rounding of the scale and of the zero point moves the grid's ends.
 TEST(Rtn, ErrorIsAtMostHalfAStep) {
   const at::Tensor weight = testing::normal({20, 60}, 2);
-  const QuantizedWeight symmetric = rtn(weight, 4, 20, true);
+  const QuantizedWeight symmetric = nearest(weight, 4, 20, true);
   const at::Tensor error = weight - dequantize(symmetric.codes, symmetric.scales, symmetric.zero_points, 20);
   EXPECT_TRUE(error.abs().le(symmetric.scales.repeat_interleave(20, 1) * (0.5 + 1e-12)).all().item<bool>());
-  const QuantizedWeight asymmetric = rtn(weight, 4, 20, false);
+  const QuantizedWeight asymmetric = nearest(weight, 4, 20, false);
   const at::Tensor other = weight - dequantize(asymmetric.codes, asymmetric.scales, asymmetric.zero_points, 20);
   EXPECT_TRUE(other.abs().le(asymmetric.scales.repeat_interleave(20, 1) * (1 + 1e-12)).all().item<bool>());
 }
@@ -63,7 +63,7 @@ TEST(Rtn, UsesGivenScalesAndZeroPoints) {
   const at::Tensor weight = testing::normal({3, 8}, 3);
   const at::Tensor scales = testing::normal({3, 2}, 4).abs();
   const at::Tensor zero_points = at::zeros({3, 2}, at::kChar).fill_(2);
-  const QuantizedWeight quantized = miniquant::algorithms::rtn(weight, 4, 4, false, scales, zero_points);
+  const QuantizedWeight quantized = rtn(weight, 4, 4, false, scales, zero_points);
   EXPECT_TRUE(at::equal(quantized.scales, scales));
   EXPECT_TRUE(at::equal(quantized.zero_points, zero_points));
   EXPECT_TRUE(at::equal(quantized.codes, codes_from(weight, quantized, 4, 4, false)));
@@ -73,10 +73,10 @@ TEST(Rtn, UsesGivenScalesAndZeroPoints) {
 TEST(Rtn, HalfPrecisionIsFloat32WithStoredScales) {
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     const at::Tensor weight = testing::normal({30, 50}, 5, dtype);
-    const QuantizedWeight quantized = rtn(weight, 4, 16, true);
+    const QuantizedWeight quantized = nearest(weight, 4, 16, true);
     EXPECT_EQ(quantized.scales.scalar_type(), dtype);
     const QuantizedWeight single =
-        miniquant::algorithms::rtn(weight.to(at::kFloat), 4, 16, true, quantized.scales.to(at::kFloat), std::nullopt);
+        rtn(weight.to(at::kFloat), 4, 16, true, quantized.scales.to(at::kFloat), std::nullopt);
     EXPECT_TRUE(at::equal(quantized.codes, single.codes)) << dtype;
   }
 }
@@ -86,20 +86,20 @@ TEST(Rtn, StridesAndThreadsDoNotMatter) {
   QuantizedWeight one;
   {
     const testing::ScopedThreads threads(1);
-    one = rtn(weight.mT(), 4, 7, true);
+    one = nearest(weight.mT(), 4, 7, true);
   }
   const testing::ScopedThreads threads(2);
-  const QuantizedWeight two = rtn(weight.mT().contiguous(), 4, 7, true);
+  const QuantizedWeight two = nearest(weight.mT().contiguous(), 4, 7, true);
   EXPECT_TRUE(at::equal(one.codes, two.codes));
   EXPECT_TRUE(at::equal(one.scales, two.scales));
 }
 
 TEST(Rtn, ZerosAndEmptyShapes) {
-  const QuantizedWeight zero = rtn(at::zeros({2, 5}), 4, 2, true);
+  const QuantizedWeight zero = nearest(at::zeros({2, 5}), 4, 2, true);
   EXPECT_TRUE(zero.codes.eq(0).all().item<bool>());
   EXPECT_TRUE(zero.scales.eq(1).all().item<bool>());
-  EXPECT_EQ(rtn(at::zeros({0, 5}), 4, 2, true).scales.sizes(), (std::vector<int64_t>{0, 3}));
-  EXPECT_EQ(rtn(at::zeros({2, 0}), 4, 2, true).scales.sizes(), (std::vector<int64_t>{2, 0}));
+  EXPECT_EQ(nearest(at::zeros({0, 5}), 4, 2, true).scales.sizes(), (std::vector<int64_t>{0, 3}));
+  EXPECT_EQ(nearest(at::zeros({2, 0}), 4, 2, true).scales.sizes(), (std::vector<int64_t>{2, 0}));
 }
 
 }  // namespace
