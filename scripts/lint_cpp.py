@@ -27,7 +27,7 @@ DROPPED_FLAGS = re.compile(r"-fno-sanitize-recover=.*|-fsanitize=.*|-fno-sanitiz
 def project_files() -> list[Path]:
     """The C++ files that git knows or would know."""
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "csrc", "tests", "benchmarks"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "csrc", "tests", "examples"],
         check=True,
         cwd=ROOT,
         capture_output=True,
