@@ -43,23 +43,20 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& optio
                              const kernels::StripLayout& layout) {
   const int64_t columns = hessian.size(0);
   const at::Tensor column = order_of_columns(hessian, options.column_order);
-  const DampedHessian damped = damp(hessian, options.ridge, at::kDouble);
-  at::Tensor ordered = with_dead_inputs_decoupled(damped.matrix);
-  if (options.column_order != ColumnOrder::kNatural) {
-    ordered = ordered.index_select(0, column).index_select(1, column);
-  }
-  if (!factor_from_last_row(ordered)) {
-    throw_not_positive_definite("gptq", damped);
+  const double added = added_to_diagonal(hessian, options.ridge);
+  const at::Tensor factor = damped_lower_triangle(hessian, added, column);
+  if (!factor_from_last_row(factor)) {
+    throw_not_positive_definite("gptq", damp(hessian, options.ridge, at::kDouble));
   }
 
-  const at::Tensor packed = at::empty({layout.packed_size}, ordered.options().dtype(dtype));
-  const double* const l = ordered.const_data_ptr<double>();  // L[j, i] = R[i, j]
+  const at::Tensor packed = at::empty({layout.packed_size}, factor.options().dtype(dtype));
+  const double* const l = factor.const_data_ptr<double>();  // L[j, i] = R[i, j]
   dispatch_compute(dtype, [&]<typename T> {
     pack_triangle(layout, packed.mutable_data_ptr<T>(),
                   [&](int64_t i, int64_t j) { return static_cast<T>(l[j * columns + i] / l[j * columns + j]); });
   });
-  const at::Tensor diagonal = damped.matrix.diagonal().index_select(0, column);
-  const at::Tensor pivot_squared = ordered.diagonal().square().mul(diagonal != 0).to(dtype);
+  const at::Tensor damped_diagonal = hessian.diagonal().index_select(0, column).to(at::kDouble) + added;
+  const at::Tensor pivot_squared = factor.diagonal().square().mul(damped_diagonal != 0).to(dtype);
   return {column, packed, pivot_squared};
 }
 

@@ -42,6 +42,17 @@ MINIQUANT_INLINE void store(const TileAccumulator<T>& accumulator, T* to, std::i
   }
 }
 
+template <typename T>
+MINIQUANT_INLINE void add(TileAccumulator<T>& accumulator, const TileAccumulator<T>& other) {
+#pragma GCC unroll 8
+  for (std::int64_t c = 0; c < kStripColumns; ++c) {
+#pragma GCC unroll 8
+    for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+      accumulator.value[c][v] += other.value[c][v];
+    }
+  }
+}
+
 /// Terms are added one after the other, so the sum is the same however `count` is split over calls.
 template <typename T>
 MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t coefficient_stride,

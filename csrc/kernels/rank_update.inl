@@ -12,32 +12,53 @@ void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t 
   }
 }
 
+/// Rows of Y summed before they are added to A: two packed tiles of them stay in the first-level cache.
+template <typename T>
+constexpr std::int64_t kRowsPerSum = 12288 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
+
+/// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]: short sums added up, so
+/// that rounding does not grow with `count`.
+template <typename T>
+MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, T* product) {
+  for (std::int64_t row = 0; row < count; row += kRowsPerSum<T>) {
+    const std::int64_t rows = count - row < kRowsPerSum<T> ? count - row : kRowsPerSum<T>;
+    for (std::int64_t strip = 0; strip < kTileRows<T>; strip += kStripColumns) {
+      TileAccumulator<T> sum;
+      clear(sum);
+      accumulate(sum, tile_j + row * kTileRows<T> + strip, kTileRows<T>, tile_i + row * kTileRows<T>, rows);
+      T* const to = product + strip * kTileRows<T>;
+      if (row > 0) {
+        TileAccumulator<T> earlier;
+        load(earlier, to, kStripColumns);
+        add(sum, earlier);
+      }
+      store(sum, to, kStripColumns);
+    }
+  }
+}
+
 template <typename T>
 void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
                  std::int64_t i_tile_begin, std::int64_t i_tile_end, std::int64_t j_tile, T sign, bool mirror) {
   const std::int64_t tile_elements = count * kTileRows<T>;
+  const std::int64_t j_begin = j_tile * kTileRows<T>;
+  const std::int64_t j_width = columns - j_begin < kTileRows<T> ? columns - j_begin : kTileRows<T>;
+  alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
   for (std::int64_t i_tile = i_tile_begin; i_tile < i_tile_end && i_tile <= j_tile; ++i_tile) {
     const std::int64_t i_begin = i_tile * kTileRows<T>;
-    for (std::int64_t strip = 0; strip < kTileRows<T>; strip += kStripColumns) {
-      TileAccumulator<T> accumulator;
-      clear(accumulator);
-      accumulate(accumulator, tiles + j_tile * tile_elements + strip, kTileRows<T>, tiles + i_tile * tile_elements,
-                 count);
-      T product[kStripColumns * kTileRows<T>];
-      store(accumulator, product, kStripColumns);
-      for (std::int64_t c = 0; c < kStripColumns; ++c) {
-        const std::int64_t j = j_tile * kTileRows<T> + strip + c;
-        if (j >= columns) {
-          break;
-        }
-        const std::int64_t to_diagonal = j + 1 - i_begin;
-        const std::int64_t width = to_diagonal < kTileRows<T> ? to_diagonal : kTileRows<T>;
-        for (std::int64_t lane = 0; lane < width; ++lane) {
-          a[j * ld + i_begin + lane] += sign * product[c * kTileRows<T> + lane];
-        }
-        for (std::int64_t lane = 0; mirror && lane < width && i_begin + lane < j; ++lane) {
-          a[(i_begin + lane) * ld + j] += sign * product[c * kTileRows<T> + lane];
-        }
+    multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count, product);
+    for (std::int64_t j = 0; j < j_width; ++j) {
+      // i <= j where the tile lies on the diagonal
+      const std::int64_t width = i_tile == j_tile ? j + 1 : kTileRows<T>;
+      T* const row = a + (j_begin + j) * ld + i_begin;
+      for (std::int64_t i = 0; i < width; ++i) {
+        row[i] += sign * product[j * kTileRows<T> + i];
+      }
+    }
+    for (std::int64_t i = 0; mirror && i < kTileRows<T>; ++i) {
+      T* const row = a + (i_begin + i) * ld + j_begin;
+      for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
+        row[j] += sign * product[j * kTileRows<T> + i];
       }
     }
   }

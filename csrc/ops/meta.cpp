@@ -55,9 +55,7 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
                     block_size, group_scales, column_order);
 }
 
-void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  check_hessian_update_arguments(hessian, inputs);
-}
+void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) { check_hessian_update_arguments(hessian, inputs); }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   check_quantization_loss_arguments(weight, dequantized, hessian);
