@@ -8,7 +8,6 @@
 //        |         B1          |         B2          | ... |
 //   N    |   G1    |    G2     |   G3    |    G4     |     |      Hinv [K, K], upper triangular:
 //   rows |  k ->   |           |         |           |     |      Hinv^T Hinv = H^-1
-//        |         |           |         |           |     |
 //        +---------------------+---------------------+-----+
 //
 //   for each block      B_cur = W[:, B_cur_k_start:B_cur_k_end]                                  [N, B]
@@ -17,7 +16,8 @@
 //                       qparams = those of the group; with dynamic scales taken here, from the updated weights
 //       for each column k in [G_k_start - B_cur_k_start, G_k_end - B_cur_k_start)                local to the block
 //                       w_t  = B_cur[:, k]                                                       [N]
-//                       err1 = (w_t - quant_dequant(w_t, qparams)) / Hinv_cur[k, k]              [N]
+//                       w_t_qdq = dequantize(quantize(w_t, qparams), qparams)                    [N]
+//                       err1 = (w_t - w_t_qdq) / Hinv_cur[k, k]                                  [N]
 //                       B_cur[:, k:]    -= outer(err1, Hinv_cur[k, k:])                          the rest of the block
 //                       B_cur_Err1[:, k] = err1                                                  [N, B]
 //     W[:, B_cur_k_end:] -= B_cur_Err1 @ Hinv[B_cur_k_start:B_cur_k_end, B_cur_k_end:]           the later blocks
