@@ -116,7 +116,7 @@ double largest_asymmetry(const at::Tensor& hessian) {
       }
     });
   });
-  return *std::max_element(of_row.begin(), of_row.end());
+  return *std::ranges::max_element(of_row);
 }
 
 DampedHessian damp(const at::Tensor& hessian, double ridge, at::ScalarType dtype) {

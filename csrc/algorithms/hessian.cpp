@@ -39,7 +39,8 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs) {
   if (inputs.numel() == 0) {
     return;
   }
-  const at::Tensor all_tokens = inputs.reshape({-1, columns});
+  // inputs that share memory with the sum must not change while they are read
+  const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
   const at::Tensor sum = hessian.contiguous();
   dispatch_compute(hessian.scalar_type(), [&]<typename T> {
     const int64_t lanes = typed_kernels<T>().tile_rows;

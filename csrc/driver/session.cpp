@@ -92,7 +92,7 @@ bool all_checks_passed(const std::vector<Run>& runs) {
   return true;
 }
 
-int run_options(const Options& options, std::vector<std::string> command, std::ostream& out, std::ostream& error,
+int run_options(const Options& options, const std::vector<std::string>& command, std::ostream& out, std::ostream& error,
                 bool progress) {
   check_output_folder(options.output);
   if (options.threads > 0) at::set_num_threads(options.threads);

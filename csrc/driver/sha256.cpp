@@ -15,7 +15,7 @@ std::string sha256(const void* data, std::size_t size) {
   }
   constexpr std::string_view kDigits = "0123456789abcdef";
   std::string text;
-  text.reserve(2 * length);
+  text.reserve(std::size_t{2} * length);
   for (unsigned int i = 0; i < length; ++i) {
     text += kDigits[digest[i] >> 4U];
     text += kDigits[digest[i] & 0xFU];

@@ -1,9 +1,11 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 #include <limits>
 
+#include "algorithms/dispatch.h"
 #include "algorithms/hessian.h"
 #include "tensor_testing.h"
 
@@ -16,10 +18,13 @@ at::Tensor sum_of(const at::Tensor& inputs, at::ScalarType dtype) {
   return hessian;
 }
 
-// Sums of at most 256 tokens, added up: (256 + tokens / 256) eps |X|^T |X|, componentwise.
-at::Tensor bound(const at::Tensor& inputs, double eps) {
-  const double terms = 256.0 + static_cast<double>(inputs.size(0)) / 256.0;
-  return inputs.abs().mT().matmul(inputs.abs()) * (terms * eps);
+// Sums of as many tokens as two packed tiles of 12 KiB hold, added up: (tokens per sum + number of sums) eps |X|^T |X|,
+// componentwise (kernels/rank_update.inl).
+template <typename T>
+at::Tensor bound(const at::Tensor& inputs) {
+  const auto tokens_per_sum = 12288 / (typed_kernels<T>().tile_rows * static_cast<int64_t>(sizeof(T)));
+  const auto terms = static_cast<double>(tokens_per_sum + inputs.size(0) / tokens_per_sum + 1);
+  return inputs.abs().mT().matmul(inputs.abs()) * (terms * std::numeric_limits<T>::epsilon());
 }
 
 TEST(Hessian, IsTheProductOfTheInputs) {
@@ -29,9 +34,9 @@ TEST(Hessian, IsTheProductOfTheInputs) {
     const at::Tensor wide = inputs.to(at::kDouble);
     const at::Tensor expected = wide.mT().matmul(wide);
     const at::Tensor single = sum_of(inputs, at::kFloat).to(at::kDouble);
-    EXPECT_TRUE((single - expected).abs().le(bound(wide, std::numeric_limits<float>::epsilon())).all().item<bool>());
+    EXPECT_TRUE((single - expected).abs().le(bound<float>(wide)).all().item<bool>());
     const at::Tensor twice = sum_of(inputs, at::kDouble);
-    EXPECT_TRUE((twice - expected).abs().le(bound(wide, std::numeric_limits<double>::epsilon())).all().item<bool>());
+    EXPECT_TRUE((twice - expected).abs().le(bound<double>(wide)).all().item<bool>());
     EXPECT_TRUE(at::equal(single, single.mT())) << "not symmetric";
   }
 }
@@ -40,7 +45,7 @@ TEST(Hessian, AnySplitIntoBatchesIsTheSameToRounding) {
   const testing::ScopedThreads threads(1);
   const at::Tensor inputs = testing::normal({600, 40}, 2);
   const at::Tensor whole = sum_of(inputs, at::kDouble);
-  const at::Tensor tolerance = bound(inputs, 2 * std::numeric_limits<double>::epsilon());
+  const at::Tensor tolerance = 2 * bound<double>(inputs);
   for (const int64_t batch : {1, 7, 255, 256, 599}) {
     at::Tensor parts = at::zeros({40, 40}, at::kDouble);
     for (const at::Tensor& part : inputs.split(batch)) {
@@ -78,6 +83,16 @@ TEST(Hessian, CastsInputsToTheHessiansDtype) {
     const at::Tensor inputs = testing::normal({20, 6}, 6, dtype);
     EXPECT_TRUE(at::equal(sum_of(inputs, at::kFloat), sum_of(inputs.to(at::kFloat), at::kFloat))) << dtype;
   }
+}
+
+// More tokens than one pass takes, so that the sum changes while there are still some to read.
+TEST(Hessian, InputsMayShareMemoryWithTheSum) {
+  at::Tensor hessian = testing::normal({1100, 1100}, 4, at::kFloat);
+  const at::Tensor inputs = hessian.clone();
+  at::Tensor expected = hessian.clone();
+  hessian_update(expected, inputs);
+  hessian_update(hessian, hessian);
+  EXPECT_TRUE(at::equal(hessian, expected));
 }
 
 TEST(Hessian, NoTokensAddNothing) {
