@@ -141,7 +141,7 @@ int run_session(const std::string& program, const std::vector<std::string>& argu
     }
     std::vector<std::string> command = {std::filesystem::path(program).filename().string()};
     command.insert(command.end(), arguments.begin(), arguments.end());
-    return run_options(std::get<Options>(parsed), std::move(command), out, error, progress);
+    return run_options(std::get<Options>(parsed), command, out, error, progress);
   } catch (const InputError& problem) {
     return report(problem.what(), kBadInput);
   } catch (const c10::ValueError& problem) {

@@ -90,6 +90,8 @@ at::Tensor pack_int4(const at::Tensor& codes) {
   return algorithms::pack_int4(codes);
 }
 
+// Registration takes a SymInt by value only.
+// NOLINTNEXTLINE(performance-unnecessary-value-param)
 at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
   check_unpack_int4_arguments(packed, columns);
   return algorithms::unpack_int4(packed, columns.guard_int(__FILE__, __LINE__));
