@@ -104,7 +104,12 @@ def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
     passed = build.parent / "cache" / "clang-tidy"
     passed.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["clang-tidy", "--version"], check=True, capture_output=True).stdout
-    common = [version, (ROOT / ".clang-tidy").read_bytes(), Path(__file__).read_bytes()]
+    settings = [
+        ROOT / ".clang-tidy",
+        *sorted(ROOT.glob("csrc/**/.clang-tidy")),
+        *sorted(ROOT.glob("tests/**/.clang-tidy")),
+    ]
+    common = [version, *(file.read_bytes() for file in settings), Path(__file__).read_bytes()]
     headers = project_headers(build)
     pending: list[tuple[Path, list[str], Path]] = []
     commands = compile_commands(build)
