@@ -70,7 +70,7 @@ def test_setup_installs_missing_packages_or_names_the_command(root: Path, tmp_pa
         root / "scripts" / "setup", "--no-build", env={"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
     )
     assert status != 0
-    assert "libcli11-dev libgtest-dev libssl-dev nlohmann-json3-dev" in text
+    assert "libcli11-dev libgmock-dev libgtest-dev libssl-dev nlohmann-json3-dev" in text
     if os.geteuid() == 0:
         assert said.read_text() == "update -q\n"
     else:
