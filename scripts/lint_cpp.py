@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the C++ sources: clang-format, then clang-tidy.
+"""Checks the C++ sources: clang-format all of them, clang-tidy those of csrc.
 
 clang-tidy takes seconds for each file that includes torch's headers, so a file that passed is not looked at again until
 something it depends on changes: itself, a header of the project that it includes, its compile command, .clang-tidy or
@@ -47,11 +47,11 @@ def check_format(files: Iterable[Path]) -> bool:
 
 
 def compile_commands(build: Path) -> dict[Path, tuple[list[str], str]]:
-    """The command and the object of every source, the first where a source is compiled several times."""
+    """The command and the object of every source of csrc, the first where a source is compiled several times."""
     commands: dict[Path, tuple[list[str], str]] = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
-        if source.is_relative_to(ROOT) and not source.is_relative_to(build):
+        if source.is_relative_to(ROOT / "csrc"):
             command = shlex.split(entry["command"])
             commands.setdefault(source, (command, command[command.index("-o") + 1]))
     return commands
@@ -104,11 +104,7 @@ def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
     passed = build.parent / "cache" / "clang-tidy"
     passed.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["clang-tidy", "--version"], check=True, capture_output=True).stdout
-    settings = [
-        ROOT / ".clang-tidy",
-        *sorted(ROOT.glob("csrc/**/.clang-tidy")),
-        *sorted(ROOT.glob("tests/**/.clang-tidy")),
-    ]
+    settings = [ROOT / ".clang-tidy", *sorted(ROOT.glob("csrc/**/.clang-tidy"))]
     common = [version, *(file.read_bytes() for file in settings), Path(__file__).read_bytes()]
     headers = project_headers(build)
     pending: list[tuple[Path, list[str], Path]] = []

@@ -13,7 +13,6 @@ namespace {
 
 using testing::ElementsAre;
 using testing::EndsWith;
-using testing::HasSubstr;
 
 TEST(Progress, SaysNothingWhereItIsNotEnabled) {
   std::ostringstream stream;
