@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <tuple>
 
 #include "algorithms/gptq.h"
 #include "algorithms/hessian.h"
@@ -12,6 +11,7 @@
 #include "algorithms/packing.h"
 #include "algorithms/rtn.h"
 #include "ops/checks.h"
+#include "ops/results.h"
 
 // The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone is registered
 // for every device.
@@ -19,8 +19,6 @@
 namespace miniquant::ops {
 namespace {
 
-using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Algorithm = GptqResult (*)(const at::Tensor&, const at::Tensor&, const GptqOptions&);
 
 QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,

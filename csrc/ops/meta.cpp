@@ -4,19 +4,16 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <tuple>
 #include <utility>
 
 #include "algorithms/grid.h"
 #include "ops/checks.h"
+#include "ops/results.h"
 
 // The operators on tensors without data: the same checks, then the shapes and dtypes of the results.
 
 namespace miniquant::ops {
 namespace {
-
-using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 QuantizedTuple empty_quantized(const at::Tensor& weight, int64_t group_size) {
   const c10::SymInt rows = weight.sym_size(0);

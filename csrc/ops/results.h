@@ -1,0 +1,14 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+// What the operators return, as the dispatcher passes it: the schemas name the elements.
+
+namespace miniquant::ops {
+
+using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+}  // namespace miniquant::ops
