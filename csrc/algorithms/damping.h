@@ -24,13 +24,9 @@ DampedHessian damp(const at::Tensor& hessian, double ridge, at::ScalarType dtype
 /// column, and any positive pivot leaves it decoupled, so that its weights are rounded to nearest.
 at::Tensor with_dead_inputs_decoupled(const at::Tensor& matrix);
 
-/// The lower triangle of the damped `hessian` [K, K] (float32 or float64, on the CPU), rows and columns in the order
-/// `column` (int64 [K]), dead inputs decoupled: float64 [K, K], contiguous, whose upper triangle is not set. The same
-/// as damp(), with_dead_inputs_decoupled() and a permutation, in one pass.
-at::Tensor damped_lower_triangle(const at::Tensor& hessian, double added, const at::Tensor& column);
-
-/// max |H_ij - H_ji| of a finite `hessian` [K, K], float32 or float64, on any device; 0 for K = 0.
-double largest_asymmetry(const at::Tensor& hessian);
+/// lower_triangle() of the damped `hessian` [K, K] (float32 or float64, on the CPU) with dead inputs decoupled.
+at::Tensor damped_lower_triangle(const at::Tensor& hessian, double added, at::ScalarType dtype,
+                                 const at::Tensor& column);
 
 /// Throws the c10::LinAlgError of `op` for a damped Hessian whose Cholesky factorization failed, naming the first
 /// leading minor that is not positive definite, the ridge used and what to try.

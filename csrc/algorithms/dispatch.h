@@ -9,12 +9,9 @@
 
 #include "kernels/kernels.h"
 
-// How the algorithms reach the kernels: by element type, over panels of rows, with aligned scratch memory.
+// How the algorithms reach the kernels: by element type, over tiles of rows, with aligned scratch memory.
 
 namespace miniquant::algorithms {
-
-/// Rows that one task takes: a multiple of every kernel's tile, and the same for any number of threads.
-inline constexpr int64_t kPanelRows = 96;
 
 /// The chosen instruction set's kernels for T.
 template <typename T>
@@ -33,15 +30,11 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
   }
 }
 
-/// body(row_begin, row_end) for panels of rows, in parallel.
+/// body(row_begin, row_end) for the shares of `rows`, in parallel; shares begin at multiples of `tile_rows`.
 template <typename Body>
-void for_row_panels(int64_t rows, const Body& body) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      body(panel * kPanelRows, std::min(rows, (panel + 1) * kPanelRows));
-    }
-  });
+void for_row_tiles(int64_t rows, int64_t tile_rows, const Body& body) {
+  at::parallel_for(0, (rows + tile_rows - 1) / tile_rows, 1,
+                   [&](int64_t begin, int64_t end) { body(begin * tile_rows, std::min(rows, end * tile_rows)); });
 }
 
 /// body(index) for 0 <= index < count, in parallel; for work that grows or shrinks steadily with the index. Pairs ends,

@@ -103,8 +103,9 @@ void compute_scales(Grid& grid, const at::Tensor& weight) {
     const auto grid_view = view<T>(grid);
     const T* const values = weight.const_data_ptr<T>();
     const int64_t columns = weight.size(1);
-    for_row_panels(weight.size(0), [&](int64_t row_begin, int64_t row_end) {
-      typed_kernels<T>().compute_grid(grid_view, values, columns, row_begin, row_end);
+    const auto& kernel = typed_kernels<T>();
+    for_row_tiles(weight.size(0), kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
+      kernel.compute_grid(grid_view, values, columns, row_begin, row_end);
     });
   });
 }

@@ -28,7 +28,9 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
     }
   });
   for_triangle(column_tiles, [&](int64_t tile) {
-    kernel.rank_update(hessian, columns, columns, tiles, tokens, 0, tile + 1, tile, T(1), /*mirror=*/true);
+    for (int64_t earlier = 0; earlier <= tile; ++earlier) {
+      kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+    }
   });
 }
 

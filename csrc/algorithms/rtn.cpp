@@ -16,8 +16,9 @@ QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, 
     const auto grid_view = view<T>(grid);
     const T* const from = values.const_data_ptr<T>();
     const int64_t columns = values.size(1);
-    for_row_panels(values.size(0), [&](int64_t row_begin, int64_t row_end) {
-      typed_kernels<T>().round_to_nearest(grid_view, from, columns, row_begin, row_end);
+    const auto& kernel = typed_kernels<T>();
+    for_row_tiles(values.size(0), kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
+      kernel.round_to_nearest(grid_view, from, columns, row_begin, row_end);
     });
   });
   return {grid.codes, grid.stored_scales(), grid.zero_points};

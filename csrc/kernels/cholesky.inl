@@ -1,9 +1,27 @@
-// The pieces of A = L^T L (L lower triangular), factored from the last row up; the trailing update is rank_update().
+// The pieces of A = L^T L (L lower triangular), factored from the last row up, on blocks [rows][kPanelColumns] of the
+// panels of a triangle.
 
 template <typename T>
-std::int64_t factor_block(T* a, std::int64_t ld, std::int64_t n) {
-  for (std::int64_t j = n - 1; j >= 0; --j) {
-    T* const row = a + j * ld;
+void subtract_products(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block) {
+  for (std::int64_t lane = 0; lane < kPanelColumns; lane += kTileRows<T>) {
+    for (std::int64_t row = 0; row < rows; row += kStripColumns) {
+      const std::int64_t width = rows - row < kStripColumns ? rows - row : kStripColumns;
+      TileAccumulator<T> sum;
+      clear(sum);
+      accumulate(sum, left + row, {kPanelColumns, 1}, right + lane, kPanelColumns, count);
+      T* const to = block + row * kPanelColumns + lane;
+      TileAccumulator<T> rest;
+      load(rest, to, kPanelColumns, width);
+      add(rest, sum, T(-1));
+      store(rest, to, kPanelColumns, width);
+    }
+  }
+}
+
+template <typename T>
+std::int64_t factor_block(T* block, std::int64_t rows) {
+  for (std::int64_t j = rows - 1; j >= 0; --j) {
+    T* const row = block + j * kPanelColumns;
     if (!(row[j] > T(0))) {
       return j;
     }
@@ -14,7 +32,7 @@ std::int64_t factor_block(T* a, std::int64_t ld, std::int64_t n) {
     }
     for (std::int64_t k = 0; k < j; ++k) {
       const T factor = row[k];
-      T* const updated = a + k * ld;
+      T* const updated = block + k * kPanelColumns;
       for (std::int64_t i = 0; i <= k; ++i) {
         updated[i] -= factor * row[i];
       }
@@ -24,36 +42,31 @@ std::int64_t factor_block(T* a, std::int64_t ld, std::int64_t n) {
 }
 
 template <typename T>
-void solve_tile(const T* l, std::int64_t l_ld, std::int64_t n, T* a, std::int64_t a_ld, std::int64_t columns,
-                std::int64_t tile, T* packed) {
-  const std::int64_t first_column = tile * kTileRows<T>;
-  const std::int64_t width = columns - first_column < kTileRows<T> ? columns - first_column : kTileRows<T>;
-  // Step p solves row n - 1 - p, four steps at a time: X_j = (A_j - sum_{k>j} L_kj X_k) / L_jj. The strip's
-  // coefficients are read in ascending column order, so that step p + c sits in accumulator kStripColumns - 1 - c. A
-  // last, narrower strip reads up to three unused coefficients in front of its own, which lie in the row before.
-  for (std::int64_t p = 0; p < n; p += kStripColumns) {
-    TileAccumulator<T> sum;
-    clear(sum);
-    const std::int64_t lowest = n - p - kStripColumns;
-    if (p > 0) {
-      accumulate(sum, l + (n - 1) * l_ld + lowest, -l_ld, packed, p);
-    }
-    T known[kStripColumns * kTileRows<T>];
-    store(sum, known, kStripColumns);
-    for (std::int64_t c = 0; c < kStripColumns && p + c < n; ++c) {
-      const std::int64_t j = n - 1 - (p + c);
-      T* const x = packed + (p + c) * kTileRows<T>;
-      const T* const sum_j = known + (kStripColumns - 1 - c) * kTileRows<T>;
-      for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-        const T right = lane < width ? a[j * a_ld + first_column + lane] : T(0);
-        T rest = right - sum_j[lane];
-        for (std::int64_t earlier = 0; earlier < c; ++earlier) {
-          rest -= l[(j + c - earlier) * l_ld + j] * packed[(p + earlier) * kTileRows<T> + lane];
+void solve_block(const T* diagonal, std::int64_t rows, T* block) {
+  // X_j = (A_j - sum_{k>j} L_kj X_k) / L_jj, terms in descending k
+  const std::int64_t last = (rows - 1) / kStripColumns * kStripColumns;
+  for (std::int64_t lane = 0; lane < kPanelColumns; lane += kTileRows<T>) {
+    T* const x = block + lane;
+    for (std::int64_t first = last; first >= 0; first -= kStripColumns) {
+      const std::int64_t end = first + kStripColumns < rows ? first + kStripColumns : rows;
+      TileAccumulator<T> sum;
+      clear(sum);
+      accumulate(sum, diagonal + (rows - 1) * kPanelColumns + first, {-kPanelColumns, 1},
+                 x + (rows - 1) * kPanelColumns, -kPanelColumns, rows - end);
+#pragma GCC unroll 8
+      for (std::int64_t c = kStripColumns - 1; c >= 0; --c) {
+        const std::int64_t j = first + c;
+        if (j < end) {
+          const T* const l = diagonal + j * kPanelColumns;
+          Vector<T> solved[kVectorsPerTile];
+#pragma GCC unroll 8
+          for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+            T* const at = x + j * kPanelColumns + v * kLanes<T>;
+            solved[v] = (load<T>(at) - sum.value[c][v]) / l[j];
+            store<T>(at, solved[v]);
+          }
+          accumulate_term(sum, l + first, 1, solved, 0, c);
         }
-        x[lane] = rest / l[j * l_ld + j];
-      }
-      for (std::int64_t lane = 0; lane < width; ++lane) {
-        a[j * a_ld + first_column + lane] = x[lane];
       }
     }
   }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/instruction_set.h"
+#include "kernels/triangle.h"
 
 // The kernels: serial, reentrant, on raw pointers. Sizes are the caller's to check. Matrices are row-major and
 // contiguous unless a leading dimension is given. N rows (out features), K columns (in features), G columns per group.
@@ -22,7 +23,7 @@ struct CodeRange {
 template <typename T>
 using RoundScale = T (*)(T scale);
 
-/// One group-quantized weight: where its parts are. `column_group[j]` is the group of column j.
+/// One group-quantized weight: where its parts are.
 template <typename T>
 struct GridView {
   CodeRange range;
@@ -34,38 +35,39 @@ struct GridView {
   RoundScale<T> round_scale;
 };
 
-/// A GPTQ sweep: docs/algorithm.md, "The form without an inverse". Step j of the sweep quantizes stored column
-/// column[j].
+/// What a sweep knows of one step: it quantizes stored column `column`.
+template <typename T>
+struct SweepStep {
+  std::int64_t column;
+  std::int64_t group;  ///< of that column
+  T inverse_pivot;     ///< 1 / R_jj
+  T pivot_squared;     ///< R_jj^2 as it counts in the loss
+};
+
+/// A GPTQ sweep: docs/algorithm.md, "The form without an inverse".
 template <typename T>
 struct SweepProblem {
   std::int64_t columns;  ///< K
   const T* weight;       ///< [N, K]
   GridView<T> grid;
-  bool dynamic_scales;         ///< scales are computed when a segment (one group) is reached, else read
-  const std::int64_t* column;  ///< [K], stored column of each step
-  const T* pivot_squared;      ///< [K], R_jj^2 by step
-  const T* packed;             ///< the packed triangle C[i, j] = R_ij / R_jj
-  const std::int64_t* block_begin;
-  const std::int64_t* segment_begin;
-  const std::int64_t* strip_begin;
-  const std::int64_t* strip_offset;
-  std::int64_t max_block_columns;
-  T* row_loss;  ///< [N]
+  bool dynamic_scales;           ///< scales are computed when a segment (one group) is reached, else read
+  const SweepStep<T>* steps;     ///< [K]
+  const T* triangle;             ///< L = R^T in the order of the sweep, laid out by TriangleLayout{columns}
+  std::int64_t segment_columns;  ///< at least 1; a group's if scales are dynamic
+  std::int64_t block_columns;    ///< a multiple of segment_columns
+  T* row_loss;                   ///< [N]
 };
 
-/// Per-row quadratic forms e H e^T over a packed triangle of H.
+/// Per-row quadratic forms e H e^T over the lower triangle of H.
 template <typename T>
 struct QuadraticFormProblem {
-  std::int64_t columns;  ///< K
-  const T* error;        ///< [N, K]
-  const T* packed;       ///< the packed triangle of H, the diagonal included
-  const std::int64_t* strip_begin;
-  const std::int64_t* strip_offset;
-  std::int64_t strips;
-  T* form;  ///< [N]
+  TriangleLayout triangle_layout;  ///< of K columns
+  const T* error;                  ///< [N, K]
+  const T* triangle;               ///< H, the diagonal included
+  T* form;                         ///< [N]
 };
 
-/// The kernels for one element type. A tile is `tile_rows` lanes wide; packed tiles are [K or B][tile_rows].
+/// The kernels for one element type. A tile is `tile_rows` lanes wide and divides kPanelColumns.
 template <typename T>
 struct TypedKernels {
   std::int64_t tile_rows;
@@ -78,7 +80,7 @@ struct TypedKernels {
   void (*round_to_nearest)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                            std::int64_t row_end);
 
-  /// Elements of workspace that `sweep` needs for `rows` rows.
+  /// Elements of workspace that `sweep` needs for as many rows.
   std::int64_t (*sweep_workspace)(const SweepProblem<T>& problem, std::int64_t rows);
 
   /// Quantizes rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
@@ -95,19 +97,23 @@ struct TypedKernels {
   void (*pack_tile)(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile,
                     T* tiles);
 
-  /// A[j, i] += sign * sum_r rows[r, j] rows[r, i] for i in [tile i_begin, tile i_end), j in tile j_tile, i <= j; with
-  /// `mirror` also A[i, j] for i < j. `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld.
+  /// A[j, i] += sum_r rows[r, j] rows[r, i] for i in tile i_tile and j in tile j_tile >= i_tile, and A[i, j] likewise.
+  /// `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld.
   void (*rank_update)(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
-                      std::int64_t i_tile_begin, std::int64_t i_tile_end, std::int64_t j_tile, T sign, bool mirror);
+                      std::int64_t i_tile, std::int64_t j_tile);
 
-  /// Factors the n x n block a = L^T L from its last row up (L lower triangular, in the lower triangle of a). Returns
-  /// -1, or the row whose pivot is not positive.
-  std::int64_t (*factor_block)(T* a, std::int64_t ld, std::int64_t n);
+  /// Terms that one call of `subtract_products` takes at best.
+  std::int64_t terms_per_product;
 
-  /// With L the factored block `l` [n, n], solves L^T X = A for one tile of columns of the n rows `a` (of `columns`
-  /// columns), writes X over A and, rows reversed, into `packed` [n][tile_rows].
-  void (*solve_tile)(const T* l, std::int64_t l_ld, std::int64_t n, T* a, std::int64_t a_ld, std::int64_t columns,
-                     std::int64_t tile, T* packed);
+  /// block[j, i] -= sum_k left[k, j] right[k, i] for j < rows and every i; all are [.][kPanelColumns], k < count.
+  void (*subtract_products)(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block);
+
+  /// Factors block = L^T L from its last row up (L lower triangular, in the lower triangle of `block`, which is
+  /// [rows][kPanelColumns]). Returns -1, or the row whose pivot is not positive.
+  std::int64_t (*factor_block)(T* block, std::int64_t rows);
+
+  /// block = L^-T block with L the factored block `diagonal`; both [rows][kPanelColumns].
+  void (*solve_block)(const T* diagonal, std::int64_t rows, T* block);
 };
 
 struct KernelTable {

@@ -9,7 +9,7 @@
 #endif
 
 #include "kernels/kernels.h"
-#include "kernels/strip_layout.h"
+#include "kernels/triangle.h"
 
 namespace miniquant::kernels {
 namespace {
@@ -27,10 +27,19 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> kTypedKernels = {
-    kTileRows<T>,       compute_grid<T>, round_to_nearest<T>,
-    sweep_workspace<T>, sweep<T>,        quadratic_form_workspace<T>,
-    quadratic_form<T>,  pack_tile<T>,    rank_update<T>,
-    factor_block<T>,    solve_tile<T>,
+    .tile_rows = kTileRows<T>,
+    .compute_grid = compute_grid<T>,
+    .round_to_nearest = round_to_nearest<T>,
+    .sweep_workspace = sweep_workspace<T>,
+    .sweep = sweep<T>,
+    .quadratic_form_workspace = quadratic_form_workspace<T>,
+    .quadratic_form = quadratic_form<T>,
+    .pack_tile = pack_tile<T>,
+    .rank_update = rank_update<T>,
+    .terms_per_product = kTermsPerSum<T>,
+    .subtract_products = subtract_products<T>,
+    .factor_block = factor_block<T>,
+    .solve_block = solve_block<T>,
 };
 
 [[maybe_unused]] constexpr InstructionSet baseline = InstructionSet::kBaseline;

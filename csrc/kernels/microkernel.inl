@@ -1,6 +1,11 @@
 // The innermost loop, shared by everything that multiplies matrices here:
 //   accumulator[c] += sum_k coefficient[k, c] * lanes[k, :]     c < kStripColumns, one tile of lanes
 
+/// Terms that matrix products sum before they add the sum to the rest: rounding then does not grow with their number,
+/// and what is read stays in the first-level cache. The same for every instruction set.
+template <typename T>
+constexpr std::int64_t kTermsPerSum = 96 * 4 / static_cast<std::int64_t>(sizeof(T));
+
 template <typename T>
 struct TileAccumulator {
   Vector<T> value[kStripColumns][kVectorsPerTile];
@@ -17,46 +22,53 @@ MINIQUANT_INLINE void clear(TileAccumulator<T>& accumulator) {
   }
 }
 
-/// Reads `width` columns of [.][kTileRows] at `from`; the others become 0.
+/// Reads `width` rows of a tile at `from`, `row` elements apart; the others become 0.
 template <typename T>
-MINIQUANT_INLINE void load(TileAccumulator<T>& accumulator, const T* from, std::int64_t width) {
+MINIQUANT_INLINE void load(TileAccumulator<T>& accumulator, const T* from, std::int64_t row, std::int64_t width) {
 #pragma GCC unroll 8
   for (std::int64_t c = 0; c < kStripColumns; ++c) {
 #pragma GCC unroll 8
     for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-      accumulator.value[c][v] = c < width ? load<T>(from + c * kTileRows<T> + v * kLanes<T>) : Vector<T>{};
+      accumulator.value[c][v] = c < width ? load<T>(from + c * row + v * kLanes<T>) : Vector<T>{};
     }
   }
 }
 
 template <typename T>
-MINIQUANT_INLINE void store(const TileAccumulator<T>& accumulator, T* to, std::int64_t width) {
+MINIQUANT_INLINE void store(const TileAccumulator<T>& accumulator, T* to, std::int64_t row, std::int64_t width) {
 #pragma GCC unroll 8
   for (std::int64_t c = 0; c < kStripColumns; ++c) {
     if (c < width) {
 #pragma GCC unroll 8
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-        store<T>(to + c * kTileRows<T> + v * kLanes<T>, accumulator.value[c][v]);
+        store<T>(to + c * row + v * kLanes<T>, accumulator.value[c][v]);
       }
     }
   }
 }
 
+/// accumulator += sign * other.
 template <typename T>
-MINIQUANT_INLINE void add(TileAccumulator<T>& accumulator, const TileAccumulator<T>& other) {
+MINIQUANT_INLINE void add(TileAccumulator<T>& accumulator, const TileAccumulator<T>& other, T sign) {
 #pragma GCC unroll 8
   for (std::int64_t c = 0; c < kStripColumns; ++c) {
 #pragma GCC unroll 8
     for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-      accumulator.value[c][v] += other.value[c][v];
+      accumulator.value[c][v] += sign * other.value[c][v];
     }
   }
 }
 
+/// How far apart the coefficients of two terms, and of two accumulators, lie.
+struct Strides {
+  std::int64_t term;
+  std::int64_t strip;
+};
+
 /// Terms are added one after the other, so the sum is the same however `count` is split over calls.
 template <typename T>
-MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t coefficient_stride,
-                                 const T* lanes, std::int64_t count) {
+MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, Strides coefficient_strides,
+                                 const T* lanes, std::int64_t lanes_stride, std::int64_t count) {
   TileAccumulator<T> sum = accumulator;
   for (std::int64_t k = 0; k < count; ++k) {
     Vector<T> lane[kVectorsPerTile];
@@ -66,31 +78,54 @@ MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coeff
     }
 #pragma GCC unroll 8
     for (std::int64_t c = 0; c < kStripColumns; ++c) {
-      const Vector<T> factor = broadcast<T>(coefficient[c]);
+      const Vector<T> factor = broadcast<T>(coefficient[c * coefficient_strides.strip]);
 #pragma GCC unroll 8
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
         sum.value[c][v] = multiply_add(factor, lane[v], sum.value[c][v]);
       }
     }
-    coefficient += coefficient_stride;
-    lanes += kTileRows<T>;
+    coefficient += coefficient_strides.term;
+    lanes += lanes_stride;
   }
   accumulator = sum;
 }
 
-/// accumulator[c] += coefficient[c] * lanes for the columns c >= first: one more row of the triangle.
+/// One more term for the accumulators [first, last).
 template <typename T>
-MINIQUANT_INLINE void accumulate_row(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t first,
-                                     const Vector<T>* lanes) {
+MINIQUANT_INLINE void accumulate_term(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t strip_stride,
+                                      const Vector<T>* lanes, std::int64_t first, std::int64_t last) {
 #pragma GCC unroll 8
   for (std::int64_t c = 0; c < kStripColumns; ++c) {
-    if (c >= first) {
+    if (c >= first && c < last) {
 #pragma GCC unroll 8
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-        accumulator.value[c][v] = multiply_add(broadcast<T>(coefficient[c]), lanes[v], accumulator.value[c][v]);
+        accumulator.value[c][v] =
+            multiply_add(broadcast<T>(coefficient[c * strip_stride]), lanes[v], accumulator.value[c][v]);
       }
     }
   }
+}
+
+/// accumulator[c] += sum over i in [begin, end) of L[first + c, i] * lanes[i - begin, :], lanes [.][kTileRows], for a
+/// triangle L as TriangleLayout says and end <= first + 1.
+template <typename T>
+MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layout, std::int64_t first,
+                                         std::int64_t begin, std::int64_t end, const T* lanes,
+                                         TileAccumulator<T>& accumulator) {
+  for (std::int64_t i = begin; i < end;) {
+    const std::int64_t panel = i / kPanelColumns;
+    const std::int64_t panel_end = (panel + 1) * kPanelColumns;
+    const std::int64_t stop = panel_end < end ? panel_end : end;
+    accumulate(accumulator, triangle + layout.offset(first, panel) + i % kPanelColumns, {1, kPanelColumns},
+               lanes + (i - begin) * kTileRows<T>, kTileRows<T>, stop - i);
+    i = stop;
+  }
+}
+
+/// &L[row, column] of a triangle.
+template <typename T>
+MINIQUANT_INLINE const T* entry(const T* triangle, TriangleLayout layout, std::int64_t row, std::int64_t column) {
+  return triangle + layout.offset(row, column / kPanelColumns) + column % kPanelColumns;
 }
 
 /// tile[r][lane] of rows[lane][column(r)]: lanes past `rows` get 0.

@@ -1,4 +1,4 @@
-// A += sign * Y^T Y on the lower triangle, tile by tile; Y is packed in tiles of kTileRows columns.
+// A += Y^T Y on both triangles, tile by tile; Y is packed in tiles of kTileRows columns.
 
 template <typename T>
 void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile, T* tiles) {
@@ -12,54 +12,49 @@ void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t 
   }
 }
 
-/// Rows of Y summed before they are added to A: two packed tiles of them stay in the first-level cache.
-template <typename T>
-constexpr std::int64_t kRowsPerSum = 12288 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
-
 /// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]: short sums added up, so
 /// that rounding does not grow with `count`.
 template <typename T>
 MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, T* product) {
-  for (std::int64_t row = 0; row < count; row += kRowsPerSum<T>) {
-    const std::int64_t rows = count - row < kRowsPerSum<T> ? count - row : kRowsPerSum<T>;
+  for (std::int64_t row = 0; row < count; row += kTermsPerSum<T>) {
+    const std::int64_t rows = count - row < kTermsPerSum<T> ? count - row : kTermsPerSum<T>;
     for (std::int64_t strip = 0; strip < kTileRows<T>; strip += kStripColumns) {
       TileAccumulator<T> sum;
       clear(sum);
-      accumulate(sum, tile_j + row * kTileRows<T> + strip, kTileRows<T>, tile_i + row * kTileRows<T>, rows);
+      accumulate(sum, tile_j + row * kTileRows<T> + strip, {kTileRows<T>, 1}, tile_i + row * kTileRows<T>, kTileRows<T>,
+                 rows);
       T* const to = product + strip * kTileRows<T>;
       if (row > 0) {
         TileAccumulator<T> earlier;
-        load(earlier, to, kStripColumns);
-        add(sum, earlier);
+        load(earlier, to, kTileRows<T>, kStripColumns);
+        add(sum, earlier, T(1));
       }
-      store(sum, to, kStripColumns);
+      store(sum, to, kTileRows<T>, kStripColumns);
     }
   }
 }
 
 template <typename T>
-void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
-                 std::int64_t i_tile_begin, std::int64_t i_tile_end, std::int64_t j_tile, T sign, bool mirror) {
+void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count, std::int64_t i_tile,
+                 std::int64_t j_tile) {
   const std::int64_t tile_elements = count * kTileRows<T>;
   const std::int64_t j_begin = j_tile * kTileRows<T>;
   const std::int64_t j_width = columns - j_begin < kTileRows<T> ? columns - j_begin : kTileRows<T>;
+  const std::int64_t i_begin = i_tile * kTileRows<T>;
   alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
-  for (std::int64_t i_tile = i_tile_begin; i_tile < i_tile_end && i_tile <= j_tile; ++i_tile) {
-    const std::int64_t i_begin = i_tile * kTileRows<T>;
-    multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count, product);
-    for (std::int64_t j = 0; j < j_width; ++j) {
-      // i <= j where the tile lies on the diagonal
-      const std::int64_t width = i_tile == j_tile ? j + 1 : kTileRows<T>;
-      T* const row = a + (j_begin + j) * ld + i_begin;
-      for (std::int64_t i = 0; i < width; ++i) {
-        row[i] += sign * product[j * kTileRows<T> + i];
-      }
+  multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count, product);
+  for (std::int64_t j = 0; j < j_width; ++j) {
+    // i <= j where the tile lies on the diagonal
+    const std::int64_t width = i_tile == j_tile ? j + 1 : kTileRows<T>;
+    T* const row = a + (j_begin + j) * ld + i_begin;
+    for (std::int64_t i = 0; i < width; ++i) {
+      row[i] += product[j * kTileRows<T> + i];
     }
-    for (std::int64_t i = 0; mirror && i < kTileRows<T>; ++i) {
-      T* const row = a + (i_begin + i) * ld + j_begin;
-      for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
-        row[j] += sign * product[j * kTileRows<T> + i];
-      }
+  }
+  for (std::int64_t i = 0; i < kTileRows<T>; ++i) {
+    T* const row = a + (i_begin + i) * ld + j_begin;
+    for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
+      row[j] += product[j * kTileRows<T> + i];
     }
   }
 }

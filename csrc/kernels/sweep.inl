@@ -1,33 +1,36 @@
-// The GPTQ sweep over a panel of rows, in the form without an inverse (docs/algorithm.md): with C[i, j] = R_ij / R_jj,
+// The GPTQ sweep over rows, in the form without an inverse (docs/algorithm.md): with L = R^T, R_ij = L[j, i],
 //
 //   for each block of columns
-//     S[block] = E[earlier blocks] C[earlier blocks, block]           the blocked product, most of the work
+//     S[block] = E[earlier blocks] R[earlier blocks, block]           the blocked product, most of the work
 //     for each segment of the block                                  the block, or one group if scales are dynamic
-//       scales of the group from W + S C_GG^-1                       if scales are dynamic
+//       scales of the group from W + S R_GG^-1                       if scales are dynamic
 //       for each strip of the segment, for each column j of the strip
-//         target_j = w_j + S_j + sum_{i<j, in block} E_i C_ij
+//         target_j = w_j + (S_j + sum_{i<j, in block} E_i R_ij) / R_jj
 //         q_j      = quantize(target_j)
 //         E_j      = w_j - dequantize(q_j)
 //         loss    += R_jj^2 (target_j - dequantize(q_j))^2
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
 
-/// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it.
+/// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
 template <typename T>
-constexpr std::int64_t kDepth = 24576 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
+constexpr std::int64_t kDepth = 18432 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
+
+/// Tiles that share one pass over the triangle.
+constexpr std::int64_t kTilesPerPass = 4;
 
 template <typename T>
 constexpr std::int64_t kElementsPerDouble = 1;
 template <>
 constexpr std::int64_t kElementsPerDouble<float> = 2;
 
-/// Where a panel's arrays lie in the workspace. B = max_block_columns.
+/// Where the arrays of a pass lie in the workspace. B = columns of a block.
 template <typename T>
 struct SweepArrays {
-  T* error;               // [tiles][K][lane]       E
+  T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
   T* sum;                 // [tiles][B][lane]       S
-  T* weight;              // [tiles][B][lane]       W of the block, in the order of the sweep
-  T* level;               // [B][lane]              code - zero point
+  T* minus_x;             // [B][lane]              of set_dynamic_grid()
+  std::int8_t* code;      // [tiles][K][lane]
   T* scale;               // [tiles][groups][lane]
   T* zero_point;          // [tiles][groups][lane]
   double* loss;           // [tiles][lane]
@@ -35,9 +38,9 @@ struct SweepArrays {
 };
 
 template <typename T>
-MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t rows, T* workspace) {
-  const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
-  const std::int64_t tile_columns = tiles * kTileRows<T>;
+MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t tiles, T* workspace) {
+  const std::int64_t lanes = tiles * kTileRows<T>;
+  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
   const std::int64_t align = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
   std::int64_t used = 0;
   const auto take = [&](std::int64_t count) {
@@ -46,26 +49,27 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
     return at;
   };
   SweepArrays<T> arrays;
-  arrays.error = take(tile_columns * problem.columns);
-  arrays.sum = take(tile_columns * problem.max_block_columns);
-  arrays.weight = take(tile_columns * problem.max_block_columns);
-  arrays.level = take(kTileRows<T> * problem.max_block_columns);
-  arrays.scale = take(tile_columns * problem.grid.groups);
-  arrays.zero_point = take(tile_columns * problem.grid.groups);
-  arrays.loss = reinterpret_cast<double*>(take(tile_columns * kElementsPerDouble<T>));
+  arrays.error = take(lanes * problem.columns);
+  arrays.sum = take(lanes * block);
+  arrays.minus_x = take(problem.dynamic_scales ? kTileRows<T> * block : 0);
+  arrays.code =
+      reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
+  arrays.scale = take(lanes * problem.grid.groups);
+  arrays.zero_point = take(lanes * problem.grid.groups);
+  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
   arrays.elements = used;
   return arrays;
 }
 
-/// One tile of rows of the panel.
+/// One tile of rows of the pass.
 template <typename T>
 struct SweepTile {
   std::int64_t row;   // first row
   std::int64_t rows;  // valid lanes
   T* error;           // [K][lane]
   T* sum;             // [B][lane], of the current block
-  T* weight;          // [B][lane], of the current block
-  T* level;           // [B][lane], of the current block
+  T* minus_x;         // [B][lane], of the current group
+  std::int8_t* code;  // [K][lane]
   T* scale;           // [groups][lane]
   T* zero_point;      // [groups][lane]
   double* loss;       // [lane]
@@ -76,12 +80,13 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
                                       std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
   const std::int64_t row = row_begin + tile * kTileRows<T>;
   const std::int64_t lanes = tile * kTileRows<T>;
+  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
   return {row,
           row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
           arrays.error + lanes * problem.columns,
-          arrays.sum + lanes * problem.max_block_columns,
-          arrays.weight + lanes * problem.max_block_columns,
-          arrays.level,
+          arrays.sum + lanes * block,
+          arrays.minus_x,
+          arrays.code + lanes * problem.columns,
           arrays.scale + lanes * problem.grid.groups,
           arrays.zero_point + lanes * problem.grid.groups,
           arrays.loss + lanes};
@@ -99,61 +104,64 @@ MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// Indices [begin, end): of strips, or of columns in the order of the sweep.
+/// Columns [begin, end), in the order of the sweep.
 struct Span {
   std::int64_t begin;
   std::int64_t end;
 };
 
-/// S[strips] += E[errors] C[errors, strips].
+/// The first `count` columns from `begin` on, cut off at `end`.
+MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64_t end) {
+  return {begin, end - begin < count ? end : begin + count};
+}
+
+/// S[columns] += E[errors] R[errors, columns].
 template <typename T>
 MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                         std::int64_t block_begin, Span strips, Span errors) {
-  for (std::int64_t strip = strips.begin; strip < strips.end; ++strip) {
-    const std::int64_t first = problem.strip_begin[strip];
-    const std::int64_t width = problem.strip_begin[strip + 1] - first;
+                                         std::int64_t block_begin, Span columns, Span errors) {
+  for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
+    const Span strip = span_of(first, kStripColumns, columns.end);
     T* const sum = tile.sum + (first - block_begin) * kTileRows<T>;
     TileAccumulator<T> accumulator;
-    load(accumulator, sum, width);
-    accumulate(accumulator, problem.packed + problem.strip_offset[strip] + errors.begin * kStripColumns, kStripColumns,
-               tile.error + errors.begin * kTileRows<T>, errors.end - errors.begin);
-    store(accumulator, sum, width);
+    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, {problem.columns}, first, errors.begin, errors.end,
+                       tile.error + errors.begin * kTileRows<T>, accumulator);
+    store(accumulator, sum, kTileRows<T>, strip.end - first);
   }
 }
 
-/// Scale and zero point of the group that starts at column `begin` and has the strips `strips`, from its weights as
-/// updated by every earlier column: W + X with X C_GG = S. Uses the group's part of E, which is not yet set, for -X.
+/// Scale and zero point of the group `columns`, from its weights as updated by every earlier column: W + X with
+/// X R_GG = S.
 template <typename T>
 MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                       std::int64_t block_begin, Span strips, std::int64_t begin) {
+                                       std::int64_t block_begin, Span columns) {
   Vector<T> lowest[kVectorsPerTile];
   Vector<T> highest[kVectorsPerTile];
   for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
     lowest[v] = broadcast<T>(static_cast<T>(__builtin_inf()));
     highest[v] = -lowest[v];
   }
-  for (std::int64_t strip = strips.begin; strip < strips.end; ++strip) {
-    const std::int64_t first = problem.strip_begin[strip];
-    const std::int64_t width = problem.strip_begin[strip + 1] - first;
-    const T* const coefficient = problem.packed + problem.strip_offset[strip];
-    TileAccumulator<T> x;
-    load(x, tile.sum + (first - block_begin) * kTileRows<T>, width);
-    accumulate(x, coefficient + begin * kStripColumns, kStripColumns, tile.error + begin * kTileRows<T>, first - begin);
+  for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
+    const Span strip = span_of(first, kStripColumns, columns.end);
+    TileAccumulator<T> sum;
+    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, {problem.columns}, first, columns.begin, first, tile.minus_x, sum);
 #pragma GCC unroll 8
     for (std::int64_t c = 0; c < kStripColumns; ++c) {
-      if (c < width) {
-        const std::int64_t j = first + c;
+      const std::int64_t j = first + c;
+      if (j < strip.end) {
         Vector<T> minus_x[kVectorsPerTile];
 #pragma GCC unroll 8
         for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-          minus_x[v] = -x.value[c][v];
-          store<T>(tile.error + j * kTileRows<T> + v * kLanes<T>, minus_x[v]);
-          const Vector<T> updated =
-              load<T>(tile.weight + (j - block_begin) * kTileRows<T> + v * kLanes<T>) + x.value[c][v];
+          const Vector<T> x = sum.value[c][v] * problem.steps[j].inverse_pivot;
+          minus_x[v] = -x;
+          store<T>(tile.minus_x + (j - columns.begin) * kTileRows<T> + v * kLanes<T>, minus_x[v]);
+          const Vector<T> updated = load<T>(tile.error + j * kTileRows<T> + v * kLanes<T>) + x;
           lowest[v] = updated < lowest[v] ? updated : lowest[v];
           highest[v] = updated > highest[v] ? updated : highest[v];
         }
-        accumulate_row(x, coefficient + j * kStripColumns, c + 1, minus_x);
+        accumulate_term(sum, entry(problem.triangle, {problem.columns}, first, j), kPanelColumns, minus_x, c + 1,
+                        kStripColumns);
       }
     }
   }
@@ -163,7 +171,7 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
     store<T>(low + v * kLanes<T>, lowest[v]);
     store<T>(high + v * kLanes<T>, highest[v]);
   }
-  const std::int64_t group = begin / problem.grid.group_size;
+  const std::int64_t group = problem.steps[columns.begin].group;
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
     const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
     grid_of_range(problem.grid.range, low[lane], high[lane], problem.grid.round_scale, problem.grid.scales[at],
@@ -172,136 +180,154 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
   set_group_grid(problem, tile, group);
 }
 
-/// Quantizes the columns of one strip; E[begin : strip) C[begin : strip), strip] is still to be added to S.
+/// Columns whose losses are summed in T before they are added in float64: the same for every instruction set.
+constexpr std::int64_t kColumnsPerLoss = 4;
+static_assert(kStripColumns % kColumnsPerLoss == 0);
+
+/// to += loss; loss = 0.
+template <typename T>
+MINIQUANT_INLINE void add_loss(Vector<T>* loss, double* to) {
+  T lanes[kTileRows<T>];
+  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+    store<T>(lanes + v * kLanes<T>, loss[v]);
+    loss[v] = Vector<T>{};
+  }
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    to[lane] += static_cast<double>(lanes[lane]);
+  }
+}
+
+/// Quantizes the columns of one strip; E[begin : strip) R[begin : strip), strip] is still to be added to S.
 template <typename T>
 MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                     std::int64_t strip, std::int64_t begin) {
-  const std::int64_t first = problem.strip_begin[strip];
-  const std::int64_t width = problem.strip_begin[strip + 1] - first;
-  const T* const coefficient = problem.packed + problem.strip_offset[strip];
+                                     Span strip, std::int64_t begin) {
   TileAccumulator<T> sum;
-  load(sum, tile.sum + (first - block_begin) * kTileRows<T>, width);
-  accumulate(sum, coefficient + begin * kStripColumns, kStripColumns, tile.error + begin * kTileRows<T>, first - begin);
+  load(sum, tile.sum + (strip.begin - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - strip.begin);
+  accumulate_rows_of(problem.triangle, {problem.columns}, strip.begin, begin, strip.begin,
+                     tile.error + begin * kTileRows<T>, sum);
 
   const T code_min = static_cast<T>(problem.grid.range.code_min);
   const T code_max = static_cast<T>(problem.grid.range.code_max);
   Vector<T> loss[kVectorsPerTile] = {};
 #pragma GCC unroll 8
   for (std::int64_t c = 0; c < kStripColumns; ++c) {
-    if (c < width) {
-      const std::int64_t j = first + c;
-      const std::int64_t group = problem.column[j] / problem.grid.group_size;
+    const std::int64_t j = strip.begin + c;
+    if (j < strip.end) {
+      const SweepStep<T>& step = problem.steps[j];
       Vector<T> error[kVectorsPerTile];
 #pragma GCC unroll 8
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
         const std::int64_t lane = v * kLanes<T>;
-        const Vector<T> weight = load<T>(tile.weight + (j - block_begin) * kTileRows<T> + lane);
-        const Vector<T> scale = load<T>(tile.scale + group * kTileRows<T> + lane);
-        const Vector<T> zero_point = load<T>(tile.zero_point + group * kTileRows<T> + lane);
-        const Vector<T> target = weight + sum.value[c][v];
+        const Vector<T> weight = load<T>(tile.error + j * kTileRows<T> + lane);
+        const Vector<T> scale = load<T>(tile.scale + step.group * kTileRows<T> + lane);
+        const Vector<T> zero_point = load<T>(tile.zero_point + step.group * kTileRows<T> + lane);
+        const Vector<T> target = weight + sum.value[c][v] * step.inverse_pivot;
         const Vector<T> level =
             round_to_level<T, Vector<T>>(target, scale, code_min - zero_point, code_max - zero_point);
         const Vector<T> dequantized = level * scale;
         error[v] = weight - dequantized;
         const Vector<T> miss = target - dequantized;
-        loss[v] = multiply_add(broadcast<T>(problem.pivot_squared[j]), miss * miss, loss[v]);
+        loss[v] = multiply_add(broadcast<T>(step.pivot_squared), miss * miss, loss[v]);
         store<T>(tile.error + j * kTileRows<T> + lane, error[v]);
-        store<T>(tile.level + (j - block_begin) * kTileRows<T> + lane, level);
+        store_codes(tile.code + j * kTileRows<T> + lane, level + zero_point);
       }
-      accumulate_row(sum, coefficient + j * kStripColumns, c + 1, error);
+      accumulate_term(sum, entry(problem.triangle, {problem.columns}, strip.begin, j), kPanelColumns, error, c + 1,
+                      kStripColumns);
     }
-  }
-  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-    for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
-      tile.loss[v * kLanes<T> + lane] += static_cast<double>(loss[v][lane]);
-    }
-  }
-}
-
-/// codes[row, column] = level + zero point for the columns [begin, end) of the sweep.
-template <typename T>
-MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t begin,
-                                  std::int64_t end) {
-  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
-    for (std::int64_t j = begin; j < end; ++j) {
-      const std::int64_t column = problem.column[j];
-      const std::int64_t group = column / problem.grid.group_size;
-      const T code = tile.level[(j - begin) * kTileRows<T> + lane] + tile.zero_point[group * kTileRows<T> + lane];
-      codes[column] = static_cast<std::int8_t>(static_cast<std::int32_t>(code));
+    if (c % kColumnsPerLoss == kColumnsPerLoss - 1) {
+      add_loss<T>(loss, tile.loss);
     }
   }
 }
 
+/// Columns that are copied between rows and lanes at a time: what the lanes write then stays in the cache.
+constexpr std::int64_t kColumnsPerCopy = 128;
+
+/// E = W, in the order of the sweep; lanes past the last row get 0.
 template <typename T>
-void sweep(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
-  const SweepArrays<T> arrays = lay_out(problem, row_end - row_begin, workspace);
+MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      const T* const row = problem.weight + (tile.row + lane) * problem.columns;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        tile.error[j * kTileRows<T> + lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
+      }
+    }
+  }
+}
+
+/// Copies the codes to their rows.
+template <typename T>
+MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        codes[problem.steps[j].column] = tile.code[j * kTileRows<T> + lane];
+      }
+    }
+  }
+}
+
+/// Quantizes a block whose S holds what earlier blocks contribute.
+template <typename T>
+MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block) {
+  Span segment;
+  for (std::int64_t begin = block.begin; begin < block.end; begin = segment.end) {
+    segment = span_of(begin, problem.segment_columns, block.end);
+    add_earlier_errors(problem, tile, block.begin, segment, {block.begin, begin});
+    if (problem.dynamic_scales) {
+      set_dynamic_grid(problem, tile, block.begin, segment);
+    }
+    for (std::int64_t first = begin; first < segment.end; first += kStripColumns) {
+      quantize_strip(problem, tile, block.begin, span_of(first, kStripColumns, segment.end), begin);
+    }
+  }
+}
+
+/// Quantizes rows [row_begin, row_end), at most kTilesPerPass tiles of them.
+template <typename T>
+MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end,
+                                  T* workspace) {
   const std::int64_t tiles = (row_end - row_begin + kTileRows<T> - 1) / kTileRows<T>;
+  const SweepArrays<T> arrays = lay_out(problem, tiles, workspace);
 
   for (std::int64_t t = 0; t < tiles; ++t) {
     const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
       tile.loss[lane] = 0.0;
     }
+    read_weights(problem, tile);
     for (std::int64_t group = 0; !problem.dynamic_scales && group < problem.grid.groups; ++group) {
       set_group_grid(problem, tile, group);
     }
   }
 
-  std::int64_t segment = 0;
-  std::int64_t strip = 0;
-  for (const std::int64_t* block = problem.block_begin; *block < problem.columns; ++block) {
-    const std::int64_t block_begin = block[0];
-    const std::int64_t block_end = block[1];
-    const std::int64_t block_segment = segment;
-    const std::int64_t block_strip = strip;
-    while (problem.segment_begin[segment] < block_end) {
-      ++segment;
-    }
-    while (problem.strip_begin[strip] < block_end) {
-      ++strip;
-    }
-
+  Span block;
+  for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
+    block = span_of(begin, problem.block_columns, problem.columns);
     for (std::int64_t t = 0; t < tiles; ++t) {
       const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
-      transpose_into_tile(problem.weight + tile.row * problem.columns, problem.columns, tile.rows,
-                          problem.column + block_begin, block_end - block_begin, tile.weight);
-      for (std::int64_t i = 0; i < (block_end - block_begin) * kTileRows<T>; ++i) {
+      for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
         tile.sum[i] = T(0);
       }
     }
-
-    for (std::int64_t begin = 0; begin < block_begin; begin += kDepth<T>) {
-      const std::int64_t end = block_begin - begin < kDepth<T> ? block_begin : begin + kDepth<T>;
+    for (std::int64_t first = 0; first < begin; first += kDepth<T>) {
       for (std::int64_t t = 0; t < tiles; ++t) {
-        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), block_begin, {block_strip, strip},
-                           {begin, end});
+        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), begin, block,
+                           span_of(first, kDepth<T>, begin));
       }
     }
-
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
-      Span strips = {block_strip, block_strip};
-      for (std::int64_t s = block_segment; s < segment; ++s) {
-        const std::int64_t begin = problem.segment_begin[s];
-        while (problem.strip_begin[strips.end] < problem.segment_begin[s + 1]) {
-          ++strips.end;
-        }
-        add_earlier_errors(problem, tile, block_begin, strips, {block_begin, begin});
-        if (problem.dynamic_scales) {
-          set_dynamic_grid(problem, tile, block_begin, strips, begin);
-        }
-        for (std::int64_t i = strips.begin; i < strips.end; ++i) {
-          quantize_strip(problem, tile, block_begin, i, begin);
-        }
-        strips.begin = strips.end;
-      }
-      write_codes(problem, tile, block_begin, block_end);
+      quantize_block(problem, tile_of(problem, arrays, row_begin, row_end, t), block);
     }
   }
 
   for (std::int64_t t = 0; t < tiles; ++t) {
     const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+    write_codes(problem, tile);
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       problem.row_loss[tile.row + lane] = static_cast<T>(tile.loss[lane]);
     }
@@ -309,6 +335,15 @@ void sweep(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t 
 }
 
 template <typename T>
+void sweep(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
+  constexpr std::int64_t kRowsPerPass = kTilesPerPass * kTileRows<T>;
+  for (std::int64_t row = row_begin; row < row_end; row += kRowsPerPass) {
+    sweep_tiles(problem, row, row_end - row < kRowsPerPass ? row_end : row + kRowsPerPass, workspace);
+  }
+}
+
+template <typename T>
 std::int64_t sweep_workspace(const SweepProblem<T>& problem, std::int64_t rows) {
-  return lay_out<T>(problem, rows, nullptr).elements;
+  const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
+  return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
 }

@@ -9,8 +9,8 @@
 #include <limits>
 #include <string>
 
-#include "algorithms/damping.h"
 #include "algorithms/grid.h"
+#include "algorithms/symmetric.h"
 
 namespace miniquant::ops {
 namespace {
@@ -144,14 +144,15 @@ void check_grid_values(const char* op, const GridArguments& grid) {
 
 /// Rounding leaves the two halves of a computed X X^T apart by some units in the last place; half of the digits is far
 /// more than that, and far less than the difference of a matrix that is not meant to be symmetric.
-void check_symmetric(const char* op, const at::Tensor& hessian) {
-  if (hessian.numel() == 0) {
-    return;
+void check_hessian_values(const char* op, const at::Tensor& hessian) {
+  const algorithms::SymmetrySurvey survey = algorithms::survey_symmetry(hessian);
+  if (!survey.finite) {
+    check_finite(op, "hessian", hessian);
   }
   const double eps = hessian.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                           : std::numeric_limits<float>::epsilon();
-  const double tolerance = std::sqrt(eps) * hessian.abs().max().item<double>();
-  if (algorithms::largest_asymmetry(hessian) > tolerance) {
+  const double tolerance = std::sqrt(eps) * survey.largest;
+  if (survey.largest_asymmetry > tolerance) {
     const at::Tensor bad = (hessian - hessian.mT()).abs() > tolerance;
     TORCH_CHECK_VALUE(false, op, ": expected hessian to be symmetric to within ", tolerance, ", but got ",
                       first_value(hessian, bad), " and ", first_value(hessian.mT(), bad), " of its transpose");
@@ -225,8 +226,7 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
 
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid) {
   check_rtn_values(op, weight, grid);
-  check_finite(op, "hessian", hessian);
-  check_symmetric(op, hessian);
+  check_hessian_values(op, hessian);
 }
 
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {

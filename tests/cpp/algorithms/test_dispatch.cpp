@@ -24,17 +24,16 @@ TEST(Dispatch, TypedKernelsAreTheChosenOnes) {
   EXPECT_EQ(&typed_kernels<double>(), &kernels::kernels().f64);
 }
 
-// Panels depend on the rows alone, so that results do not depend on the number of threads.
-TEST(Dispatch, PanelsCoverEveryRowOnceAndBeginAtMultiplesOfTheirLength) {
+TEST(Dispatch, SharesCoverEveryRowOnceAndBeginAtMultiplesOfATile) {
+  constexpr int64_t kTileRows = 24;
   for (const int threads : {1, 2}) {
     const testing::ScopedThreads scoped(threads);
-    for (const int64_t rows : {0, 1, 95, 96, 97, 500}) {
+    for (const int64_t rows : {0, 1, 23, 24, 25, 500}) {
       std::vector<int> visits(static_cast<size_t>(rows), 0);
-      for_row_panels(rows, [&](int64_t begin, int64_t end) {
-        EXPECT_EQ(begin % kPanelRows, 0);
-        EXPECT_EQ(end, std::min(rows, begin + kPanelRows));
+      for_row_tiles(rows, kTileRows, [&](int64_t begin, int64_t end) {
+        EXPECT_EQ(begin % kTileRows, 0);
         for (int64_t row = begin; row < end; ++row) {
-          ++visits[static_cast<size_t>(row)];
+          ++visits.at(static_cast<size_t>(row));
         }
       });
       EXPECT_EQ(visits, std::vector<int>(static_cast<size_t>(rows), 1)) << rows;

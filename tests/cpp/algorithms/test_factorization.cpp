@@ -1,96 +1,98 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_cholesky.h>
 #include <ATen/ops/linalg_eigvalsh.h>
 #include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <optional>
+#include <string>
 
 #include "algorithms/damping.h"
 #include "algorithms/factorization.h"
+#include "algorithms/symmetric.h"
+#include "algorithms/triangle_testing.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
 namespace {
 
-constexpr double kEps = std::numeric_limits<double>::epsilon();
+// One column; a panel of 48 less one, itself and plus one; a block of four panels plus one; three blocks, the last
+// panel not filled.
+constexpr int64_t kSizes[] = {1, 2, 47, 48, 49, 193, 500};
 
-at::Tensor positive_definite(int64_t columns) {
-  return damp(testing::hessian_of_inputs(columns, columns / 2 + 2, 1), 0.01, at::kDouble).matrix;
+double eps(at::ScalarType dtype) {
+  return dtype == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }
 
-// one column; a block of 128 less one, itself and plus one; several blocks, the first not filled
-const std::vector<int64_t> kSizes = {1, 2, 127, 128, 129, 300};
+at::Tensor positive_definite(int64_t columns, at::ScalarType dtype) {
+  return damp(testing::hessian_of_inputs(columns, columns / 2 + 2, 1), 0.01, dtype).matrix;
+}
+
+/// L [K, K] in float64, or nothing.
+std::optional<at::Tensor> factor(const at::Tensor& matrix) {
+  const at::Tensor triangle = lower_triangle(matrix, matrix.scalar_type());
+  if (!factor_from_last_row(triangle, matrix.size(0))) {
+    return std::nullopt;
+  }
+  return testing::dense_triangle(triangle, matrix.size(0)).to(at::kDouble);
+}
+
+class Factorization : public ::testing::TestWithParam<at::ScalarType> {};
+INSTANTIATE_TEST_SUITE_P(Dtypes, Factorization, ::testing::Values(at::kFloat, at::kDouble),
+                         [](const auto& dtype) { return std::string(c10::toString(dtype.param)); });
 
 // A perturbation of eps |A| moves a Cholesky factor by up to eps cond(A) / sqrt(2) relative to its norm (Sun 1991), and
 // both factors have such an error: 2 eps cond.
-TEST(Factorization, IsTheCholeskyFactorOfTheReversedMatrixReversed) {
+TEST_P(Factorization, IsTheCholeskyFactorOfTheReversedMatrixReversed) {
   for (const int64_t columns : kSizes) {
-    const at::Tensor matrix = positive_definite(columns);
-    const at::Tensor eigenvalues = at::linalg_eigvalsh(matrix);
+    const at::Tensor matrix = positive_definite(columns, GetParam());
+    const at::Tensor wide = matrix.to(at::kDouble);
+    const at::Tensor eigenvalues = at::linalg_eigvalsh(wide);
     const double condition = (eigenvalues[-1] / eigenvalues[0]).item<double>();
-    const at::Tensor upper = at::linalg_cholesky(matrix.flip({0, 1})).flip({0, 1});  // matrix = upper upper^T
-    at::Tensor factored = matrix.clone();
-    ASSERT_TRUE(factor_from_last_row(factored)) << columns;
-    const double error = (factored.tril() - upper.mT()).norm().item<double>() / upper.norm().item<double>();
-    EXPECT_LE(error, 2 * kEps * condition) << columns << " columns, condition " << condition;
+    const at::Tensor upper = at::linalg_cholesky(wide.flip({0, 1})).flip({0, 1});  // matrix = upper upper^T
+    const std::optional<at::Tensor> l = factor(matrix);
+    ASSERT_TRUE(l.has_value()) << columns;
+    const double error = (*l - upper.mT()).norm().item<double>() / upper.norm().item<double>();
+    EXPECT_LE(error, 2 * eps(GetParam()) * condition) << columns << " columns, condition " << condition;
   }
 }
 
 // |A - L^T L| <= (K + 1) eps |L^T| |L|, componentwise (Higham, theorem 10.3).
-TEST(Factorization, FactorTimesItsTransposeIsTheMatrix) {
+TEST_P(Factorization, FactorTimesItsTransposeIsTheMatrix) {
   for (const int64_t columns : kSizes) {
-    const at::Tensor matrix = positive_definite(columns);
-    at::Tensor factored = matrix.clone();
-    ASSERT_TRUE(factor_from_last_row(factored)) << columns;
-    const at::Tensor l = factored.tril();
-    const at::Tensor bound = l.abs().mT().matmul(l.abs()).mul_(static_cast<double>(columns + 1) * kEps);
-    EXPECT_TRUE((l.mT().matmul(l) - matrix).abs().le(bound).all().item<bool>()) << columns;
+    const at::Tensor matrix = positive_definite(columns, GetParam());
+    const std::optional<at::Tensor> l = factor(matrix);
+    ASSERT_TRUE(l.has_value()) << columns;
+    const at::Tensor bound = l->abs().mT().matmul(l->abs()).mul_(static_cast<double>(columns + 1) * eps(GetParam()));
+    EXPECT_TRUE((l->mT().matmul(*l) - matrix).abs().le(bound).all().item<bool>()) << columns;
   }
 }
 
-TEST(Factorization, ReadsAndWritesTheLowerTriangleAlone) {
-  for (const int64_t columns : {5, 129}) {
-    const at::Tensor matrix = positive_definite(columns);
-    at::Tensor clean = matrix.clone();
-    ASSERT_TRUE(factor_from_last_row(clean));
-    at::Tensor marked = matrix.tril() + at::full_like(matrix, 7.0).triu(1);
-    ASSERT_TRUE(factor_from_last_row(marked));
-    EXPECT_TRUE(at::equal(marked.tril(), clean.tril())) << columns;
-    EXPECT_TRUE(at::equal(marked.triu(1), at::full_like(matrix, 7.0).triu(1))) << columns;
-  }
-}
-
-TEST(Factorization, FailsWhereverAPivotIsNotPositive) {
+TEST_P(Factorization, FailsWhereverAPivotIsNotPositive) {
   constexpr int64_t kColumns = 300;
-  // the last row, its block's first row, the row before that block, the first row of all
-  for (const int64_t bad : {299, 172, 171, 0}) {
+  // the last row, its panel's first row, the row before that panel, a row of the first block, the first row of all
+  for (const int64_t bad : {299, 288, 287, 100, 0}) {
     for (const double pivot : {-1e3, std::numeric_limits<double>::quiet_NaN()}) {
-      at::Tensor matrix = positive_definite(kColumns);
+      at::Tensor matrix = positive_definite(kColumns, GetParam());
       matrix[bad][bad] = pivot;
-      EXPECT_FALSE(factor_from_last_row(matrix)) << bad << ", " << pivot;
+      EXPECT_FALSE(factor(matrix).has_value()) << bad << ", " << pivot;
     }
   }
-  at::Tensor matrix = at::ones({2, 2}, at::kDouble);
-  EXPECT_FALSE(factor_from_last_row(matrix)) << "singular";
+  EXPECT_FALSE(factor(at::ones({2, 2}, GetParam())).has_value()) << "singular";
 }
 
-TEST(Factorization, AcceptsAnEmptyMatrix) { EXPECT_TRUE(factor_from_last_row(at::empty({0, 0}, at::kDouble))); }
+TEST_P(Factorization, AcceptsAnEmptyMatrix) { EXPECT_TRUE(factor(at::empty({0, 0}, GetParam())).has_value()); }
 
-TEST(Factorization, ThreadsDoNotChangeABit) {
-  const at::Tensor matrix = positive_definite(300);
-  at::Tensor one = matrix.clone();
-  at::Tensor two = matrix.clone();
-  {
-    const testing::ScopedThreads threads(1);
-    ASSERT_TRUE(factor_from_last_row(one));
-  }
-  const testing::ScopedThreads threads(2);
-  ASSERT_TRUE(factor_from_last_row(two));
-  EXPECT_TRUE(at::equal(one, two));
+TEST_P(Factorization, ThreadsDoNotChangeABit) {
+  const at::Tensor matrix = positive_definite(500, GetParam());
+  const auto with_threads = [&](int count) {
+    const testing::ScopedThreads threads(count);
+    return factor(matrix).value();
+  };
+  EXPECT_TRUE(at::equal(with_threads(1), with_threads(2)));
 }
 
 }  // namespace

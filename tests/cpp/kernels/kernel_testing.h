@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "kernels/strip_layout.h"
+#include "kernels/triangle.h"
 
 // What the tests of the kernels share. Oracles are plain scalar loops in float64 (long double for float64 kernels).
 
@@ -114,20 +114,18 @@ std::vector<T> normal(std::mt19937_64& generator, std::int64_t count, double fac
   return values;
 }
 
-/// The packed triangle as strip_layout.h documents it, from a dense row-major one.
-template <typename T>
-std::vector<T> pack(const StripLayout& layout, const std::vector<T>& dense, std::int64_t columns) {
-  std::vector<T> packed(static_cast<std::size_t>(layout.packed_size), T(0));
-  for (std::size_t strip = 0; strip + 1 < layout.strip_begin.size(); ++strip) {
-    const std::int64_t first = layout.strip_begin[strip];
-    for (std::int64_t j = first; j < layout.strip_begin[strip + 1]; ++j) {
-      for (std::int64_t row = 0; row <= j; ++row) {
-        const std::int64_t at = layout.strip_offset[strip] + row * kStripColumns + (j - first);
-        packed[static_cast<std::size_t>(at)] = dense[static_cast<std::size_t>(row * columns + j)];
-      }
+/// The panels of a triangle, triangle.h, from entry(row, column) of a lower triangle [K, K]; `rest` elsewhere.
+template <typename T, typename Entry>
+std::vector<T> panels_of(std::int64_t columns, const Entry& entry, T rest) {
+  const TriangleLayout layout{columns};
+  std::vector<T> panels(static_cast<std::size_t>(layout.size()), rest);
+  for (std::int64_t row = 0; row < columns; ++row) {
+    for (std::int64_t column = 0; column <= row; ++column) {
+      const std::int64_t at = layout.offset(row, column / kPanelColumns) + column % kPanelColumns;
+      panels[static_cast<std::size_t>(at)] = static_cast<T>(entry(row, column));
     }
   }
-  return packed;
+  return panels;
 }
 
 using ElementTypes = ::testing::Types<float, double>;

@@ -36,10 +36,10 @@ TEST(Kernels, ChosenTableIsTheChosenInstructionSetsAndStays) {
   EXPECT_EQ(&kernels(), &kernels());
 }
 
-// A panel of 96 rows, which the algorithms cut weights into, is then a whole number of tiles.
-TEST(Kernels, TilesDivideThePanelsOfTheAlgorithms) {
-  testing::for_each_instruction_set<float>([](const auto& kernel) { EXPECT_EQ(96 % kernel.tile_rows, 0); });
-  testing::for_each_instruction_set<double>([](const auto& kernel) { EXPECT_EQ(96 % kernel.tile_rows, 0); });
+// A panel of a triangle is then a whole number of tiles.
+TEST(Kernels, TilesDivideThePanelsOfATriangle) {
+  testing::for_each_instruction_set<float>([](const auto& kernel) { EXPECT_EQ(kPanelColumns % kernel.tile_rows, 0); });
+  testing::for_each_instruction_set<double>([](const auto& kernel) { EXPECT_EQ(kPanelColumns % kernel.tile_rows, 0); });
 }
 
 TEST(Kernels, TypedKernelsAreThoseOfTheElementType) {

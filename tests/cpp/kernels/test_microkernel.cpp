@@ -24,8 +24,10 @@ class Microkernel : public ::testing::Test {
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       kernel.pack_tile(y.data(), columns, count, columns, tile, packed.data());
     }
-    for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      kernel.rank_update(a.data(), columns, columns, packed.data(), count, 0, tile + 1, tile, T(1), true);
+    for (std::int64_t j = 0; j < tiles; ++j) {
+      for (std::int64_t i = 0; i <= j; ++i) {
+        kernel.rank_update(a.data(), columns, columns, packed.data(), count, i, j);
+      }
     }
     return a.values();
   }

@@ -1,0 +1,209 @@
+#include "algorithms/symmetric.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "algorithms/dispatch.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+/// Rows and columns per tile of the passes below.
+constexpr int64_t kTile = kernels::kPanelColumns;
+
+/// body(row_begin, panel) for the tiles of the lower triangle, in parallel over rows of tiles.
+template <typename Body>
+void for_lower_tiles(int64_t columns, const Body& body) {
+  for_triangle((columns + kTile - 1) / kTile, [&](int64_t tile) {
+    for (int64_t panel = 0; panel <= tile; ++panel) {
+      body(tile * kTile, panel);
+    }
+  });
+}
+
+/// A tile of H and the same tile of H^T, rows from i_begin and columns from j_begin on. The other triangle is copied
+/// first: rows a power of two apart would evict one another from the cache while they are read column by column.
+template <typename T>
+class TilePair {
+ public:
+  TilePair(const T* h, int64_t columns, int64_t i_begin, int64_t j_begin)
+      : rows(std::min(kTile, columns - i_begin)), width(std::min(kTile, columns - j_begin)) {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(h + (i_begin + i) * columns + j_begin, width, lower.data() + i * kTile);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const T* const from = h + (j_begin + j) * columns + i_begin;
+      for (int64_t i = 0; i < rows; ++i) {
+        upper[i * kTile + j] = from[i];
+      }
+    }
+  }
+
+  int64_t rows;
+  int64_t width;
+  std::array<T, kTile * kTile> lower{};  ///< [i][j] of H
+  std::array<T, kTile * kTile> upper{};  ///< [i][j] of H^T
+};
+
+/// Sets the lower triangle of (H + H^T) / 2.
+template <typename From, typename T>
+void average_triangles(const From* h, kernels::TriangleLayout layout, T* out) {
+  for_lower_tiles(layout.columns, [&](int64_t i_begin, int64_t panel) {
+    const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
+    T* const to = out + layout.offset(i_begin, panel);
+    for (int64_t i = 0; i < pair.rows * kTile; ++i) {
+      to[i] = (static_cast<T>(pair.lower[i]) + static_cast<T>(pair.upper[i])) / 2;
+    }
+  });
+}
+
+/// The same with rows and columns in the order `column`. Each of two passes reads whole rows of H, so that what it
+/// picks out of them comes from the cache.
+template <typename From, typename T>
+void average_triangles(const From* h, kernels::TriangleLayout layout, const int64_t* column, T* out) {
+  const int64_t columns = layout.columns;
+  for_lower_tiles(columns, [&](int64_t i_begin, int64_t panel) {
+    const int64_t width = std::min(kTile, columns - panel * kTile);
+    for (int64_t i = i_begin; i < std::min(columns, i_begin + kTile); ++i) {
+      const From* const row = h + column[i] * columns;
+      T* const to = out + layout.offset(i, panel);
+      for (int64_t j = 0; j < width; ++j) {
+        to[j] = static_cast<T>(row[column[panel * kTile + j]]);
+      }
+    }
+  });
+  for_triangle(layout.panels(), [&](int64_t panel) {
+    for (int64_t j = panel * kTile; j < std::min(columns, (panel + 1) * kTile); ++j) {
+      const From* const row = h + column[j] * columns;
+      T* const to = out + layout.offset(panel * kTile, panel) + j % kTile;
+      for (int64_t i = panel * kTile; i < columns; ++i) {
+        T& entry = to[(i - panel * kTile) * kTile];
+        entry = (entry + static_cast<T>(row[column[i]])) / 2;
+      }
+    }
+  });
+}
+
+/// survey_symmetry() of one row of tiles. One accumulator for each column of a tile: loops over them are vectorized.
+template <typename T>
+class RowOfTiles {
+ public:
+  void add(const TilePair<T>& pair) {
+    for (int64_t i = 0; i < pair.rows; ++i) {
+      const T* const lower = pair.lower.data() + i * kTile;
+      const T* const upper = pair.upper.data() + i * kTile;
+      for (int64_t j = 0; j < kTile; ++j) {
+        const T a = std::abs(lower[j]);
+        const T b = std::abs(upper[j]);
+        const T difference = std::abs(lower[j] - upper[j]);
+        largest_[j] = a > largest_[j] ? a : largest_[j];
+        largest_[j] = b > largest_[j] ? b : largest_[j];
+        asymmetry_[j] = difference > asymmetry_[j] ? difference : asymmetry_[j];
+        not_finite_[j] += (a - a) + (b - b);  // NaN unless both are finite
+      }
+    }
+  }
+
+  [[nodiscard]] SymmetrySurvey survey() const {
+    SymmetrySurvey survey;
+    for (int64_t j = 0; j < kTile; ++j) {
+      survey.finite = survey.finite && not_finite_[j] == T(0);
+      survey.largest = std::max(survey.largest, static_cast<double>(largest_[j]));
+      survey.largest_asymmetry = std::max(survey.largest_asymmetry, static_cast<double>(asymmetry_[j]));
+    }
+    return survey;
+  }
+
+ private:
+  std::array<T, kTile> largest_{};
+  std::array<T, kTile> asymmetry_{};
+  std::array<T, kTile> not_finite_{};
+};
+
+}  // namespace
+
+at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const at::Tensor& column) {
+  const int64_t columns = hessian.size(0);
+  const kernels::TriangleLayout layout{columns};
+  const at::Tensor h = hessian.contiguous();
+  const at::Tensor triangle = at::empty({layout.size()}, h.options().dtype(dtype));
+  dispatch_compute(h.scalar_type(), [&]<typename From> {
+    dispatch_compute(dtype, [&]<typename T> {
+      const From* const from = h.const_data_ptr<From>();
+      T* const out = triangle.mutable_data_ptr<T>();
+      if (column.defined()) {
+        average_triangles(from, layout, column.const_data_ptr<int64_t>(), out);
+      } else {
+        average_triangles(from, layout, out);
+      }
+      // Read with the last strip, and of no effect: not left to chance.
+      for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+        std::fill(out + layout.offset(columns, panel), out + layout.offset(columns + kernels::kSpareRows, panel), T(0));
+      }
+    });
+  });
+  return triangle;
+}
+
+at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns) {
+  const kernels::TriangleLayout layout{columns};
+  const at::Tensor diagonal = at::empty({columns}, triangle.options());
+  dispatch_compute(triangle.scalar_type(), [&]<typename T> {
+    const T* const from = triangle.const_data_ptr<T>();
+    T* const to = diagonal.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < columns; ++i) {
+      to[i] = from[layout.offset(i, i / kTile) + i % kTile];
+    }
+  });
+  return diagonal;
+}
+
+void set_diagonal_of_triangle(const at::Tensor& triangle, const at::Tensor& diagonal) {
+  const int64_t columns = diagonal.size(0);
+  const kernels::TriangleLayout layout{columns};
+  dispatch_compute(triangle.scalar_type(), [&]<typename T> {
+    const T* const from = diagonal.const_data_ptr<T>();
+    T* const to = triangle.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < columns; ++i) {
+      to[layout.offset(i, i / kTile) + i % kTile] = from[i];
+    }
+  });
+}
+
+SymmetrySurvey survey_symmetry(const at::Tensor& hessian) {
+  const int64_t columns = hessian.size(0);
+  if (columns == 0) {
+    return {};
+  }
+  if (!hessian.is_cpu()) {
+    return {at::isfinite(hessian).all().item<bool>(), hessian.abs().max().item<double>(),
+            (hessian - hessian.mT()).abs().max().item<double>()};
+  }
+  const at::Tensor h = hessian.contiguous();
+  std::vector<SymmetrySurvey> of_row((columns + kTile - 1) / kTile);
+  dispatch_compute(h.scalar_type(), [&]<typename T> {
+    for_triangle(static_cast<int64_t>(of_row.size()), [&](int64_t tile) {
+      RowOfTiles<T> row;
+      for (int64_t panel = 0; panel <= tile; ++panel) {
+        row.add(TilePair<T>(h.const_data_ptr<T>(), columns, tile * kTile, panel * kTile));
+      }
+      of_row[tile] = row.survey();
+    });
+  });
+  SymmetrySurvey survey;
+  for (const SymmetrySurvey& row : of_row) {
+    survey.finite = survey.finite && row.finite;
+    survey.largest = std::max(survey.largest, row.largest);
+    survey.largest_asymmetry = std::max(survey.largest_asymmetry, row.largest_asymmetry);
+  }
+  return survey;
+}
+
+}  // namespace miniquant::algorithms
