@@ -6,15 +6,19 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "algorithms/damping.h"
 #include "algorithms/dispatch.h"
 #include "algorithms/factorization.h"
 #include "algorithms/grid.h"
+#include "algorithms/refine.h"
 #include "algorithms/symmetric.h"
 
 namespace miniquant::algorithms {
@@ -53,7 +57,7 @@ bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, double added, Sw
 SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& options, at::ScalarType dtype) {
   SweepFactor factor;
   if (options.column_order != ColumnOrder::kNatural) {
-    factor.column = order_of_columns(hessian, options.column_order);
+    factor.column = order_of_columns(hessian, options.column_order, options.group_size);
   }
   const double added = added_to_diagonal(hessian, options.ridge);
   if (!factor_in(dtype, hessian, added, factor)) {
@@ -65,7 +69,7 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& optio
     factor.pivot = factor.pivot.to(dtype);
   }
   if (!factor.column.defined()) {
-    factor.column = order_of_columns(hessian, options.column_order);
+    factor.column = order_of_columns(hessian, options.column_order, options.group_size);
   }
   const at::Tensor damped_diagonal = hessian.diagonal().index_select(0, factor.column).to(at::kDouble) + added;
   factor.pivot_squared = factor.pivot.square().mul(damped_diagonal != 0);
@@ -95,12 +99,14 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
   const int64_t block_columns = std::clamp<int64_t>(options.block_size, 1, std::max<int64_t>(columns, 1));
   const int64_t segment_columns = dynamic_scales ? grid.group_size : block_columns;
   const std::vector<kernels::SweepStep<T>> steps = steps_of_sweep<T>(factor, grid.group_size);
+  const std::vector<T> factors = scale_factors<T>(grid.range, options.scale_method);
   const at::Tensor row_loss = at::empty({rows}, weight.options());
   const kernels::SweepProblem<T> problem{
       .columns = columns,
       .weight = weight.const_data_ptr<T>(),
       .grid = view<T>(grid),
       .dynamic_scales = dynamic_scales,
+      .search = {factors.data(), static_cast<int64_t>(factors.size()), nullptr},
       .steps = steps.data(),
       .triangle = factor.triangle.const_data_ptr<T>(),
       .segment_columns = segment_columns,
@@ -116,25 +122,44 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
 
 }  // namespace
 
-at::Tensor order_of_columns(const at::Tensor& hessian, ColumnOrder order) {
+at::Tensor order_of_columns(const at::Tensor& hessian, ColumnOrder order, int64_t group_size) {
+  const int64_t columns = hessian.size(0);
   if (order == ColumnOrder::kNatural) {
-    return at::arange(hessian.size(0), hessian.options().dtype(at::kLong));
+    return at::arange(columns, hessian.options().dtype(at::kLong));
   }
-  return hessian.diagonal().argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const at::Tensor by_diagonal = hessian.diagonal().argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+  if (order == ColumnOrder::kActivation || columns == 0) {
+    return by_diagonal;
+  }
+  const int64_t group_columns = columns_per_group(group_size, columns);
+  std::vector<at::Tensor> means;
+  for (const at::Tensor& group : hessian.diagonal().to(at::kDouble).split(group_columns)) {
+    means.push_back(group.mean());
+  }
+  if (columns % group_columns != 0) {
+    // A shorter last group comes last: every other then takes as many steps of the sweep.
+    means.back() = at::full_like(means.back(), -std::numeric_limits<double>::infinity());
+  }
+  const at::Tensor place_of_group = at::stack(means).argsort(true, 0, /*descending=*/true).argsort();
+  const at::Tensor place = place_of_group.index_select(0, by_diagonal.div(group_columns, "floor"));
+  return by_diagonal.index_select(0, place.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false));
 }
 
 GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
   const at::ScalarType dtype = compute_dtype(weight.scalar_type());
   const at::Tensor values = weight.to(dtype).contiguous();
 
-  const SweepFactor factor = factor_for_sweep(hessian, options, dtype);
-  Grid grid =
-      make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
+  SweepFactor factor = factor_for_sweep(hessian, options, dtype);
+  Grid grid = make_grid(weight, options);
   if (options.group_scales == GroupScales::kStatic && !options.scales.has_value()) {
-    compute_scales(grid, values);
+    compute_scales(grid, values, options.scale_method, hessian);
   }
   at::Tensor row_loss;
   dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid); });
+  if (options.refine > 0) {
+    factor.triangle.reset();
+    refine(values, hessian, options, grid, row_loss);
+  }
   return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }
 

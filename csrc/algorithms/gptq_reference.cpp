@@ -67,7 +67,11 @@ QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
   };
   if (grid.range.symmetric) {
     const at::Tensor largest = group.abs().amax(1);
-    const at::Tensor scale = stored(largest / grid.range.code_max);
+    at::Tensor scale = stored(largest / -grid.range.code_min);
+    if (-grid.range.code_min > grid.range.code_max) {
+      // The side with a code more is that of the largest weight.
+      scale = at::where(group.amax(1) > -group.amin(1), -scale, scale);
+    }
     return {at::where(largest == 0, at::ones_like(scale), scale), at::zeros_like(scale)};
   }
   const at::Tensor lowest = group.amin(1).clamp_max(0);
@@ -106,23 +110,25 @@ int64_t end_of_group(const std::vector<int64_t>& group_of_column, int64_t k, int
 GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
   const at::ScalarType dtype = compute_dtype(weight.scalar_type());
   const int64_t K = weight.size(1);
-  const at::Tensor column = order_of_columns(hessian, options.column_order);
+  const at::Tensor column = order_of_columns(hessian, options.column_order, options.group_size);
   const DampedHessian damped = damp(hessian, options.ridge, dtype);
   const at::Tensor H = with_dead_inputs_decoupled(damped.matrix).index_select(0, column).index_select(1, column);
   const at::Tensor original = weight.to(dtype).index_select(1, column);
   at::Tensor W = original.clone();
   const at::Tensor Hinv = inverse_factor(H, damped);
 
-  Grid grid =
-      make_grid(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
+  Grid grid = make_grid(weight, options);
+  const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
+  if (!dynamic_scales && options.scale_method != ScaleMethod::kAbsmax) {
+    compute_scales(grid, weight.to(dtype).contiguous(), options.scale_method, hessian);
+  }
   at::Tensor scales = grid.scales;
   at::Tensor zero_points = grid.zero_points.to(dtype);
   const auto store_qparams = [&](int64_t group, const QParams& qparams) {
     scales.select(1, group).copy_(qparams.scale);
     zero_points.select(1, group).copy_(qparams.zero_point);
   };
-  const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
-  if (!dynamic_scales && !options.scales.has_value()) {
+  if (!dynamic_scales && !options.scales.has_value() && options.scale_method == ScaleMethod::kAbsmax) {
     const at::Tensor stored_order = weight.to(dtype);
     for (int64_t group = 0; group < scales.size(1); ++group) {
       const int64_t begin = group * grid.group_size;

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "algorithms/dispatch.h"
 
@@ -39,9 +41,9 @@ kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
 
 at::ScalarType compute_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
-kernels::CodeRange code_range(int64_t bits, bool symmetric) {
+kernels::CodeRange code_range(int64_t bits, bool symmetric, bool full_range) {
   const auto half = static_cast<int32_t>(1U << static_cast<unsigned>(bits - 1));
-  return {symmetric ? 1 - half : -half, half - 1, symmetric};
+  return {symmetric && !full_range ? 1 - half : -half, half - 1, symmetric};
 }
 
 double smallest_scale(at::ScalarType stored) {
@@ -67,15 +69,16 @@ int64_t groups_per_row(int64_t group_size, int64_t columns) {
 
 at::Tensor Grid::stored_scales() const { return scales.to(stored); }
 
-Grid make_grid(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+Grid make_grid(const at::Tensor& weight, const GridOptions& options) {
+  const std::optional<at::Tensor>& scales = options.scales;
+  const std::optional<at::Tensor>& zero_points = options.zero_points;
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
-  const int64_t groups = groups_per_row(group_size, columns);
+  const int64_t groups = groups_per_row(options.group_size, columns);
   const at::ScalarType dtype = compute_dtype(weight.scalar_type());
   const auto bytes = weight.options().dtype(at::kChar).memory_format(at::MemoryFormat::Contiguous);
-  Grid grid{.range = code_range(bits, symmetric),
-            .group_size = columns_per_group(group_size, columns),
+  Grid grid{.range = code_range(options.bits, options.symmetric, options.full_range),
+            .group_size = columns_per_group(options.group_size, columns),
             .stored = weight.scalar_type(),
             .codes = at::empty({rows, columns}, bytes),
             .scales = scales.has_value() ? scales->to(dtype).clone(at::MemoryFormat::Contiguous)
@@ -98,14 +101,47 @@ kernels::GridView<T> view(const Grid& grid) {
 template kernels::GridView<float> view(const Grid& grid);
 template kernels::GridView<double> view(const Grid& grid);
 
-void compute_scales(Grid& grid, const at::Tensor& weight) {
+template <typename T>
+std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method) {
+  std::vector<T> factors = {T(1)};
+  if (method != ScaleMethod::kAbsmax) {
+    // From half the range to a little more than all of it, in steps of 1/40.
+    for (int step = -20; step <= 4; ++step) {
+      if (step != 0) {
+        factors.push_back(T(1) + static_cast<T>(step) / 40);
+      }
+    }
+    if (range.symmetric && -range.code_min > range.code_max) {
+      const size_t count = factors.size();
+      for (size_t i = 0; i < count; ++i) {
+        factors.push_back(-factors[i]);
+      }
+    }
+  }
+  return factors;
+}
+template std::vector<float> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
+template std::vector<double> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
+
+void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& hessian) {
+  TORCH_INTERNAL_ASSERT(method != ScaleMethod::kLoss);
   dispatch_compute(weight.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);
     const T* const values = weight.const_data_ptr<T>();
     const int64_t columns = weight.size(1);
+    const at::Tensor importance = method == ScaleMethod::kHessian
+                                      ? hessian.diagonal().to(weight.scalar_type()).contiguous()
+                                      : at::ones({columns}, weight.options());
+    const std::vector<T> factors = scale_factors<T>(grid.range, method);
+    const kernels::ScaleSearch<T> search{factors.data(), static_cast<int64_t>(factors.size()),
+                                         importance.template const_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
     for_row_tiles(weight.size(0), kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
-      kernel.compute_grid(grid_view, values, columns, row_begin, row_end);
+      if (method == ScaleMethod::kAbsmax) {
+        kernel.compute_grid(grid_view, values, columns, row_begin, row_end);
+      } else {
+        kernel.search_grid(grid_view, search, values, columns, row_begin, row_end);
+      }
     });
   });
 }

@@ -4,9 +4,10 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
-#include <optional>
+#include <vector>
 
 #include "kernels/kernels.h"
+#include "miniquant/grid.h"
 
 namespace miniquant::algorithms {
 
@@ -14,7 +15,8 @@ namespace miniquant::algorithms {
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
 /// The codes of a grid of `bits` bits: [-q, q] with q = 2^(bits-1) - 1, or [-2^(bits-1), q] if asymmetric.
-kernels::CodeRange code_range(int64_t bits, bool symmetric);
+/// `full_range`: [-2^(bits-1), q], symmetric.
+kernels::CodeRange code_range(int64_t bits, bool symmetric, bool full_range);
 
 /// The smallest scale kept in dtype `stored`: a group that is not all 0 never gets scale 0.
 double smallest_scale(at::ScalarType stored);
@@ -37,14 +39,19 @@ struct Grid {
 };
 
 /// A grid for `weight` with codes not yet set. Scales and zero points are the given ones, or not yet set.
-Grid make_grid(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points);
+Grid make_grid(const at::Tensor& weight, const GridOptions& options);
 
 /// The kernels' view of a grid; T is its compute dtype.
 template <typename T>
 kernels::GridView<T> view(const Grid& grid);
 
-/// Sets scales and zero points from the range of each group of `weight` [N, K] (compute dtype, contiguous).
-void compute_scales(Grid& grid, const at::Tensor& weight);
+/// What the range of a group is multiplied by in a search for its scale: 1 first, so that nothing else is taken without
+/// need. In both signs for a grid of either sign.
+template <typename T>
+std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
+
+/// Sets scales and zero points from each group of `weight` [N, K] (compute dtype, contiguous), by any method but kLoss.
+/// hessian: [K, K], needed for kHessian only.
+void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& hessian = {});
 
 }  // namespace miniquant::algorithms

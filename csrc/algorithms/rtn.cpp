@@ -5,12 +5,11 @@
 
 namespace miniquant::algorithms {
 
-QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
   const at::Tensor values = weight.to(compute_dtype(weight.scalar_type())).contiguous();
-  Grid grid = make_grid(weight, bits, group_size, symmetric, scales, zero_points);
-  if (!scales.has_value()) {
-    compute_scales(grid, values);
+  Grid grid = make_grid(weight, options);
+  if (!options.scales.has_value()) {
+    compute_scales(grid, values, options.scale_method);
   }
   dispatch_compute(values.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);

@@ -3,15 +3,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 
 #include "miniquant/grid.h"
 
 namespace miniquant::algorithms {
 
 /// Rounds to nearest. Arguments as miniquant::rtn, already checked.
-QuantizedWeight rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points);
+QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options);
 
 /// Inverse of the grid. Arguments as miniquant::dequantize, already checked; any device.
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,

@@ -7,15 +7,19 @@ constexpr float kRoundToInteger<float> = 12582912.0F;  // 1.5 * 2^23
 template <>
 constexpr double kRoundToInteger<double> = 6755399441055744.0;  // 1.5 * 2^52
 
-/// clamp(round(value / scale), low, high), ties to even; `low` for NaN. Divides, because multiplying by a reciprocal
-/// rounds ties differently. V is T or a vector of T. Clamping first leaves at most 255 in magnitude, where adding
-/// and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
+/// clamp(round(level), low, high), ties to even; `low` for NaN. V is T or a vector of T. Clamping first leaves at most
+/// 255 in magnitude, where adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
 template <typename T, typename V>
-MINIQUANT_INLINE V round_to_level(V value, V scale, V low, V high) {
-  V level = value / scale;
+MINIQUANT_INLINE V clamp_and_round(V level, V low, V high) {
   level = level > low ? level : low;
   level = level < high ? level : high;
   return (level + kRoundToInteger<T>)-kRoundToInteger<T>;
+}
+
+/// The level of a value. Divides, because multiplying by a reciprocal rounds ties differently.
+template <typename T, typename V>
+MINIQUANT_INLINE V round_to_level(V value, V scale, V low, V high) {
+  return clamp_and_round<T, V>(value / scale, low, high);
 }
 
 /// Scale and zero point of a group whose weights lie in [lowest, highest].
@@ -25,7 +29,9 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   zero_point = 0;
   if (range.symmetric) {
     const T largest = highest > -lowest ? highest : -lowest;
-    scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(range.code_max));
+    scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(-range.code_min));
+    // The side with a code more is that of the largest weight.
+    scale = -range.code_min > range.code_max && highest > -lowest ? -scale : scale;
     return;
   }
   lowest = lowest < T(0) ? lowest : T(0);
@@ -40,4 +46,13 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   const T code_min = static_cast<T>(range.code_min);
   const T offset = round_to_level<T, T>(-lowest, scale, T(0), static_cast<T>(range.code_max) - code_min);
   zero_point = static_cast<std::int8_t>(code_min + offset);
+}
+
+/// The same with a range that is `factor` times as wide, and, if `factor` is negative, a scale of the other sign.
+template <typename T>
+MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor,
+                                           RoundScale<T> round_scale, T& scale, std::int8_t& zero_point) {
+  const T width = factor < T(0) ? -factor : factor;
+  grid_of_range(range, lowest * width, highest * width, round_scale, scale, zero_point);
+  scale = factor < T(0) ? -scale : scale;
 }

@@ -35,6 +35,14 @@ struct GridView {
   RoundScale<T> round_scale;
 };
 
+/// The scales that a search tries: those of a range `factors` times as wide as the group's.
+template <typename T>
+struct ScaleSearch {
+  const T* factors;  ///< [factor_count], the one taken where others are no better first
+  std::int64_t factor_count;
+  const T* importance;  ///< [K], the weight of each column's squared error; not read by a sweep
+};
+
 /// What a sweep knows of one step: it quantizes stored column `column`.
 template <typename T>
 struct SweepStep {
@@ -51,6 +59,7 @@ struct SweepProblem {
   const T* weight;       ///< [N, K]
   GridView<T> grid;
   bool dynamic_scales;           ///< scales are computed when a segment (one group) is reached, else read
+  ScaleSearch<T> search;         ///< of dynamic scales
   const SweepStep<T>* steps;     ///< [K]
   const T* triangle;             ///< L = R^T in the order of the sweep, laid out by TriangleLayout{columns}
   std::int64_t segment_columns;  ///< at least 1; a group's if scales are dynamic
@@ -67,6 +76,17 @@ struct QuadraticFormProblem {
   T* form;                         ///< [N]
 };
 
+/// Rounds of refinement: kernels/refine.inl.
+template <typename T>
+struct RefineProblem {
+  std::int64_t columns;  ///< K
+  const T* weight;       ///< [N, K]
+  GridView<T> grid;      ///< codes and scales are changed, zero points are not
+  const T* triangle;     ///< the damped H, laid out by TriangleLayout{columns}
+  std::int64_t rounds;
+  T* row_loss;  ///< [N], e H e^T before and after
+};
+
 /// The kernels for one element type. A tile is `tile_rows` lanes wide and divides kPanelColumns.
 template <typename T>
 struct TypedKernels {
@@ -75,6 +95,10 @@ struct TypedKernels {
   /// scales, zero_points = grid of weight [rows, K] (all of a row's groups), for rows [row_begin, row_end).
   void (*compute_grid)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                        std::int64_t row_end);
+
+  /// The same of least weighted squared error.
+  void (*search_grid)(const GridView<T>& grid, const ScaleSearch<T>& search, const T* weight, std::int64_t columns,
+                      std::int64_t row_begin, std::int64_t row_end);
 
   /// codes = round(weight / scale) + zero_point, clamped, for rows [row_begin, row_end).
   void (*round_to_nearest)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
@@ -85,6 +109,12 @@ struct TypedKernels {
 
   /// Quantizes rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
   void (*sweep)(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
+
+  /// Elements of workspace that `refine` needs for as many rows.
+  std::int64_t (*refine_workspace)(const RefineProblem<T>& problem, std::int64_t rows);
+
+  /// Lowers the loss of rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
+  void (*refine)(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `quadratic_form` needs.
   std::int64_t (*quadratic_form_workspace)(const QuadraticFormProblem<T>& problem);

@@ -19,19 +19,27 @@ namespace {
 #include "kernels/grid.inl"
 #include "kernels/microkernel.inl"
 //
+#include "kernels/lanes.inl"
+//
 #include "kernels/cholesky.inl"
 #include "kernels/quadratic_form.inl"
 #include "kernels/rank_update.inl"
 #include "kernels/rtn.inl"
+#include "kernels/scale_search.inl"
 #include "kernels/sweep.inl"
+//
+#include "kernels/refine.inl"
 
 template <typename T>
 constexpr TypedKernels<T> kTypedKernels = {
     .tile_rows = kTileRows<T>,
     .compute_grid = compute_grid<T>,
+    .search_grid = search_grid<T>,
     .round_to_nearest = round_to_nearest<T>,
     .sweep_workspace = sweep_workspace<T>,
     .sweep = sweep<T>,
+    .refine_workspace = refine_workspace<T>,
+    .refine = refine<T>,
     .quadratic_form_workspace = quadratic_form_workspace<T>,
     .quadratic_form = quadratic_form<T>,
     .pack_tile = pack_tile<T>,

@@ -12,24 +12,13 @@
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
 
-/// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
-template <typename T>
-constexpr std::int64_t kDepth = 18432 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
-
-/// Tiles that share one pass over the triangle.
-constexpr std::int64_t kTilesPerPass = 4;
-
-template <typename T>
-constexpr std::int64_t kElementsPerDouble = 1;
-template <>
-constexpr std::int64_t kElementsPerDouble<float> = 2;
-
 /// Where the arrays of a pass lie in the workspace. B = columns of a block.
 template <typename T>
 struct SweepArrays {
   T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
   T* sum;                 // [tiles][B][lane]       S
-  T* minus_x;             // [B][lane]              of set_dynamic_grid()
+  T* scratch;             // [B][lane]              of set_dynamic_grid()
+  std::int8_t* trial;     // [B][lane]              codes of a trial
   std::int8_t* code;      // [tiles][K][lane]
   T* scale;               // [tiles][groups][lane]
   T* zero_point;          // [tiles][groups][lane]
@@ -51,7 +40,9 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   SweepArrays<T> arrays;
   arrays.error = take(lanes * problem.columns);
   arrays.sum = take(lanes * block);
-  arrays.minus_x = take(problem.dynamic_scales ? kTileRows<T> * block : 0);
+  const std::int64_t group = problem.dynamic_scales ? kTileRows<T> * block : 0;
+  arrays.scratch = take(group);
+  arrays.trial = reinterpret_cast<std::int8_t*>(take(group / static_cast<std::int64_t>(sizeof(T)) + 1));
   arrays.code =
       reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
   arrays.scale = take(lanes * problem.grid.groups);
@@ -64,15 +55,16 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
 /// One tile of rows of the pass.
 template <typename T>
 struct SweepTile {
-  std::int64_t row;   // first row
-  std::int64_t rows;  // valid lanes
-  T* error;           // [K][lane]
-  T* sum;             // [B][lane], of the current block
-  T* minus_x;         // [B][lane], of the current group
-  std::int8_t* code;  // [K][lane]
-  T* scale;           // [groups][lane]
-  T* zero_point;      // [groups][lane]
-  double* loss;       // [lane]
+  std::int64_t row;    // first row
+  std::int64_t rows;   // valid lanes
+  T* error;            // [K][lane]
+  T* sum;              // [B][lane], of the current block
+  T* scratch;          // [B][lane], of the current group
+  std::int8_t* trial;  // [B][lane], of the current group
+  std::int8_t* code;   // [K][lane]
+  T* scale;            // [groups][lane]
+  T* zero_point;       // [groups][lane]
+  double* loss;        // [lane]
 };
 
 template <typename T>
@@ -85,7 +77,8 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
           row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
           arrays.error + lanes * problem.columns,
           arrays.sum + lanes * block,
-          arrays.minus_x,
+          arrays.scratch,
+          arrays.trial,
           arrays.code + lanes * problem.columns,
           arrays.scale + lanes * problem.grid.groups,
           arrays.zero_point + lanes * problem.grid.groups,
@@ -104,17 +97,6 @@ MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// Columns [begin, end), in the order of the sweep.
-struct Span {
-  std::int64_t begin;
-  std::int64_t end;
-};
-
-/// The first `count` columns from `begin` on, cut off at `end`.
-MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64_t end) {
-  return {begin, end - begin < count ? end : begin + count};
-}
-
 /// S[columns] += E[errors] R[errors, columns].
 template <typename T>
 MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile,
@@ -130,81 +112,22 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
   }
 }
 
-/// Scale and zero point of the group `columns`, from its weights as updated by every earlier column: W + X with
-/// X R_GG = S.
+/// Where the columns of a segment, from its first on, are quantized to: E, codes and loss.
 template <typename T>
-MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                       std::int64_t block_begin, Span columns) {
-  Vector<T> lowest[kVectorsPerTile];
-  Vector<T> highest[kVectorsPerTile];
-  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-    lowest[v] = broadcast<T>(static_cast<T>(__builtin_inf()));
-    highest[v] = -lowest[v];
-  }
-  for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
-    const Span strip = span_of(first, kStripColumns, columns.end);
-    TileAccumulator<T> sum;
-    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
-    accumulate_rows_of(problem.triangle, {problem.columns}, first, columns.begin, first, tile.minus_x, sum);
-#pragma GCC unroll 8
-    for (std::int64_t c = 0; c < kStripColumns; ++c) {
-      const std::int64_t j = first + c;
-      if (j < strip.end) {
-        Vector<T> minus_x[kVectorsPerTile];
-#pragma GCC unroll 8
-        for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-          const Vector<T> x = sum.value[c][v] * problem.steps[j].inverse_pivot;
-          minus_x[v] = -x;
-          store<T>(tile.minus_x + (j - columns.begin) * kTileRows<T> + v * kLanes<T>, minus_x[v]);
-          const Vector<T> updated = load<T>(tile.error + j * kTileRows<T> + v * kLanes<T>) + x;
-          lowest[v] = updated < lowest[v] ? updated : lowest[v];
-          highest[v] = updated > highest[v] ? updated : highest[v];
-        }
-        accumulate_term(sum, entry(problem.triangle, {problem.columns}, first, j), kPanelColumns, minus_x, c + 1,
-                        kStripColumns);
-      }
-    }
-  }
-  T low[kTileRows<T>];
-  T high[kTileRows<T>];
-  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-    store<T>(low + v * kLanes<T>, lowest[v]);
-    store<T>(high + v * kLanes<T>, highest[v]);
-  }
-  const std::int64_t group = problem.steps[columns.begin].group;
-  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
-    grid_of_range(problem.grid.range, low[lane], high[lane], problem.grid.round_scale, problem.grid.scales[at],
-                  problem.grid.zero_points[at]);
-  }
-  set_group_grid(problem, tile, group);
-}
+struct QuantizedSegment {
+  T* error;           // [columns][lane]
+  std::int8_t* code;  // [columns][lane]
+  double* loss;       // [lane], added to
+};
 
-/// Columns whose losses are summed in T before they are added in float64: the same for every instruction set.
-constexpr std::int64_t kColumnsPerLoss = 4;
-static_assert(kStripColumns % kColumnsPerLoss == 0);
-
-/// to += loss; loss = 0.
-template <typename T>
-MINIQUANT_INLINE void add_loss(Vector<T>* loss, double* to) {
-  T lanes[kTileRows<T>];
-  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-    store<T>(lanes + v * kLanes<T>, loss[v]);
-    loss[v] = Vector<T>{};
-  }
-  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-    to[lane] += static_cast<double>(lanes[lane]);
-  }
-}
-
-/// Quantizes the columns of one strip; E[begin : strip) R[begin : strip), strip] is still to be added to S.
+/// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
+/// to S.
 template <typename T>
 MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                     Span strip, std::int64_t begin) {
+                                     Span strip, std::int64_t begin, const QuantizedSegment<T>& to) {
   TileAccumulator<T> sum;
   load(sum, tile.sum + (strip.begin - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - strip.begin);
-  accumulate_rows_of(problem.triangle, {problem.columns}, strip.begin, begin, strip.begin,
-                     tile.error + begin * kTileRows<T>, sum);
+  accumulate_rows_of(problem.triangle, {problem.columns}, strip.begin, begin, strip.begin, to.error, sum);
 
   const T code_min = static_cast<T>(problem.grid.range.code_min);
   const T code_max = static_cast<T>(problem.grid.range.code_max);
@@ -228,20 +151,112 @@ MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const Sweep
         error[v] = weight - dequantized;
         const Vector<T> miss = target - dequantized;
         loss[v] = multiply_add(broadcast<T>(step.pivot_squared), miss * miss, loss[v]);
-        store<T>(tile.error + j * kTileRows<T> + lane, error[v]);
-        store_codes(tile.code + j * kTileRows<T> + lane, level + zero_point);
+        store<T>(to.error + (j - begin) * kTileRows<T> + lane, error[v]);
+        store_codes(to.code + (j - begin) * kTileRows<T> + lane, level + zero_point);
       }
       accumulate_term(sum, entry(problem.triangle, {problem.columns}, strip.begin, j), kPanelColumns, error, c + 1,
                       kStripColumns);
     }
     if (c % kColumnsPerLoss == kColumnsPerLoss - 1) {
-      add_loss<T>(loss, tile.loss);
+      add_loss<T>(loss, to.loss);
     }
   }
 }
 
-/// Columns that are copied between rows and lanes at a time: what the lanes write then stays in the cache.
-constexpr std::int64_t kColumnsPerCopy = 128;
+/// Quantizes the columns of a segment with the grid of `tile`.
+template <typename T>
+MINIQUANT_INLINE void quantize_segment(const SweepProblem<T>& problem, const SweepTile<T>& tile,
+                                       std::int64_t block_begin, Span segment, const QuantizedSegment<T>& to) {
+  for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
+    quantize_strip(problem, tile, block_begin, span_of(first, kStripColumns, segment.end), segment.begin, to);
+  }
+}
+
+/// The range of the group `columns` in its weights as updated by every earlier column: W + X with X R_GG = S.
+template <typename T>
+MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
+                                     Span columns, T* low, T* high) {
+  Vector<T> lowest[kVectorsPerTile];
+  Vector<T> highest[kVectorsPerTile];
+  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+    lowest[v] = broadcast<T>(static_cast<T>(__builtin_inf()));
+    highest[v] = -lowest[v];
+  }
+  for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
+    const Span strip = span_of(first, kStripColumns, columns.end);
+    TileAccumulator<T> sum;
+    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, {problem.columns}, first, columns.begin, first, tile.scratch, sum);
+#pragma GCC unroll 8
+    for (std::int64_t c = 0; c < kStripColumns; ++c) {
+      const std::int64_t j = first + c;
+      if (j < strip.end) {
+        Vector<T> minus_x[kVectorsPerTile];
+#pragma GCC unroll 8
+        for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+          const Vector<T> x = sum.value[c][v] * problem.steps[j].inverse_pivot;
+          minus_x[v] = -x;
+          store<T>(tile.scratch + (j - columns.begin) * kTileRows<T> + v * kLanes<T>, minus_x[v]);
+          const Vector<T> updated = load<T>(tile.error + j * kTileRows<T> + v * kLanes<T>) + x;
+          lowest[v] = updated < lowest[v] ? updated : lowest[v];
+          highest[v] = updated > highest[v] ? updated : highest[v];
+        }
+        accumulate_term(sum, entry(problem.triangle, {problem.columns}, first, j), kPanelColumns, minus_x, c + 1,
+                        kStripColumns);
+      }
+    }
+  }
+  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+    store<T>(low + v * kLanes<T>, lowest[v]);
+    store<T>(high + v * kLanes<T>, highest[v]);
+  }
+}
+
+/// Of the scales that the problem's factors give, the one with which the group's columns add least to the loss. What
+/// they add is all that the choice costs: later columns start from what the sweep makes of any error.
+template <typename T>
+MINIQUANT_INLINE void choose_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
+                                  Span columns, const T* low, const T* high) {
+  const std::int64_t group = problem.steps[columns.begin].group;
+  T* const trial_scale = tile.scale + group * kTileRows<T>;
+  T* const trial_zero_point = tile.zero_point + group * kTileRows<T>;
+  double least[kTileRows<T>];
+  for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
+    double loss[kTileRows<T>] = {};
+    T scale[kTileRows<T>];
+    std::int8_t zero_point[kTileRows<T>];
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      scale[lane] = T(1);
+      zero_point[lane] = 0;
+      if (lane < tile.rows) {
+        grid_of_scaled_range(problem.grid.range, low[lane], high[lane], problem.search.factors[factor],
+                             problem.grid.round_scale, scale[lane], zero_point[lane]);
+      }
+      trial_scale[lane] = scale[lane];
+      trial_zero_point[lane] = static_cast<T>(zero_point[lane]);
+    }
+    quantize_segment(problem, tile, block_begin, columns, {tile.scratch, tile.trial, loss});
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      if (factor == 0 || loss[lane] < least[lane]) {
+        const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
+        least[lane] = loss[lane];
+        problem.grid.scales[at] = scale[lane];
+        problem.grid.zero_points[at] = zero_point[lane];
+      }
+    }
+  }
+}
+
+/// Scale and zero point of the group `columns`, from its updated weights.
+template <typename T>
+MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile,
+                                       std::int64_t block_begin, Span columns) {
+  T low[kTileRows<T>];
+  T high[kTileRows<T>];
+  range_of_group(problem, tile, block_begin, columns, low, high);
+  choose_grid(problem, tile, block_begin, columns, low, high);
+  set_group_grid(problem, tile, problem.steps[columns.begin].group);
+}
 
 /// E = W, in the order of the sweep; lanes past the last row get 0.
 template <typename T>
@@ -281,9 +296,8 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
     if (problem.dynamic_scales) {
       set_dynamic_grid(problem, tile, block.begin, segment);
     }
-    for (std::int64_t first = begin; first < segment.end; first += kStripColumns) {
-      quantize_strip(problem, tile, block.begin, span_of(first, kStripColumns, segment.end), begin);
-    }
+    quantize_segment(problem, tile, block.begin, segment,
+                     {tile.error + begin * kTileRows<T>, tile.code + begin * kTileRows<T>, tile.loss});
   }
 }
 

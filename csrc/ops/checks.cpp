@@ -93,14 +93,35 @@ void check_zero_point_dtype(const char* op, const at::Tensor& zero_points) {
                    name_of(zero_points.scalar_type()));
 }
 
-void check_grid(const char* op, const at::Tensor& weight, const GridArguments& grid) {
+ScaleMethod scale_method_of(const char* op, std::string_view text) {
+  if (text == "absmax") {
+    return ScaleMethod::kAbsmax;
+  }
+  if (text == "mse") {
+    return ScaleMethod::kMse;
+  }
+  if (text == "hessian") {
+    return ScaleMethod::kHessian;
+  }
+  TORCH_CHECK_VALUE(text == "loss", op, ": expected scale_method to be 'absmax', 'mse', 'hessian' or 'loss', but got '",
+                    text, "'");
+  return ScaleMethod::kLoss;
+}
+
+GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArguments& grid) {
   TORCH_CHECK_VALUE(grid.bits >= 2 && grid.bits <= 8, op, ": expected bits to be 2 to 8, but got ", grid.bits);
   check_group_size(op, grid.group_size);
+  TORCH_CHECK_VALUE(grid.symmetric || !grid.full_range, op,
+                    ": expected full_range to be False where symmetric=False (an asymmetric grid has every code), but "
+                    "got True");
   TORCH_CHECK_VALUE(grid.scales.has_value() || !grid.zero_points.has_value(), op,
                     ": expected zero_points to come with scales, but got no scales");
   TORCH_CHECK_VALUE(grid.symmetric || !grid.scales.has_value() || grid.zero_points.has_value(), op,
                     ": expected scales to come with zero_points where symmetric=False, but got no zero_points");
+  const ScaleMethod scale_method = scale_method_of(op, grid.scale_method);
   if (grid.scales.has_value()) {
+    TORCH_CHECK_VALUE(scale_method == ScaleMethod::kAbsmax, op, ": expected no scales with scale_method='",
+                      grid.scale_method, "', which computes them, but got scales of shape ", grid.scales->sym_sizes());
     TORCH_CHECK_TYPE(grid.scales->scalar_type() == weight.scalar_type(), op,
                      ": expected scales to have the dtype of weight (", name_of(weight.scalar_type()), "), but got ",
                      name_of(grid.scales->scalar_type()));
@@ -112,6 +133,15 @@ void check_grid(const char* op, const at::Tensor& weight, const GridArguments& g
     check_per_group(op, "zero_points", *grid.zero_points, weight, grid.group_size);
     check_same_device(op, "zero_points", *grid.zero_points, "weight", weight);
   }
+  GridOptions options;
+  options.bits = grid.bits;
+  options.group_size = grid.group_size;
+  options.symmetric = grid.symmetric;
+  options.full_range = grid.full_range;
+  options.scale_method = scale_method;
+  options.scales = grid.scales;
+  options.zero_points = grid.zero_points;
+  return options;
 }
 
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
@@ -126,12 +156,14 @@ void check_finite(const char* op, const char* argument, const at::Tensor& tensor
 
 void check_grid_values(const char* op, const GridArguments& grid) {
   if (grid.scales.has_value()) {
-    const at::Tensor good = at::isfinite(*grid.scales).logical_and(*grid.scales > 0);
-    TORCH_CHECK_VALUE(good.all().item<bool>(), op, ": expected scales to be positive and finite, but got ",
+    const at::Tensor in_range = grid.full_range ? *grid.scales != 0 : *grid.scales > 0;
+    const at::Tensor good = at::isfinite(*grid.scales).logical_and(in_range);
+    TORCH_CHECK_VALUE(good.all().item<bool>(), op, ": expected scales to be ",
+                      grid.full_range ? "finite and not 0" : "positive and finite", ", but got ",
                       first_value(*grid.scales, good.logical_not()));
   }
   if (grid.zero_points.has_value()) {
-    const kernels::CodeRange range = algorithms::code_range(grid.bits, grid.symmetric);
+    const kernels::CodeRange range = algorithms::code_range(grid.bits, grid.symmetric, grid.full_range);
     const int32_t low = grid.symmetric ? 0 : range.code_min;
     const int32_t high = grid.symmetric ? 0 : range.code_max;
     const at::Tensor bad = (*grid.zero_points < low).logical_or(*grid.zero_points > high);
@@ -171,9 +203,12 @@ ColumnOrder column_order_of(const char* op, std::string_view text) {
   if (text == "natural") {
     return ColumnOrder::kNatural;
   }
-  TORCH_CHECK_VALUE(text == "activation", op, ": expected column_order to be 'natural' or 'activation', but got '",
+  if (text == "activation") {
+    return ColumnOrder::kActivation;
+  }
+  TORCH_CHECK_VALUE(text == "group", op, ": expected column_order to be 'natural', 'activation' or 'group', but got '",
                     text, "'");
-  return ColumnOrder::kActivation;
+  return ColumnOrder::kGroup;
 }
 
 }  // namespace
@@ -185,9 +220,13 @@ c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns) {
   return group_size == -1 ? c10::SymInt(1) : (columns - 1) / group_size + 1;
 }
 
-void check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid) {
+GridOptions check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid) {
   check_weight(op, weight);
-  check_grid(op, weight, grid);
+  const GridOptions options = check_grid(op, weight, grid);
+  TORCH_CHECK_VALUE(options.scale_method == ScaleMethod::kAbsmax || options.scale_method == ScaleMethod::kMse, op,
+                    ": expected scale_method to be 'absmax' or 'mse' (the others need a Hessian), but got '",
+                    grid.scale_method, "'");
+  return options;
 }
 
 void check_rtn_values(const char* op, const at::Tensor& weight, const GridArguments& grid) {
@@ -196,31 +235,52 @@ void check_rtn_values(const char* op, const at::Tensor& weight, const GridArgume
 }
 
 GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
-                                 const GridArguments& grid, double ridge, int64_t block_size,
-                                 std::string_view group_scales, std::string_view column_order) {
-  check_rtn_arguments(op, weight, grid);
+                                 const GridArguments& grid, const SweepArguments& sweep) {
+  check_weight(op, weight);
+  GptqOptions options{check_grid(op, weight, grid)};
   check_hessian_of(op, weight, hessian);
-  TORCH_CHECK_VALUE(std::isfinite(ridge) && ridge >= 0, op, ": expected ridge to be finite and not negative, but got ",
-                    ridge);
-  TORCH_CHECK_VALUE(block_size >= 1, op, ": expected block_size to be positive, but got ", block_size);
-  GptqOptions options;
-  options.bits = grid.bits;
-  options.group_size = grid.group_size;
-  options.symmetric = grid.symmetric;
-  options.scales = grid.scales;
-  options.zero_points = grid.zero_points;
-  options.ridge = ridge;
-  options.block_size = block_size;
-  options.group_scales = group_scales_of(op, group_scales);
-  options.column_order = column_order_of(op, column_order);
+  TORCH_CHECK_VALUE(std::isfinite(sweep.ridge) && sweep.ridge >= 0, op,
+                    ": expected ridge to be finite and not negative, but got ", sweep.ridge);
+  TORCH_CHECK_VALUE(sweep.block_size >= 1, op, ": expected block_size to be positive, but got ", sweep.block_size);
+  TORCH_CHECK_VALUE(sweep.refine >= 0, op, ": expected refine to be a number of rounds, 0 or more, but got ",
+                    sweep.refine);
+  options.ridge = sweep.ridge;
+  options.block_size = sweep.block_size;
+  options.group_scales = group_scales_of(op, sweep.group_scales);
+  options.column_order = column_order_of(op, sweep.column_order);
+  options.refine = sweep.refine;
   if (options.group_scales == GroupScales::kDynamic) {
-    TORCH_CHECK_VALUE(options.column_order == ColumnOrder::kNatural, op,
-                      ": expected column_order to be 'natural' with group_scales='dynamic' (in activation order the "
-                      "columns of a stored group are not reached together), but got 'activation'");
+    TORCH_CHECK_VALUE(options.column_order != ColumnOrder::kActivation, op,
+                      ": expected column_order to be 'natural' or 'group' with group_scales='dynamic' (in activation "
+                      "order the columns of a stored group are not reached together), but got 'activation'");
     TORCH_CHECK_VALUE(!grid.scales.has_value(), op,
                       ": expected no scales with group_scales='dynamic', which computes them, but got scales of shape ",
                       grid.scales->sym_sizes());
+    TORCH_CHECK_VALUE(
+        options.scale_method == ScaleMethod::kAbsmax || options.scale_method == ScaleMethod::kLoss, op,
+        ": expected scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others look at "
+        "the original weights), but got '",
+        grid.scale_method, "'");
+  } else {
+    TORCH_CHECK_VALUE(options.scale_method != ScaleMethod::kLoss, op,
+                      ": expected group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the "
+                      "sweep), but got 'static'");
   }
+  return options;
+}
+
+GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::Tensor& hessian,
+                                           const GridArguments& grid, const SweepArguments& sweep) {
+  GptqOptions options = check_gptq_arguments("gptq_reference", weight, hessian, grid, sweep);
+  TORCH_CHECK_VALUE(options.scale_method != ScaleMethod::kLoss,
+                    "gptq_reference: expected scale_method to be 'absmax', 'mse' or 'hessian', but got 'loss', which "
+                    "only gptq has");
+  TORCH_CHECK_VALUE(options.refine == 0, "gptq_reference: expected refine to be 0, as only gptq refines, but got ",
+                    options.refine);
+  TORCH_CHECK_VALUE(
+      options.scale_method == ScaleMethod::kAbsmax || weight.is_cpu() || weight.is_meta(),
+      "gptq_reference: expected scale_method to be 'absmax' for a weight that is not on the CPU, but got '",
+      grid.scale_method, "'");
   return options;
 }
 

@@ -25,18 +25,32 @@ struct GridArguments {
   bool symmetric;
   const std::optional<at::Tensor>& scales;
   const std::optional<at::Tensor>& zero_points;
+  bool full_range;
+  std::string_view scale_method;
+};
+
+/// What gptq has beside the grid, as in the schema.
+struct SweepArguments {
+  double ridge;
+  int64_t block_size;
+  std::string_view group_scales;
+  std::string_view column_order;
+  int64_t refine;
 };
 
 /// Groups of a row of `columns`, where group_size has been checked.
 c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns);
 
-void check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid);
+/// Returns the options that the arguments name.
+GridOptions check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid);
 void check_rtn_values(const char* op, const at::Tensor& weight, const GridArguments& grid);
 
 /// Returns the options that the arguments name.
 GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
-                                 const GridArguments& grid, double ridge, int64_t block_size,
-                                 std::string_view group_scales, std::string_view column_order);
+                                 const GridArguments& grid, const SweepArguments& sweep);
+/// The same, without what gptq_reference leaves to gptq.
+GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::Tensor& hessian,
+                                           const GridArguments& grid, const SweepArguments& sweep);
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid);
 
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs);

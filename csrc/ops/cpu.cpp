@@ -22,21 +22,19 @@ namespace {
 using Algorithm = GptqResult (*)(const at::Tensor&, const at::Tensor&, const GptqOptions&);
 
 QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
+                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points,
+                   bool full_range, std::string_view scale_method) {
   const at::NoGradGuard no_grad;
-  const GridArguments grid{bits, group_size, symmetric, scales, zero_points};
-  check_rtn_arguments("rtn", weight, grid);
+  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
+  const GridOptions options = check_rtn_arguments("rtn", weight, grid);
   check_rtn_values("rtn", weight, grid);
-  const QuantizedWeight result = algorithms::rtn(weight, bits, group_size, symmetric, scales, zero_points);
+  const QuantizedWeight result = algorithms::rtn(weight, options);
   return {result.codes, result.scales, result.zero_points};
 }
 
 GptqTuple run_gptq(const char* op, Algorithm algorithm, const at::Tensor& weight, const at::Tensor& hessian,
-                   const GridArguments& grid, double ridge, int64_t block_size, std::string_view group_scales,
-                   std::string_view column_order) {
+                   const GridArguments& grid, const GptqOptions& options) {
   const at::NoGradGuard no_grad;
-  const GptqOptions options =
-      check_gptq_arguments(op, weight, hessian, grid, ridge, block_size, group_scales, column_order);
   check_gptq_values(op, weight, hessian, grid);
   const GptqResult result = algorithm(weight, hessian, options);
   TORCH_CHECK_VALUE(result.row_loss.isfinite().all().item<bool>(), op,
@@ -47,17 +45,23 @@ GptqTuple run_gptq(const char* op, Algorithm algorithm, const at::Tensor& weight
 
 GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
                double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
-  return run_gptq("gptq", algorithms::gptq, weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge,
-                  block_size, group_scales, column_order);
+               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
+               std::string_view scale_method, int64_t refine) {
+  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
+  const GptqOptions options =
+      check_gptq_arguments("gptq", weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine});
+  return run_gptq("gptq", algorithms::gptq, weight, hessian, grid, options);
 }
 
 GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
                          bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
                          std::string_view column_order, const std::optional<at::Tensor>& scales,
-                         const std::optional<at::Tensor>& zero_points) {
-  return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian,
-                  {bits, group_size, symmetric, scales, zero_points}, ridge, block_size, group_scales, column_order);
+                         const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
+                         int64_t refine) {
+  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
+  const GptqOptions options =
+      check_gptq_reference_arguments(weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine});
+  return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian, grid, options);
 }
 
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {

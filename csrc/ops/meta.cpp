@@ -24,32 +24,37 @@ QuantizedTuple empty_quantized(const at::Tensor& weight, int64_t group_size) {
 }
 
 QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
-  check_rtn_arguments("rtn", weight, {bits, group_size, symmetric, scales, zero_points});
+                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points,
+                   bool full_range, std::string_view scale_method) {
+  check_rtn_arguments("rtn", weight, {bits, group_size, symmetric, scales, zero_points, full_range, scale_method});
   return empty_quantized(weight, group_size);
 }
 
-GptqTuple empty_gptq(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
-                     double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order) {
-  check_gptq_arguments(op, weight, hessian, grid, ridge, block_size, group_scales, column_order);
-  auto [codes, scales, zero_points] = empty_quantized(weight, grid.group_size);
+GptqTuple empty_gptq(const at::Tensor& weight, int64_t group_size) {
+  auto [codes, scales, zero_points] = empty_quantized(weight, group_size);
   const auto options = weight.options().dtype(algorithms::compute_dtype(weight.scalar_type()));
   return {codes, scales, zero_points, at::empty_symint({weight.sym_size(0)}, options)};
 }
 
 GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
                double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points) {
-  return empty_gptq("gptq", weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge, block_size,
-                    group_scales, column_order);
+               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
+               std::string_view scale_method, int64_t refine) {
+  check_gptq_arguments("gptq", weight, hessian,
+                       {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
+                       {ridge, block_size, group_scales, column_order, refine});
+  return empty_gptq(weight, group_size);
 }
 
 GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
                          bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
                          std::string_view column_order, const std::optional<at::Tensor>& scales,
-                         const std::optional<at::Tensor>& zero_points) {
-  return empty_gptq("gptq_reference", weight, hessian, {bits, group_size, symmetric, scales, zero_points}, ridge,
-                    block_size, group_scales, column_order);
+                         const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
+                         int64_t refine) {
+  check_gptq_reference_arguments(weight, hessian,
+                                 {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
+                                 {ridge, block_size, group_scales, column_order, refine});
+  return empty_gptq(weight, group_size);
 }
 
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) { check_hessian_update_arguments(hessian, inputs); }

@@ -7,18 +7,20 @@ TORCH_LIBRARY(miniquant, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "rtn(Tensor weight, *, int bits=4, int group_size=64, bool symmetric=True, Tensor? scales=None, "
-      "Tensor? zero_points=None) -> (Tensor codes, Tensor scales, Tensor zero_points)",
+      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\") "
+      "-> (Tensor codes, Tensor scales, Tensor zero_points)",
       tags);
   m.def(
       "gptq(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, float ridge=0.01, "
       "int block_size=128, str group_scales=\"static\", str column_order=\"natural\", Tensor? scales=None, "
-      "Tensor? zero_points=None) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
+      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", int refine=0) "
+      "-> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
   m.def(
       "gptq_reference(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, "
       "float ridge=0.01, int block_size=128, str group_scales=\"static\", str column_order=\"natural\", "
-      "Tensor? scales=None, Tensor? zero_points=None) "
-      "-> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
+      "Tensor? scales=None, Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", "
+      "int refine=0) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);

@@ -7,6 +7,8 @@ The grid
     columns of a row. With q = 2^(bits - 1) - 1:
 
     - symmetric: codes in [-q, q], scale = max|w| / q, zero point 0;
+    - symmetric, full range: codes in [-q - 1, q], scale = -w / (q + 1) of the weight w of largest magnitude, of either
+      sign, zero point 0;
     - asymmetric: codes in [-q - 1, q], scale = (hi - lo) / (2^bits - 1), where [lo, hi] is the group's range widened
       to contain 0, so that 0 is represented exactly.
 
@@ -31,7 +33,8 @@ import torch
 from torch import Tensor
 
 GroupScales = Literal["static", "dynamic"]
-ColumnOrder = Literal["natural", "activation"]
+ColumnOrder = Literal["natural", "activation", "group"]
+ScaleMethod = Literal["absmax", "mse", "hessian", "loss"]
 
 
 class QuantizedWeight(NamedTuple):
@@ -72,6 +75,8 @@ def rtn(
     symmetric: bool = True,
     scales: Tensor | None = None,
     zero_points: Tensor | None = None,
+    full_range: bool = False,
+    scale_method: Literal["absmax", "mse"] = "absmax",
 ) -> QuantizedWeight:
     """Rounds every weight to the nearest point of its group's grid, ties to even.
 
@@ -82,15 +87,25 @@ def rtn(
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
         symmetric: which of the two grids (see the module).
-        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive.
+        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
+        full_range: the symmetric grid with one code more (see the module).
+        scale_method: "absmax", or "mse": of scales that hold from half to 1.1 times the group's range the one of least
+            squared error.
 
     Raises:
         ValueError, TypeError: for a bad argument.
     """
     return QuantizedWeight(
         *torch.ops.miniquant.rtn(
-            weight, bits=bits, group_size=group_size, symmetric=symmetric, scales=scales, zero_points=zero_points
+            weight,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            scales=scales,
+            zero_points=zero_points,
+            full_range=full_range,
+            scale_method=scale_method,
         )
     )
 
@@ -108,6 +123,9 @@ def gptq(
     column_order: ColumnOrder = "natural",
     scales: Tensor | None = None,
     zero_points: Tensor | None = None,
+    full_range: bool = False,
+    scale_method: ScaleMethod = "absmax",
+    refine: int = 0,
 ) -> GptqResult:
     """Quantizes a column at a time and moves what rounding lost onto the columns still to come.
 
@@ -128,10 +146,17 @@ def gptq(
         ridge: added to the Hessian's diagonal, relative to its mean.
         block_size: columns per block of the sweep: time, not the result.
         group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
-            by every earlier column, when the group is reached (natural order and no given scales only).
-        column_order: "natural", or "activation": descending diag(H). Scales stay with the stored columns.
-        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive.
+            by every earlier column, when the group is reached (not in activation order, and no given scales).
+        column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
+            a shorter last one last, and their columns by descending diag(H). Scales stay with the stored columns.
+        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
+        full_range: the symmetric grid with one code more (see the module).
+        scale_method: how scales are computed: "absmax"; "mse", the one of least squared error of several; "hessian",
+            the same with column j weighted by H_jj; "loss" (dynamic scales only), the one of several with which the
+            sweep adds least to the loss.
+        refine: rounds, at most, in which scales are fitted to their codes and codes moved one at a time wherever that
+            lowers the loss; stops when nothing changes.
 
     Raises:
         ValueError, TypeError: for a bad argument.
@@ -151,6 +176,9 @@ def gptq(
             column_order=column_order,
             scales=scales,
             zero_points=zero_points,
+            full_range=full_range,
+            scale_method=scale_method,
+            refine=refine,
         )
     )
 
@@ -168,6 +196,9 @@ def gptq_reference(
     column_order: ColumnOrder = "natural",
     scales: Tensor | None = None,
     zero_points: Tensor | None = None,
+    full_range: bool = False,
+    scale_method: ScaleMethod = "absmax",
+    refine: int = 0,
 ) -> GptqResult:
     """The textbook form of :func:`gptq`: the loop over blocks, groups and columns of the paper's Algorithm 1.
 
@@ -177,7 +208,8 @@ def gptq_reference(
 
     Written on PyTorch's own operations, for any device and float32 or float64; slow, and what :func:`gptq` is tested
     against. The two agree code for code but where a target lies on a rounding tie to within the precision of the
-    arithmetic. Arguments, result and errors are those of :func:`gptq`.
+    arithmetic. Arguments, result and errors are those of :func:`gptq`, but that ``scale_method="loss"`` and ``refine``
+    are left to it.
     """
     return GptqResult(
         *torch.ops.miniquant.gptq_reference(
@@ -192,6 +224,9 @@ def gptq_reference(
             column_order=column_order,
             scales=scales,
             zero_points=zero_points,
+            full_range=full_range,
+            scale_method=scale_method,
+            refine=refine,
         )
     )
 

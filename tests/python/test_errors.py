@@ -143,6 +143,23 @@ GRID = [  # rtn, gptq and gptq_reference
     Bad("", {"zero_points": zeros8(3, 2)}, "zero_points to come with scales, but got no scales"),
     Bad(
         "",
+        {"full_range": True, "scales": one_bad(full(1, 3, 2), 0, 0, 1)},
+        "scales to be finite and not 0, but got 0 at [0, 1]",
+        reads_values=True,
+    ),
+    Bad(
+        "",
+        {"symmetric": False, "full_range": True},
+        "full_range to be False where symmetric=False (an asymmetric grid has every code), but got True",
+    ),
+    Bad("", {"scale_method": "max"}, "scale_method to be 'absmax', 'mse', 'hessian' or 'loss', but got 'max'"),
+    Bad(
+        "",
+        {"scale_method": "mse", **SCALES},
+        "no scales with scale_method='mse', which computes them, but got scales of shape [3, 2]",
+    ),
+    Bad(
+        "",
         {"symmetric": False, **SCALES},
         "scales to come with zero_points where symmetric=False, but got no zero_points",
     ),
@@ -213,12 +230,24 @@ GPTQ = [  # gptq and gptq_reference
     Bad("", {"block_size": -1}, "block_size to be positive, but got -1"),
     Bad("", {"group_scales": "Static"}, "group_scales to be 'static' or 'dynamic', but got 'Static'"),
     Bad("", {"group_scales": ""}, "group_scales to be 'static' or 'dynamic', but got ''"),
-    Bad("", {"column_order": "act"}, "column_order to be 'natural' or 'activation', but got 'act'"),
+    Bad("", {"column_order": "act"}, "column_order to be 'natural', 'activation' or 'group', but got 'act'"),
+    Bad("", {"refine": -1}, "refine to be a number of rounds, 0 or more, but got -1"),
+    Bad(
+        "",
+        {"scale_method": "loss"},
+        "group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the sweep), but got 'static'",
+    ),
+    Bad(
+        "",
+        {"group_scales": "dynamic", "scale_method": "mse"},
+        "scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others look at the original weights), "
+        "but got 'mse'",
+    ),
     Bad(
         "",
         {"group_scales": "dynamic", "column_order": "activation"},
-        "column_order to be 'natural' with group_scales='dynamic' (in activation order the columns of a stored group "
-        "are not reached together), but got 'activation'",
+        "column_order to be 'natural' or 'group' with group_scales='dynamic' (in activation order the columns of a "
+        "stored group are not reached together), but got 'activation'",
     ),
     Bad(
         "",

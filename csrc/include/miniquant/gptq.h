@@ -14,6 +14,9 @@ enum class GroupScales {
 enum class ColumnOrder {
   kNatural,     ///< left to right
   kActivation,  ///< descending diag(hessian), ties in stored order
+  /// Whole groups by descending mean of diag(hessian), a shorter last one last; their columns by descending
+  /// diag(hessian).
+  kGroup,
 };
 
 struct GptqOptions : GridOptions {
@@ -21,9 +24,12 @@ struct GptqOptions : GridOptions {
   double ridge = 0.01;
   /// Columns per block of the sweep. Changes the time taken, not the result.
   int64_t block_size = 128;
-  /// kDynamic needs ColumnOrder::kNatural and no given scales.
+  /// kDynamic needs an order that reaches a group's columns together (not kActivation) and no given scales.
   GroupScales group_scales = GroupScales::kStatic;
   ColumnOrder column_order = ColumnOrder::kNatural;
+  /// Rounds of refinement after the sweep, at most: scales are fitted to their codes and codes moved one at a time
+  /// wherever that lowers the loss. Stops when nothing changes.
+  int64_t refine = 0;
 };
 
 struct GptqResult : QuantizedWeight {

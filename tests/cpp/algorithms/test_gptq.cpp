@@ -40,7 +40,7 @@ at::Tensor dequantized(const QuantizedWeight& quantized, int64_t group_size) {
 }
 
 QuantizedWeight rounded(const at::Tensor& weight, const GptqOptions& options) {
-  return rtn(weight, options.bits, options.group_size, options.symmetric, options.scales, options.zero_points);
+  return algorithms::rtn(weight, options);
 }
 
 std::string describe(const GptqOptions& options) {
@@ -197,8 +197,9 @@ TEST(Gptq, StaticScalesAreThoseOfTheOriginalWeightsAndDynamicOnesAreNot) {
 TEST(Gptq, ActivationOrderIsDescendingDiagonalAndStableAtTies) {
   const at::Tensor hessian = at::diag(at::tensor({1.0, 3.0, 2.0, 3.0, 0.0, 2.0}, at::kDouble));
   EXPECT_TRUE(
-      at::equal(order_of_columns(hessian, ColumnOrder::kActivation), at::tensor({1, 3, 2, 5, 0, 4}, at::kLong)));
-  EXPECT_TRUE(at::equal(order_of_columns(hessian, ColumnOrder::kNatural), at::tensor({0, 1, 2, 3, 4, 5}, at::kLong)));
+      at::equal(order_of_columns(hessian, ColumnOrder::kActivation, 64), at::tensor({1, 3, 2, 5, 0, 4}, at::kLong)));
+  EXPECT_TRUE(
+      at::equal(order_of_columns(hessian, ColumnOrder::kNatural, 64), at::tensor({0, 1, 2, 3, 4, 5}, at::kLong)));
 }
 
 // Permuting W's columns and H by hand, with one group per row, is the same as activation order.
@@ -206,7 +207,7 @@ TEST(Gptq, ActivationOrderIsThePermutedProblem) {
   const at::Tensor weight = testing::normal({10, 90}, 14);
   const at::Tensor hessian = testing::hessian_of_inputs(90, 200, 15);
   GptqOptions options = options_of(4, -1, true);
-  const at::Tensor order = order_of_columns(hessian, ColumnOrder::kActivation);
+  const at::Tensor order = order_of_columns(hessian, ColumnOrder::kActivation, 64);
   const GptqResult permuted = algorithms::gptq(
       weight.index_select(1, order), hessian.index_select(0, order).index_select(1, order).contiguous(), options);
   options.column_order = ColumnOrder::kActivation;

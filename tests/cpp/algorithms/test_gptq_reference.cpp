@@ -57,7 +57,7 @@ class Textbook : public ::testing::Test {
  protected:
   Textbook() {
     options_.group_size = kGroupSize;
-    nearest_ = rtn(weight_, 4, kGroupSize, true, std::nullopt, std::nullopt);
+    nearest_ = algorithms::rtn(weight_, {.group_size = kGroupSize});
   }
 
   [[nodiscard]] double loss(const at::Tensor& codes) const {

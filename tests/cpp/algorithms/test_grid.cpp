@@ -15,8 +15,8 @@ namespace miniquant::algorithms {
 namespace {
 
 Grid computed_grid(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
-  Grid grid = make_grid(weight, bits, group_size, symmetric, std::nullopt, std::nullopt);
-  compute_scales(grid, weight.to(compute_dtype(weight.scalar_type())).contiguous());
+  Grid grid = make_grid(weight, {.bits = bits, .group_size = group_size, .symmetric = symmetric});
+  compute_scales(grid, weight.to(compute_dtype(weight.scalar_type())).contiguous(), ScaleMethod::kAbsmax);
   return grid;
 }
 
@@ -30,11 +30,11 @@ TEST(Grid, ComputesInFloat64ForFloat64AndInFloat32ForTheRest) {
 TEST(Grid, CodesOfEveryNumberOfBits) {
   for (int64_t bits = 2; bits <= 8; ++bits) {
     const int32_t half = 1 << (bits - 1);
-    const kernels::CodeRange symmetric = code_range(bits, true);
+    const kernels::CodeRange symmetric = code_range(bits, true, false);
     EXPECT_EQ(symmetric.code_min, -(half - 1));
     EXPECT_EQ(symmetric.code_max, half - 1);
     EXPECT_TRUE(symmetric.symmetric);
-    const kernels::CodeRange asymmetric = code_range(bits, false);
+    const kernels::CodeRange asymmetric = code_range(bits, false, false);
     EXPECT_EQ(asymmetric.code_min, -half);
     EXPECT_EQ(asymmetric.code_max, half - 1);
     EXPECT_FALSE(asymmetric.symmetric);
@@ -64,7 +64,8 @@ TEST(Grid, MakesItsOwnContiguousCopiesOfGivenScales) {
   const at::Tensor weight = at::zeros({4, 6}, at::kBFloat16);
   const at::Tensor scales = at::full({2, 4}, 0.5, at::kBFloat16).mT();
   const at::Tensor zero_points = at::full({2, 4}, 3, at::kChar).mT();
-  const Grid grid = make_grid(weight, 4, 3, false, scales, zero_points);
+  const Grid grid =
+      make_grid(weight, {.group_size = 3, .symmetric = false, .scales = scales, .zero_points = zero_points});
   EXPECT_EQ(grid.scales.scalar_type(), at::kFloat);
   EXPECT_TRUE(grid.scales.is_contiguous());
   EXPECT_TRUE(grid.zero_points.is_contiguous());
@@ -78,7 +79,7 @@ TEST(Grid, MakesItsOwnContiguousCopiesOfGivenScales) {
 }
 
 TEST(Grid, CodesAreContiguousWhateverTheWeightsStrides) {
-  EXPECT_TRUE(make_grid(at::zeros({6, 4}).mT(), 4, 3, true, std::nullopt, std::nullopt).codes.is_contiguous());
+  EXPECT_TRUE(make_grid(at::zeros({6, 4}).mT(), {.group_size = 3}).codes.is_contiguous());
 }
 
 TEST(Grid, EveryGroupHasTheScaleOfItsOwnColumns) {

@@ -109,11 +109,13 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, 
   GuardedBuffer<std::int8_t> zero_points(inputs.zero_points);
   GuardedBuffer<std::int8_t> codes(inputs.rows * inputs.columns);
   GuardedBuffer<T> row_loss(inputs.rows);
+  const T factor = 1;
   const SweepProblem<T> problem{
       inputs.columns,
       weight.data(),
       {inputs.range, inputs.group_size, groups, scales.data(), zero_points.data(), codes.data(), no_rounding<T>},
       inputs.dynamic_scales,
+      {&factor, 1, nullptr},
       steps.data(),
       triangle.data(),
       cut.segment_columns,

@@ -29,12 +29,13 @@ inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at
                             const GptqOptions& options = {}) {
   using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
   using OptionalTensor = const std::optional<at::Tensor>&;
-  const auto op = find_operator(name)
-                      .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t,
-                                    std::string_view, std::string_view, OptionalTensor, OptionalTensor)>();
-  auto [codes, scales, zero_points, row_loss] =
-      op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
-              group_scales, column_order, options.scales, options.zero_points);
+  const auto op =
+      find_operator(name)
+          .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t, std::string_view,
+                        std::string_view, OptionalTensor, OptionalTensor, bool, std::string_view, int64_t)>();
+  auto [codes, scales, zero_points, row_loss] = op.call(
+      weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
+      group_scales, column_order, options.scales, options.zero_points, options.full_range, "absmax", options.refine);
   return {{codes, scales, zero_points}, row_loss};
 }
 

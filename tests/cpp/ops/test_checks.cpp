@@ -120,11 +120,11 @@ std::vector<BadCall> bad_arguments() {
        gptq_with([](GptqOptions& options, at::Device) { options.block_size = 0; })},
       {Kind::kValue, "gptq: expected group_scales to be 'static' or 'dynamic', but got 'Static'",
        [](at::Device device) { call_gptq("gptq", on(device, {2, 4}), on(device, {4, 4}), "Static", "natural"); }},
-      {Kind::kValue, "gptq: expected column_order to be 'natural' or 'activation', but got ''",
+      {Kind::kValue, "gptq: expected column_order to be 'natural', 'activation' or 'group', but got ''",
        [](at::Device device) { call_gptq("gptq", on(device, {2, 4}), on(device, {4, 4}), "static", ""); }},
       {Kind::kValue,
-       "gptq: expected column_order to be 'natural' with group_scales='dynamic' (in activation order the columns of a "
-       "stored group are not reached together), but got 'activation'",
+       "gptq: expected column_order to be 'natural' or 'group' with group_scales='dynamic' (in activation order the "
+       "columns of a stored group are not reached together), but got 'activation'",
        [](at::Device device) { call_gptq("gptq", on(device, {2, 4}), on(device, {4, 4}), "dynamic", "activation"); }},
       {Kind::kValue,
        "gptq: expected no scales with group_scales='dynamic', which computes them, but got scales of shape [2, 2]",

@@ -1,0 +1,44 @@
+// What kernels that take rows of W as lanes share: their arrays are [tile][column][lane].
+
+/// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
+template <typename T>
+constexpr std::int64_t kDepth = 18432 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
+
+/// Tiles that share one pass over the triangle.
+constexpr std::int64_t kTilesPerPass = 4;
+
+template <typename T>
+constexpr std::int64_t kElementsPerDouble = 1;
+template <>
+constexpr std::int64_t kElementsPerDouble<float> = 2;
+
+/// Columns [begin, end), in the order of the sweep.
+struct Span {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+/// The first `count` columns from `begin` on, cut off at `end`.
+MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64_t end) {
+  return {begin, end - begin < count ? end : begin + count};
+}
+
+/// Columns whose losses are summed in T before they are added in float64: the same for every instruction set.
+constexpr std::int64_t kColumnsPerLoss = 4;
+static_assert(kStripColumns % kColumnsPerLoss == 0);
+
+/// to += loss; loss = 0.
+template <typename T>
+MINIQUANT_INLINE void add_loss(Vector<T>* loss, double* to) {
+  T lanes[kTileRows<T>];
+  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+    store<T>(lanes + v * kLanes<T>, loss[v]);
+    loss[v] = Vector<T>{};
+  }
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    to[lane] += static_cast<double>(lanes[lane]);
+  }
+}
+
+/// Columns that are copied between rows and lanes at a time: what the lanes write then stays in the cache.
+constexpr std::int64_t kColumnsPerCopy = 128;

@@ -1,0 +1,356 @@
+// Refinement of codes and scales, rows as lanes. With E = W - dequantized and G = E H, the loss e H e^T of a row
+// changes
+//   by  t^2 H_jj - 2 t G_j                    if column j's dequantized value moves by t
+//   by  d^2 z H_gg z^T - 2 d z G_g^T          if group g's scale moves by d, z its codes - zero point
+//
+//   for each round, for each group g
+//     G_g = E H[:, g]                                              the blocked product, most of the work
+//     scale_g += z G_g^T / (z H_gg z^T), as it is stored           where that lowers the loss
+//     for each column j of the group
+//       move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
+//
+// (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
+
+/// Where the arrays of a pass lie in the workspace. B = columns of the longest group.
+template <typename T>
+struct RefineArrays {
+  T* error;               // [tiles][K][lane]  E
+  T* level;               // [tiles][K][lane]  code - zero point
+  T* gradient;            // [tiles][B][lane]  G of the group
+  T* other;               // [B][lane]         z H_gg, then -t of the columns done
+  double* loss;           // [tiles][lane]
+  std::int64_t elements;  // of the workspace, in T
+};
+
+template <typename T>
+MINIQUANT_INLINE RefineArrays<T> lay_out(const RefineProblem<T>& problem, std::int64_t tiles, T* workspace) {
+  const std::int64_t lanes = tiles * kTileRows<T>;
+  const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
+  const std::int64_t align = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
+  std::int64_t used = 0;
+  const auto take = [&](std::int64_t count) {
+    T* const at = workspace + used;
+    used += (count + align - 1) / align * align;
+    return at;
+  };
+  RefineArrays<T> arrays;
+  arrays.error = take(lanes * problem.columns);
+  arrays.level = take(lanes * problem.columns);
+  arrays.gradient = take(lanes * group);
+  arrays.other = take(kTileRows<T> * group);
+  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
+  arrays.elements = used;
+  return arrays;
+}
+
+/// One tile of rows of the pass.
+template <typename T>
+struct RefineTile {
+  std::int64_t row;   // first row
+  std::int64_t rows;  // valid lanes
+  T* error;           // [K][lane]
+  T* level;           // [K][lane]
+  T* gradient;        // [B][lane]
+  T* other;           // [B][lane]
+  double* loss;       // [lane]
+};
+
+template <typename T>
+MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const RefineArrays<T>& arrays,
+                                       std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
+  const std::int64_t row = row_begin + tile * kTileRows<T>;
+  const std::int64_t lanes = tile * kTileRows<T>;
+  const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
+  return {row,
+          row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
+          arrays.error + lanes * problem.columns,
+          arrays.level + lanes * problem.columns,
+          arrays.gradient + lanes * group,
+          arrays.other,
+          arrays.loss + lanes};
+}
+
+/// Lanes past the last row are all 0, which nothing moves.
+template <typename T>
+MINIQUANT_INLINE void read_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      const std::int64_t at = (tile.row + lane) * problem.columns;
+      const std::int64_t grid_at = (tile.row + lane) * problem.grid.groups;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        T level = T(0);
+        T error = T(0);
+        if (lane < tile.rows) {
+          const std::int64_t group = grid_at + j / problem.grid.group_size;
+          level = static_cast<T>(problem.grid.codes[at + j]) - static_cast<T>(problem.grid.zero_points[group]);
+          error = problem.weight[at + j] - level * problem.grid.scales[group];
+        }
+        tile.level[j * kTileRows<T> + lane] = level;
+        tile.error[j * kTileRows<T> + lane] = error;
+      }
+    }
+  }
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    tile.loss[lane] = lane < tile.rows ? static_cast<double>(problem.row_loss[tile.row + lane]) : 0.0;
+  }
+}
+
+template <typename T>
+MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+    const std::int64_t at = (tile.row + lane) * problem.columns;
+    const std::int64_t grid_at = (tile.row + lane) * problem.grid.groups;
+    for (std::int64_t j = 0; j < problem.columns; ++j) {
+      const T zero_point = static_cast<T>(problem.grid.zero_points[grid_at + j / problem.grid.group_size]);
+      problem.grid.codes[at + j] =
+          static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane] + zero_point));
+    }
+    problem.row_loss[tile.row + lane] = static_cast<T>(tile.loss[lane]);
+  }
+}
+
+/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns, so that a strip
+/// lies in one panel.
+MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {
+  return span_of(first, kStripColumns - first % kStripColumns, end);
+}
+
+/// accumulator[c] += sum over i in [begin, end) of H[i, first + c] * lanes[i - begin, :], for first + c <= i.
+template <typename T>
+MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout layout, std::int64_t first,
+                                            std::int64_t begin, std::int64_t end, const T* lanes,
+                                            TileAccumulator<T>& accumulator) {
+  if (begin < end) {
+    accumulate(accumulator, entry(triangle, layout, begin, first), {kPanelColumns, 1}, lanes, kTileRows<T>,
+               end - begin);
+  }
+}
+
+/// to[columns] += values[terms] H[terms, columns] with `terms` on one side of `columns`.
+template <typename T>
+MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* values, Span terms, Span columns, T* to) {
+  const TriangleLayout layout = {problem.columns};
+  Span strip;
+  for (std::int64_t first = columns.begin; first < columns.end; first = strip.end) {
+    strip = strip_of(first, columns.end);
+    T* const sum = to + (first - columns.begin) * kTileRows<T>;
+    TileAccumulator<T> accumulator;
+    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    if (terms.begin < columns.begin) {
+      accumulate_rows_of(problem.triangle, layout, first, terms.begin, terms.end, values, accumulator);
+    } else {
+      accumulate_columns_of(problem.triangle, layout, first, terms.begin, terms.end, values, accumulator);
+    }
+    store(accumulator, sum, kTileRows<T>, strip.end - first);
+  }
+}
+
+/// to[group] += values[group] H[group, group], values [group][lane].
+template <typename T>
+MINIQUANT_INLINE void add_products_within(const RefineProblem<T>& problem, const T* values, Span group, T* to) {
+  const TriangleLayout layout = {problem.columns};
+  Span strip;
+  for (std::int64_t first = group.begin; first < group.end; first = strip.end) {
+    strip = strip_of(first, group.end);
+    T* const sum = to + (first - group.begin) * kTileRows<T>;
+    TileAccumulator<T> accumulator;
+    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, layout, first, group.begin, first, values, accumulator);
+    accumulate_columns_of(problem.triangle, layout, first, strip.end, group.end,
+                          values + (strip.end - group.begin) * kTileRows<T>, accumulator);
+#pragma GCC unroll 8
+    for (std::int64_t c = 0; c < kStripColumns; ++c) {
+      const std::int64_t i = first + c;
+      if (i < strip.end) {
+        Vector<T> lanes[kVectorsPerTile];
+#pragma GCC unroll 8
+        for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+          lanes[v] = load<T>(values + (i - group.begin) * kTileRows<T> + v * kLanes<T>);
+        }
+        // H[i, first .. i] of row i, then H[i + 1 .., i] of column i
+        accumulate_term(accumulator, entry(problem.triangle, layout, i, first), 1, lanes, 0, c + 1);
+        accumulate_term(accumulator, entry(problem.triangle, layout, first, i), kPanelColumns, lanes, c + 1,
+                        kStripColumns);
+      }
+    }
+    store(accumulator, sum, kTileRows<T>, strip.end - first);
+  }
+}
+
+/// Moves the scale of a group to where the loss is least, as it is stored, and its error and gradient with it. Returns
+/// whether any lane's moved.
+template <typename T>
+MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  const std::int64_t count = (group.end - group.begin) * kTileRows<T>;
+  const T* const level = tile.level + group.begin * kTileRows<T>;
+  T* const products = tile.other;  // z H_gg
+  for (std::int64_t i = 0; i < count; ++i) {
+    products[i] = T(0);
+  }
+  add_products_within(problem, level, group, products);
+
+  double slope[kTileRows<T>] = {};
+  double curvature[kTileRows<T>] = {};
+  for (std::int64_t i = 0; i < count; i += kTileRows<T>) {
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      slope[lane] += static_cast<double>(level[i + lane] * tile.gradient[i + lane]);
+      curvature[lane] += static_cast<double>(level[i + lane] * products[i + lane]);
+    }
+  }
+  T moved[kTileRows<T>];
+  bool any = false;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    moved[lane] = T(0);
+    if (lane < tile.rows && curvature[lane] > 0.0) {
+      T& scale = problem.grid.scales[(tile.row + lane) * problem.grid.groups + group.begin / problem.grid.group_size];
+      const T best = scale + static_cast<T>(slope[lane] / curvature[lane]);
+      const T stored = best > T(0) ? problem.grid.round_scale(best) : -problem.grid.round_scale(-best);
+      const double move = static_cast<double>(stored) - static_cast<double>(scale);
+      const double change = move * (move * curvature[lane] - 2.0 * slope[lane]);
+      if (change < 0.0 && (best > T(0)) == (scale > T(0))) {
+        moved[lane] = stored - scale;
+        scale = stored;
+        tile.loss[lane] += change;
+        any = true;
+      }
+    }
+  }
+  if (any) {
+    T* const error = tile.error + group.begin * kTileRows<T>;
+    for (std::int64_t i = 0; i < count; i += kTileRows<T>) {
+      for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+        error[i + lane] -= moved[lane] * level[i + lane];
+        tile.gradient[i + lane] -= moved[lane] * products[i + lane];
+      }
+    }
+  }
+  return any;
+}
+
+/// Moves every column of a group to its best grid point, one after the other. Returns whether any moved.
+template <typename T>
+MINIQUANT_INLINE bool descend(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  const TriangleLayout layout = {problem.columns};
+  T* const minus_moves = tile.other;
+  T scale_of[kTileRows<T>];
+  T lowest[kTileRows<T>];
+  T highest[kTileRows<T>];
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group.begin / problem.grid.group_size;
+    const T zero_point = lane < tile.rows ? static_cast<T>(problem.grid.zero_points[at]) : T(0);
+    scale_of[lane] = lane < tile.rows ? problem.grid.scales[at] : T(1);
+    lowest[lane] = static_cast<T>(problem.grid.range.code_min) - zero_point;
+    highest[lane] = static_cast<T>(problem.grid.range.code_max) - zero_point;
+  }
+  Vector<T> any = {};
+  Span strip;
+  for (std::int64_t first = group.begin; first < group.end; first = strip.end) {
+    strip = strip_of(first, group.end);
+    TileAccumulator<T> gradient;
+    load(gradient, tile.gradient + (first - group.begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, layout, first, group.begin, first, minus_moves, gradient);
+    Vector<T> change[kVectorsPerTile] = {};
+#pragma GCC unroll 8
+    for (std::int64_t c = 0; c < kStripColumns; ++c) {
+      const std::int64_t j = first + c;
+      if (j < strip.end) {
+        const T diagonal = *entry(problem.triangle, layout, j, j);
+        Vector<T> minus_move[kVectorsPerTile];
+#pragma GCC unroll 8
+        for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+          const std::int64_t lane = v * kLanes<T>;
+          T* const level_at = tile.level + j * kTileRows<T> + lane;
+          T* const error_at = tile.error + j * kTileRows<T> + lane;
+          const Vector<T> scale = load<T>(scale_of + lane);
+          const Vector<T> level = load<T>(level_at);
+          const Vector<T> g = gradient.value[c][v];
+          const Vector<T> best = round_to_level<T, Vector<T>>(level * scale + g / diagonal, scale,
+                                                              load<T>(lowest + lane), load<T>(highest + lane));
+          const Vector<T> full_move = (best - level) * scale;
+          const Vector<T> full_change = full_move * (full_move * diagonal - (g + g));
+          const auto better = full_change < T(0);
+          const Vector<T> none = {};
+          const Vector<T> move = better ? full_move : none;
+          minus_move[v] = -move;
+          change[v] += better ? full_change : none;
+          any += better ? full_move * full_move : none;
+          store<T>(level_at, better ? best : level);
+          store<T>(error_at, load<T>(error_at) - move);
+          store<T>(minus_moves + (j - group.begin) * kTileRows<T> + lane, minus_move[v]);
+        }
+        accumulate_term(gradient, entry(problem.triangle, layout, first, j), kPanelColumns, minus_move, c + 1,
+                        kStripColumns);
+      }
+    }
+    add_loss<T>(change, tile.loss);
+  }
+  bool moved = false;
+  for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    moved = moved || any[lane] > T(0);
+  }
+  return moved;
+}
+
+/// One round over all groups. Returns whether anything moved.
+template <typename T>
+MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const RefineArrays<T>& arrays,
+                                   std::int64_t row_begin, std::int64_t row_end, std::int64_t tiles) {
+  bool moved = false;
+  Span group;
+  for (std::int64_t begin = 0; begin < problem.columns; begin = group.end) {
+    group = span_of(begin, problem.grid.group_size, problem.columns);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const RefineTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+      for (std::int64_t i = 0; i < (group.end - begin) * kTileRows<T>; ++i) {
+        tile.gradient[i] = T(0);
+      }
+    }
+    Span terms;
+    for (std::int64_t first = 0; first < problem.columns; first = terms.end) {
+      terms = span_of(first, kDepth<T>, first < begin ? begin : problem.columns);
+      if (first == begin) {
+        terms.end = group.end;
+        continue;
+      }
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        const RefineTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+        add_products(problem, tile.error + first * kTileRows<T>, terms, group, tile.gradient);
+      }
+    }
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const RefineTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+      add_products_within(problem, tile.error + begin * kTileRows<T>, group, tile.gradient);
+      moved = refit_scale(problem, tile, group) || moved;
+      moved = descend(problem, tile, group) || moved;
+    }
+  }
+  return moved;
+}
+
+template <typename T>
+void refine(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
+  constexpr std::int64_t kRowsPerPass = kTilesPerPass * kTileRows<T>;
+  for (std::int64_t row = row_begin; row < row_end; row += kRowsPerPass) {
+    const std::int64_t end = row_end - row < kRowsPerPass ? row_end : row + kRowsPerPass;
+    const std::int64_t tiles = (end - row + kTileRows<T> - 1) / kTileRows<T>;
+    const RefineArrays<T> arrays = lay_out(problem, tiles, workspace);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      read_rows(problem, tile_of(problem, arrays, row, end, t));
+    }
+    for (std::int64_t round = 0; round < problem.rounds; ++round) {
+      if (!refine_round(problem, arrays, row, end, tiles)) {
+        break;
+      }
+    }
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      write_rows(problem, tile_of(problem, arrays, row, end, t));
+    }
+  }
+}
+
+template <typename T>
+std::int64_t refine_workspace(const RefineProblem<T>& problem, std::int64_t rows) {
+  const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
+  return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
+}

@@ -1,0 +1,63 @@
+// Scales of least squared error: of the scales that some factors of the widest range give, for each group the one that
+// leaves sum_j importance_j (w_j - dequantize(quantize(w_j)))^2 least.
+
+/// Partial sums of an error, as many for every instruction set, so that all of them choose the same scale.
+constexpr std::int64_t kPartialSums = 16;
+
+/// The squared error of one weight. It is the same on either side of a tie, so that a reciprocal serves.
+template <typename T>
+MINIQUANT_INLINE T squared_error_of(T weight, T scale, T reciprocal, T low, T high) {
+  const T error = weight - clamp_and_round<T, T>(weight * reciprocal, low, high) * scale;
+  return error * error;
+}
+
+template <typename T>
+MINIQUANT_INLINE double squared_error(const CodeRange& range, const T* weight, const T* importance, std::int64_t count,
+                                      T scale, std::int8_t zero_point) {
+  const T low = static_cast<T>(range.code_min - zero_point);
+  const T high = static_cast<T>(range.code_max - zero_point);
+  const T reciprocal = T(1) / scale;
+  T sums[kPartialSums] = {};
+  std::int64_t i = 0;
+  for (; i + kPartialSums <= count; i += kPartialSums) {
+    for (std::int64_t l = 0; l < kPartialSums; ++l) {
+      sums[l] += importance[i + l] * squared_error_of(weight[i + l], scale, reciprocal, low, high);
+    }
+  }
+  for (std::int64_t l = 0; i + l < count; ++l) {
+    sums[l] += importance[i + l] * squared_error_of(weight[i + l], scale, reciprocal, low, high);
+  }
+  double total = 0.0;
+  for (const T sum : sums) {
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+template <typename T>
+void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T* weight, std::int64_t columns,
+                 std::int64_t row_begin, std::int64_t row_end) {
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    for (std::int64_t group = 0; group < grid.groups; ++group) {
+      const std::int64_t begin = group * grid.group_size;
+      const std::int64_t count = columns - begin < grid.group_size ? columns - begin : grid.group_size;
+      const T* const values = weight + row * columns + begin;
+      T lowest;
+      T highest;
+      range_of(values, count, lowest, highest);
+      double least = 0.0;
+      for (std::int64_t factor = 0; factor < search.factor_count; ++factor) {
+        T scale;
+        std::int8_t zero_point;
+        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], grid.round_scale, scale, zero_point);
+        const double error = squared_error(grid.range, values, search.importance + begin, count, scale, zero_point);
+        if (factor == 0 || error < least) {
+          const std::int64_t at = row * grid.groups + group;
+          least = error;
+          grid.scales[at] = scale;
+          grid.zero_points[at] = zero_point;
+        }
+      }
+    }
+  }
+}
