@@ -33,13 +33,14 @@ struct SweepFactor {
 };
 
 /// A pivot's square is what is left of a diagonal entry H_jj after products of about its size were subtracted, each
-/// with a rounding error. Below this share of H_jj so many digits of a float32 pivot are lost that the loss can move by
-/// a thousandth, and float64 is used instead.
-constexpr double kSmallestFloat32Pivot = 2e-3;
+/// with a rounding error, which H_jj / R_jj^2 therefore magnifies. Where it does so more than this in the mean over the
+/// columns, a float32 factor has lost so many digits that the loss can move by a thousandth, and float64 is used
+/// instead.
+constexpr double kLargestFloat32Magnification = 200;
 
-/// The smallest R_jj^2 / H_jj.
-double smallest_pivot(const at::Tensor& pivot, const at::Tensor& diagonal) {
-  return pivot.numel() == 0 ? 1.0 : (pivot.square() / diagonal).min().item<double>();
+/// The mean of H_jj / R_jj^2.
+double magnification_of_errors(const at::Tensor& pivot, const at::Tensor& diagonal) {
+  return pivot.numel() == 0 ? 1.0 : (diagonal.to(at::kDouble) / pivot.to(at::kDouble).square()).mean().item<double>();
 }
 
 /// Factors the damped Hessian in `dtype`. Returns whether that went well enough.
@@ -51,7 +52,7 @@ bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, double added, Sw
     return false;
   }
   factor.pivot = diagonal_of_triangle(factor.triangle, columns);
-  return dtype == at::kDouble || smallest_pivot(factor.pivot, diagonal) >= kSmallestFloat32Pivot;
+  return dtype == at::kDouble || magnification_of_errors(factor.pivot, diagonal) <= kLargestFloat32Magnification;
 }
 
 SweepFactor factor_for_sweep(const at::Tensor& hessian, const GptqOptions& options, at::ScalarType dtype) {
