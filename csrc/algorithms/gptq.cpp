@@ -128,7 +128,7 @@ at::Tensor order_of_columns(const at::Tensor& hessian, ColumnOrder order, int64_
   if (order == ColumnOrder::kNatural) {
     return at::arange(columns, hessian.options().dtype(at::kLong));
   }
-  const at::Tensor by_diagonal = hessian.diagonal().argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+  at::Tensor by_diagonal = hessian.diagonal().argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
   if (order == ColumnOrder::kActivation || columns == 0) {
     return by_diagonal;
   }

@@ -106,7 +106,7 @@ class RowOfTiles {
         largest_[j] = a > largest_[j] ? a : largest_[j];
         largest_[j] = b > largest_[j] ? b : largest_[j];
         asymmetry_[j] = difference > asymmetry_[j] ? difference : asymmetry_[j];
-        not_finite_[j] += (a - a) + (b - b);  // NaN unless both are finite
+        not_finite_[j] += T(0) * (a + b);  // NaN unless both are finite
       }
     }
   }

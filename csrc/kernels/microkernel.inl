@@ -4,7 +4,7 @@
 /// Terms that matrix products sum before they add the sum to the rest: rounding then does not grow with their number,
 /// and what is read stays in the first-level cache. The same for every instruction set.
 template <typename T>
-constexpr std::int64_t kTermsPerSum = 96 * 4 / static_cast<std::int64_t>(sizeof(T));
+constexpr std::int64_t kTermsPerSum = 384 / static_cast<std::int64_t>(sizeof(T));
 
 template <typename T>
 struct TileAccumulator {

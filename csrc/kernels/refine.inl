@@ -100,9 +100,10 @@ template <typename T>
 MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
     const std::int64_t at = (tile.row + lane) * problem.columns;
-    const std::int64_t grid_at = (tile.row + lane) * problem.grid.groups;
+    const std::int8_t* const zero_points = problem.grid.zero_points + (tile.row + lane) * problem.grid.groups;
     for (std::int64_t j = 0; j < problem.columns; ++j) {
-      const T zero_point = static_cast<T>(problem.grid.zero_points[grid_at + j / problem.grid.group_size]);
+      const std::int64_t group = j / problem.grid.group_size;
+      const T zero_point = static_cast<T>(zero_points[group]);
       problem.grid.codes[at + j] =
           static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane] + zero_point));
     }

@@ -47,8 +47,8 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
       range_of(values, count, lowest, highest);
       double least = 0.0;
       for (std::int64_t factor = 0; factor < search.factor_count; ++factor) {
-        T scale;
-        std::int8_t zero_point;
+        T scale = T(1);
+        std::int8_t zero_point = 0;
         grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], grid.round_scale, scale, zero_point);
         const double error = squared_error(grid.range, values, search.importance + begin, count, scale, zero_point);
         if (factor == 0 || error < least) {

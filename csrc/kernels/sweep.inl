@@ -328,10 +328,10 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
         tile.sum[i] = T(0);
       }
     }
-    for (std::int64_t first = 0; first < begin; first += kDepth<T>) {
+    for (std::int64_t earlier = 0; earlier < begin; earlier += kDepth<T>) {
       for (std::int64_t t = 0; t < tiles; ++t) {
         add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), begin, block,
-                           span_of(first, kDepth<T>, begin));
+                           span_of(earlier, kDepth<T>, block.begin));
       }
     }
     for (std::int64_t t = 0; t < tiles; ++t) {

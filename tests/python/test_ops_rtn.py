@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -143,7 +145,10 @@ def test_given_scales(dtype: torch.dtype) -> None:
     _, scales, zero_points = oracle.rtn(weight, bits=3, group_size=33, symmetric=False)
     scales = (scales.float() * 0.7).to(dtype)
     for symmetric in (True, False):
-        given = {"scales": scales, "zero_points": torch.zeros_like(zero_points) if symmetric else zero_points}
+        given: dict[str, Any] = {
+            "scales": scales,
+            "zero_points": torch.zeros_like(zero_points) if symmetric else zero_points,
+        }
         actual = miniquant.rtn(weight, bits=3, group_size=33, symmetric=symmetric, **given)
         expected = oracle.rtn(weight, bits=3, group_size=33, symmetric=symmetric, **given)
         assert oracle.same_bits(actual, expected)
