@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the C++ sources: clang-format all of them, clang-tidy those of csrc.
+"""Checks the C++ sources: clang-format all of them, clang-tidy those that the build compiles.
 
 clang-tidy takes seconds for each file that includes torch's headers, so a file that passed is not looked at again until
 something it depends on changes: itself, a header of the project that it includes, its compile command, .clang-tidy or
@@ -19,15 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("csrc", "tests", "examples")
 SUFFIXES = (".h", ".inl", ".cpp")
 # Flags of g++ that clang does not know, or that would make it write files.
-DROPPED_FLAGS = re.compile(r"-fno-sanitize-recover=.*|-fsanitize=.*|-fno-sanitize=.*|-Werror|-M[DFT]?.*")
+DROPPED_FLAGS = re.compile(
+    r"-fno-sanitize-recover=.*|-fsanitize=.*|-fno-sanitize=.*|-Werror|-M[DFT]?.*|-Winvalid-pch|-fpch-preprocess"
+)
 
 
 def project_files() -> list[Path]:
     """The C++ files that git knows or would know."""
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "csrc", "tests", "examples"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *FOLDERS],
         check=True,
         cwd=ROOT,
         capture_output=True,
@@ -47,11 +50,11 @@ def check_format(files: Iterable[Path]) -> bool:
 
 
 def compile_commands(build: Path) -> dict[Path, tuple[list[str], str]]:
-    """The command and the object of every source of csrc, the first where a source is compiled several times."""
+    """The command and the object of every source of ours, the first where a source is compiled several times."""
     commands: dict[Path, tuple[list[str], str]] = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
-        if source.is_relative_to(ROOT / "csrc"):
+        if any(source.is_relative_to(ROOT / folder) for folder in FOLDERS):
             command = shlex.split(entry["command"])
             commands.setdefault(source, (command, command[command.index("-o") + 1]))
     return commands
@@ -79,12 +82,12 @@ def compiler_headers(compiler: str) -> list[str]:
 
 
 def tidy_command(command: list[str]) -> list[str]:
-    """The flags clang-tidy takes from a compile command: no compiler, no output, no input."""
+    """The flags clang-tidy takes from a compile command: no compiler, no output, no input, no precompiled header."""
     compiler = next(part for part in command if Path(part).name != "ccache")
     flags: list[str] = []
     rest = iter(command[command.index(compiler) + 1 :])
     for part in rest:
-        if part in {"-o", "-c"}:
+        if part in {"-o", "-c", "-include"}:
             next(rest)
         elif not DROPPED_FLAGS.fullmatch(part):
             flags.append(part)
@@ -104,7 +107,10 @@ def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
     passed = build.parent / "cache" / "clang-tidy"
     passed.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["clang-tidy", "--version"], check=True, capture_output=True).stdout
-    settings = [ROOT / ".clang-tidy", *sorted(ROOT.glob("csrc/**/.clang-tidy"))]
+    settings = [
+        ROOT / ".clang-tidy",
+        *sorted(file for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/.clang-tidy")),
+    ]
     common = [version, *(file.read_bytes() for file in settings), Path(__file__).read_bytes()]
     headers = project_headers(build)
     pending: list[tuple[Path, list[str], Path]] = []

@@ -11,7 +11,7 @@ namespace {
 
 TEST(Dispatch, CallsTheBodyForTheComputeDtype) {
   std::string called;
-  const auto body = [&]<typename T>() { called = std::is_same_v<T, double> ? "double" : "float"; };
+  const auto body = [&]<typename T> { called = std::is_same_v<T, double> ? "double" : "float"; };
   dispatch_compute(at::kDouble, body);
   EXPECT_EQ(called, "double");
   dispatch_compute(at::kFloat, body);

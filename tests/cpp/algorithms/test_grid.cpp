@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -29,7 +30,7 @@ TEST(Grid, ComputesInFloat64ForFloat64AndInFloat32ForTheRest) {
 
 TEST(Grid, CodesOfEveryNumberOfBits) {
   for (int64_t bits = 2; bits <= 8; ++bits) {
-    const int32_t half = 1 << (bits - 1);
+    const auto half = static_cast<int32_t>(std::exp2(bits - 1));
     const kernels::CodeRange symmetric = code_range(bits, true, false);
     EXPECT_EQ(symmetric.code_min, -(half - 1));
     EXPECT_EQ(symmetric.code_max, half - 1);

@@ -23,7 +23,8 @@ at::Tensor sum_of(const at::Tensor& inputs, at::ScalarType dtype) {
 template <typename T>
 at::Tensor bound(const at::Tensor& inputs) {
   const auto tokens_per_sum = 12288 / (typed_kernels<T>().tile_rows * static_cast<int64_t>(sizeof(T)));
-  const auto terms = static_cast<double>(tokens_per_sum + inputs.size(0) / tokens_per_sum + 1);
+  const int64_t sums = inputs.size(0) / tokens_per_sum + 1;
+  const auto terms = static_cast<double>(tokens_per_sum + sums);
   return inputs.abs().mT().matmul(inputs.abs()) * (terms * std::numeric_limits<T>::epsilon());
 }
 

@@ -21,7 +21,8 @@ TEST(Packing, EveryPairOfCodesHasItsByte) {
   ASSERT_EQ(packed.sizes(), (std::vector<int64_t>{256, 1}));
   ASSERT_EQ(packed.scalar_type(), at::kByte);
   for (int64_t i = 0; i < 256; ++i) {
-    const int expected = (low[i].item<int>() & 0xF) | ((high[i].item<int>() & 0xF) << 4);
+    // In two's complement a code c < 0 is 16 + c.
+    const int expected = (low[i].item<int>() + 16) % 16 + 16 * ((high[i].item<int>() + 16) % 16);
     EXPECT_EQ(packed[i][0].item<int>(), expected) << low[i].item<int>() << ", " << high[i].item<int>();
   }
   EXPECT_TRUE(at::equal(unpack_int4(packed, 2), at::stack({low, high}, 1)));

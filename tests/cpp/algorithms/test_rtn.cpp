@@ -19,7 +19,7 @@ QuantizedWeight nearest(const at::Tensor& weight, int64_t bits, int64_t group_si
 /// Per-group oracle on ATen operations.
 at::Tensor codes_from(const at::Tensor& weight, const QuantizedWeight& quantized, int64_t bits, int64_t group_size,
                       bool symmetric) {
-  const int64_t half = int64_t{1} << (bits - 1);
+  const auto half = static_cast<int64_t>(std::exp2(bits - 1));
   at::Tensor codes = at::zeros(weight.sizes(), at::kChar);
   for (int64_t group = 0; group < quantized.scales.size(1); ++group) {
     const int64_t begin = group * group_size;

@@ -11,7 +11,7 @@ namespace miniquant::driver {
 /// `value` as the eight bytes, least significant first, that start a safetensors file.
 inline std::string little_endian(uint64_t value) {
   std::string bytes;
-  for (int i = 0; i < 8; ++i) bytes += static_cast<char>((value >> (8 * i)) & 0xFFU);
+  for (unsigned i = 0; i < 8; ++i) bytes += static_cast<char>((value >> (8 * i)) & 0xFFU);
   return bytes;
 }
 

@@ -120,7 +120,7 @@ TEST(Comparison, FiguresAreWhatTheirDefinitionsSay) {
   EXPECT_EQ(result.n_grid_changes, nearest.codes.ne(corrected.codes).sum().item<int64_t>());
   EXPECT_GT(result.n_grid_changes, 0);
   EXPECT_EQ(result.grid_change_share, static_cast<double>(result.n_grid_changes) / (48 * 80));
-  EXPECT_EQ(result.gptq.codes_sha256, sha256(corrected.codes.contiguous().const_data_ptr(), 48 * 80));
+  EXPECT_EQ(result.gptq.codes_sha256, sha256(corrected.codes.contiguous().const_data_ptr(), corrected.codes.nbytes()));
   EXPECT_NE(result.rtn.codes_sha256, result.gptq.codes_sha256);
   EXPECT_EQ(result.rtn.row_loss.size(), 48U);
   EXPECT_EQ(result.top_rows_absolute.size(), 10U);

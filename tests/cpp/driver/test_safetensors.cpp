@@ -14,7 +14,6 @@
 namespace miniquant::driver {
 namespace {
 
-using testing::ElementsAre;
 using testing::HasSubstr;
 
 std::string error_of(const std::filesystem::path& path) {

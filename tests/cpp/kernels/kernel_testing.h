@@ -57,11 +57,11 @@ class GuardedBuffer {
     munmap(base_, mapped_);
   }
 
-  T* data() { return data_; }
-  const T* data() const { return data_; }
+  [[nodiscard]] T* data() { return data_; }
+  [[nodiscard]] const T* data() const { return data_; }
   T& operator[](std::int64_t i) { return data_[i]; }
   const T& operator[](std::int64_t i) const { return data_[i]; }
-  std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
+  [[nodiscard]] std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
 
  private:
   static constexpr unsigned char kCanary = 0xA5;
@@ -132,7 +132,7 @@ using ElementTypes = ::testing::Types<float, double>;
 
 struct ElementTypeNames {
   template <typename T>
-  static std::string GetName(int) {
+  static const char* GetName(int) {
     return std::is_same_v<T, float> ? "float32" : "float64";
   }
 };

@@ -43,7 +43,7 @@ class Grid : public ::testing::Test {
     kernel.round_to_nearest({range, columns, 1, &scale, &zero_point, codes.data(), no_rounding<T>}, weight.data(),
                             columns, 0, 1);
     const std::vector<std::int8_t> bytes = codes.values();
-    return std::vector<int>(bytes.begin(), bytes.end());
+    return {bytes.begin(), bytes.end()};
   }
 };
 TYPED_TEST_SUITE(Grid, ElementTypes, ElementTypeNames);

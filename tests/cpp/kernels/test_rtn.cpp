@@ -19,7 +19,7 @@ struct Shape {
   std::int64_t group_size;
 };
 
-const std::vector<Shape> kShapes = {
+constexpr Shape kShapes[] = {
     {1, 1, 1},     // one weight
     {3, 5, 1},     // a group per weight
     {2, 17, 16},   // one AVX-512 vector of float32, and a group of one
@@ -29,8 +29,8 @@ const std::vector<Shape> kShapes = {
     {97, 12, 4},   // a panel plus one row
 };
 
-const std::vector<CodeRange> kRanges = {{-1, 1, true},  {-7, 7, true},  {-127, 127, true},
-                                        {-2, 1, false}, {-8, 7, false}, {-128, 127, false}};
+constexpr CodeRange kRanges[] = {{-1, 1, true},  {-7, 7, true},  {-127, 127, true},
+                                 {-2, 1, false}, {-8, 7, false}, {-128, 127, false}};
 
 template <typename T>
 class Rtn : public ::testing::Test {};
