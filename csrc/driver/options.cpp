@@ -222,14 +222,6 @@ std::string_view name_of(Distribution distribution) {
   return distribution == Distribution::kNormal ? "normal" : "cauchy";
 }
 
-std::string_view name_of(GroupScales group_scales) {
-  return group_scales == GroupScales::kStatic ? "static" : "dynamic";
-}
-
-std::string_view name_of(ColumnOrder column_order) {
-  return column_order == ColumnOrder::kNatural ? "natural" : "activation";
-}
-
 std::variant<Options, Information> parse_options(const std::vector<std::string>& arguments) {
   Parsed parsed;
   CLI::App app{std::string(kDescription), "gptq_toy"};

@@ -16,10 +16,6 @@ enum class Distribution { kNormal, kCauchy };
 
 /// "normal" or "cauchy".
 [[nodiscard]] std::string_view name_of(Distribution distribution);
-/// "static" or "dynamic".
-[[nodiscard]] std::string_view name_of(GroupScales group_scales);
-/// "natural" or "activation".
-[[nodiscard]] std::string_view name_of(ColumnOrder column_order);
 
 /// A layer drawn from random numbers; the defaults are the lab's.
 struct SyntheticSource {

@@ -20,32 +20,6 @@ using GptqSignature = Gptq(const at::Tensor&, const at::Tensor&, int64_t, int64_
                            std::string_view, std::string_view, OptionalTensor, OptionalTensor, bool, std::string_view,
                            int64_t);
 
-std::string_view name_of(ScaleMethod method) {
-  switch (method) {
-    case ScaleMethod::kAbsmax:
-      return "absmax";
-    case ScaleMethod::kMse:
-      return "mse";
-    case ScaleMethod::kHessian:
-      return "hessian";
-    case ScaleMethod::kLoss:
-      return "loss";
-  }
-  return "unknown";
-}
-
-std::string_view name_of(ColumnOrder order) {
-  switch (order) {
-    case ColumnOrder::kNatural:
-      return "natural";
-    case ColumnOrder::kActivation:
-      return "activation";
-    case ColumnOrder::kGroup:
-      return "group";
-  }
-  return "unknown";
-}
-
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -53,10 +27,9 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Tensor& weight, const at::Tensor& hessian,
                 const GptqOptions& options) {
-  const std::string_view group_scales = options.group_scales == GroupScales::kStatic ? "static" : "dynamic";
   auto [codes, scales, zero_points, row_loss] =
       op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
-              group_scales, name_of(options.column_order), options.scales, options.zero_points, options.full_range,
+              name_of(options.group_scales), name_of(options.column_order), options.scales, options.zero_points, options.full_range,
               name_of(options.scale_method), options.refine);
   return {{codes, scales, zero_points}, row_loss};
 }

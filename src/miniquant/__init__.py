@@ -45,6 +45,7 @@ from miniquant.gptq import (  # noqa: E402  (the operators must exist first)
     rtn,
     unpack_int4,
 )
+from miniquant.presets import preset  # noqa: E402
 
 try:
     __version__ = version("miniquant")
@@ -60,6 +61,7 @@ __all__ = [
     "gptq_reference",
     "hessian_update_",
     "pack_int4",
+    "preset",
     "quantization_loss",
     "rtn",
     "unpack_int4",

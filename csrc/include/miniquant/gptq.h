@@ -2,6 +2,8 @@
 
 #include <miniquant/grid.h>
 
+#include <string_view>
+
 namespace miniquant {
 
 /// Which weights a group's scale is taken from.
@@ -18,6 +20,10 @@ enum class ColumnOrder {
   /// diag(hessian).
   kGroup,
 };
+
+/// The names under which the operators know them: "static", "natural", ...
+MINIQUANT_API std::string_view name_of(GroupScales group_scales);
+MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
 
 struct GptqOptions : GridOptions {
   /// Added to the Hessian's diagonal, relative to its mean: H += ridge * mean(diag H) * I.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace miniquant {
 
@@ -15,6 +16,9 @@ enum class ScaleMethod {
   kHessian,  ///< the same with each column's error weighted by diag(hessian); not for rtn
   kLoss,     ///< that with which the sweep adds least to the loss; gptq with dynamic group scales only
 };
+
+/// The name under which the operators know it: "absmax", ...
+MINIQUANT_API std::string_view name_of(ScaleMethod method);
 
 /// The uniform grid a weight [N, K] is rounded to: value = (code - zero_point) * scale.
 ///

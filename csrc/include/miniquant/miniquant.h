@@ -6,3 +6,4 @@
 #include <miniquant/hessian.h>
 #include <miniquant/loss.h>
 #include <miniquant/packing.h>
+#include <miniquant/presets.h>

@@ -1,0 +1,26 @@
+#include "miniquant/presets.h"
+
+namespace miniquant {
+
+GptqOptions options_of(Preset preset) {
+  GptqOptions options;
+  switch (preset) {
+    case Preset::kLab:
+      break;
+    case Preset::kFast:
+      options.full_range = true;
+      options.scale_method = ScaleMethod::kMse;
+      options.column_order = ColumnOrder::kActivation;
+      break;
+    case Preset::kBest:
+      options.full_range = true;
+      options.scale_method = ScaleMethod::kLoss;
+      options.group_scales = GroupScales::kDynamic;
+      options.column_order = ColumnOrder::kGroup;
+      options.refine = 1;
+      break;
+  }
+  return options;
+}
+
+}  // namespace miniquant
