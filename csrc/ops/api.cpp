@@ -1,7 +1,4 @@
-#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <string_view>
 #include <tuple>
@@ -29,8 +26,8 @@ GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Ten
                 const GptqOptions& options) {
   auto [codes, scales, zero_points, row_loss] =
       op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
-              name_of(options.group_scales), name_of(options.column_order), options.scales, options.zero_points, options.full_range,
-              name_of(options.scale_method), options.refine);
+              name_of(options.group_scales), name_of(options.column_order), options.scales, options.zero_points,
+              options.full_range, name_of(options.scale_method), options.refine);
   return {{codes, scales, zero_points}, row_loss};
 }
 
@@ -83,28 +80,6 @@ at::Tensor pack_int4(const at::Tensor& codes) {
 at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns) {
   static const auto op = find<at::Tensor(const at::Tensor&, c10::SymInt)>("miniquant::unpack_int4");
   return op.call(packed, columns);
-}
-
-HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(in_features >= 0, "HessianAccumulator: expected in_features to be at least 0, but got ",
-                    in_features);
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "HessianAccumulator: expected dtype to be float32 or float64, but got ", dtype);
-  sum_ = at::zeros({in_features, in_features}, at::TensorOptions().dtype(dtype));
-}
-
-void HessianAccumulator::update(const at::Tensor& inputs) {
-  hessian_update_(sum_, inputs);
-  int64_t batch_tokens = 1;
-  for (int64_t dim = 0; dim + 1 < inputs.dim(); ++dim) {
-    batch_tokens *= inputs.size(dim);
-  }
-  tokens_ += batch_tokens;
-}
-
-at::Tensor HessianAccumulator::hessian() const {
-  TORCH_CHECK_VALUE(tokens_ > 0, "HessianAccumulator: expected at least one token before hessian(), but got none");
-  return sum_ / tokens_;
 }
 
 }  // namespace miniquant

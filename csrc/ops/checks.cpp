@@ -58,21 +58,21 @@ void check_weight(const char* op, const at::Tensor& weight) {
                    name_of(weight.scalar_type()));
 }
 
-/// hessian [K, K], where K is the number of columns of `argument`.
-void check_hessian(const char* op, const at::Tensor& hessian) {
-  check_matrix(op, "hessian", "[K, K]", hessian);
-  TORCH_CHECK_VALUE(hessian.sym_size(0) == hessian.sym_size(1), op, ": expected hessian to be square, but got shape ",
-                    hessian.sym_sizes());
-  TORCH_CHECK_TYPE(is_hessian_dtype(hessian.scalar_type()), op, ": expected hessian to be ", kHessianDtypes,
+void check_hessian(const char* op, const at::Tensor& hessian, const char* argument = "hessian") {
+  check_matrix(op, argument, "[K, K]", hessian);
+  TORCH_CHECK_VALUE(hessian.sym_size(0) == hessian.sym_size(1), op, ": expected ", argument,
+                    " to be square, but got shape ", hessian.sym_sizes());
+  TORCH_CHECK_TYPE(is_hessian_dtype(hessian.scalar_type()), op, ": expected ", argument, " to be ", kHessianDtypes,
                    ", but got ", name_of(hessian.scalar_type()));
 }
 
-void check_hessian_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian) {
-  check_hessian(op, hessian);
-  TORCH_CHECK_VALUE(hessian.sym_size(0) == weight.sym_size(1), op, ": expected hessian to have shape [K, K] = [",
+void check_hessian_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
+                      const char* argument = "hessian") {
+  check_hessian(op, hessian, argument);
+  TORCH_CHECK_VALUE(hessian.sym_size(0) == weight.sym_size(1), op, ": expected ", argument, " to have shape [K, K] = [",
                     weight.sym_size(1), ", ", weight.sym_size(1), "] for a weight of shape ", weight.sym_sizes(),
                     ", but got shape ", hessian.sym_sizes());
-  check_same_device(op, "hessian", hessian, "weight", weight);
+  check_same_device(op, argument, hessian, "weight", weight);
 }
 
 void check_group_size(const char* op, int64_t group_size) {
@@ -176,17 +176,17 @@ void check_grid_values(const char* op, const GridArguments& grid) {
 
 /// Rounding leaves the two halves of a computed X X^T apart by some units in the last place; half of the digits is far
 /// more than that, and far less than the difference of a matrix that is not meant to be symmetric.
-void check_hessian_values(const char* op, const at::Tensor& hessian) {
+void check_hessian_values(const char* op, const at::Tensor& hessian, const char* argument = "hessian") {
   const algorithms::SymmetrySurvey survey = algorithms::survey_symmetry(hessian);
   if (!survey.finite) {
-    check_finite(op, "hessian", hessian);
+    check_finite(op, argument, hessian);
   }
   const double eps = hessian.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                           : std::numeric_limits<float>::epsilon();
   const double tolerance = std::sqrt(eps) * survey.largest;
   if (survey.largest_asymmetry > tolerance) {
     const at::Tensor bad = (hessian - hessian.mT()).abs() > tolerance;
-    TORCH_CHECK_VALUE(false, op, ": expected hessian to be symmetric to within ", tolerance, ", but got ",
+    TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be symmetric to within ", tolerance, ", but got ",
                       first_value(hessian, bad), " and ", first_value(hessian.mT(), bad), " of its transpose");
   }
 }
@@ -287,6 +287,24 @@ GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::T
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid) {
   check_rtn_values(op, weight, grid);
   check_hessian_values(op, hessian);
+}
+
+GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
+                                         int64_t tokens, const GridArguments& grid) {
+  constexpr const char* op = "choose_ridge";
+  const GridOptions options = check_rtn_arguments(op, weight, grid);
+  check_hessian_of(op, weight, first, "first");
+  check_hessian_of(op, weight, second, "second");
+  TORCH_CHECK_TYPE(first.scalar_type() == second.scalar_type(), op, ": expected second to have the dtype of first (",
+                   name_of(first.scalar_type()), "), but got ", name_of(second.scalar_type()));
+  TORCH_CHECK_VALUE(tokens >= 2, op, ": expected tokens to be at least 2, one for either half, but got ", tokens);
+  return options;
+}
+
+void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second) {
+  check_finite("choose_ridge", "weight", weight);
+  check_hessian_values("choose_ridge", first, "first");
+  check_hessian_values("choose_ridge", second, "second");
 }
 
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {

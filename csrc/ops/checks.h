@@ -53,6 +53,11 @@ GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::T
                                            const GridArguments& grid, const SweepArguments& sweep);
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid);
 
+/// Returns the options that the arguments name.
+GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
+                                         int64_t tokens, const GridArguments& grid);
+void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second);
+
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs);
 void check_hessian_update_values(const at::Tensor& inputs);
 

@@ -9,6 +9,7 @@
 #include "algorithms/hessian.h"
 #include "algorithms/loss.h"
 #include "algorithms/packing.h"
+#include "algorithms/ridge.h"
 #include "algorithms/rtn.h"
 #include "ops/checks.h"
 #include "ops/results.h"
@@ -64,6 +65,17 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
   return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian, grid, options);
 }
 
+RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
+                        int64_t bits, int64_t group_size, bool symmetric) {
+  const at::NoGradGuard no_grad;
+  const GridOptions options = check_choose_ridge_arguments(
+      weight, first, second, tokens, {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax"});
+  check_choose_ridge_values(weight, first, second);
+  const at::Tensor ridges = algorithms::judged_ridges(tokens, weight.size(1));
+  const at::Tensor losses = algorithms::judge_ridges(weight, first, second, ridges, options);
+  return {ridges.index({losses.argmin()}).clone(), ridges, losses};
+}
+
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
   const at::NoGradGuard no_grad;
   check_hessian_update_arguments(hessian, inputs);
@@ -105,6 +117,7 @@ at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
 TORCH_LIBRARY_IMPL(miniquant, CPU, m) {
   m.impl("rtn", miniquant::ops::rtn);
   m.impl("gptq", miniquant::ops::gptq);
+  m.impl("choose_ridge", miniquant::ops::choose_ridge);
   m.impl("hessian_update_", miniquant::ops::hessian_update_);
   m.impl("quantization_loss", miniquant::ops::quantization_loss);
 }

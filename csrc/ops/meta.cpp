@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "algorithms/grid.h"
+#include "algorithms/ridge.h"
 #include "ops/checks.h"
 #include "ops/results.h"
 
@@ -57,6 +58,15 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
   return empty_gptq(weight, group_size);
 }
 
+RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
+                        int64_t bits, int64_t group_size, bool symmetric) {
+  check_choose_ridge_arguments(weight, first, second, tokens,
+                               {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax"});
+  const auto options = weight.options().dtype(at::kDouble);
+  return {at::empty({}, options), at::empty({algorithms::kJudgedRidges}, options),
+          at::empty({algorithms::kJudgedRidges}, options)};
+}
+
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) { check_hessian_update_arguments(hessian, inputs); }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
@@ -88,6 +98,7 @@ TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
   m.impl("rtn", miniquant::ops::rtn);
   m.impl("gptq", miniquant::ops::gptq);
   m.impl("gptq_reference", miniquant::ops::gptq_reference);
+  m.impl("choose_ridge", miniquant::ops::choose_ridge);
   m.impl("hessian_update_", miniquant::ops::hessian_update_);
   m.impl("quantization_loss", miniquant::ops::quantization_loss);
   m.impl("dequantize", miniquant::ops::dequantize);

@@ -23,6 +23,10 @@ TORCH_LIBRARY(miniquant, m) {
       "int refine=0) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
+  m.def(
+      "choose_ridge(Tensor weight, Tensor first, Tensor second, int tokens, *, int bits=4, int group_size=64, "
+      "bool symmetric=True) -> (Tensor ridge, Tensor ridges, Tensor losses)",
+      tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);
   m.def("dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
@@ -31,8 +35,8 @@ TORCH_LIBRARY(miniquant, m) {
 
 // None of the operators has a derivative: results never require a gradient, whatever their inputs do.
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
-  for (const char* op : {"rtn", "gptq", "gptq_reference", "hessian_update_", "quantization_loss", "dequantize",
-                         "pack_int4", "unpack_int4"}) {
+  for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "quantization_loss",
+                         "dequantize", "pack_int4", "unpack_int4"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

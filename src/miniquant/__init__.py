@@ -46,6 +46,7 @@ from miniquant.gptq import (  # noqa: E402  (the operators must exist first)
     unpack_int4,
 )
 from miniquant.presets import preset  # noqa: E402
+from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
 try:
     __version__ = version("miniquant")
@@ -53,11 +54,15 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoGptqResult",
     "GptqResult",
     "HessianAccumulator",
     "QuantizedWeight",
+    "RidgeChoice",
+    "choose_ridge",
     "dequantize",
     "gptq",
+    "gptq_auto",
     "gptq_reference",
     "hessian_update_",
     "pack_int4",

@@ -257,6 +257,26 @@ GPTQ = [  # gptq and gptq_reference
 ]
 
 OTHERS = [
+    Bad("choose_ridge", {"tokens": 1}, "tokens to be at least 2, one for either half, but got 1"),
+    Bad("choose_ridge", {"bits": 9}, "bits to be 2 to 8, but got 9"),
+    Bad("choose_ridge", {"first": full(0, 6)}, "first to be a matrix [K, K], but got shape [6]"),
+    Bad(
+        "choose_ridge",
+        {"second": torch.eye(5)},
+        "second to have shape [K, K] = [6, 6] for a weight of shape [3, 6], but got shape [5, 5]",
+    ),
+    Bad(
+        "choose_ridge",
+        {"second": torch.eye(6, dtype=torch.float64)},
+        "second to have the dtype of first (float32), but got float64",
+        error=TypeError,
+    ),
+    Bad(
+        "choose_ridge",
+        {"second": one_bad(torch.eye(6), NAN, 1, 2)},
+        "second to be finite, but got nan at [1, 2]",
+        reads_values=True,
+    ),
     Bad("hessian_update_", {"hessian": full(0, 4, 5)}, "hessian to be square, but got shape [4, 5]"),
     Bad("hessian_update_", {"hessian": full(0, 4)}, "hessian to be a matrix [K, K], but got shape [4]"),
     Bad(
@@ -372,6 +392,7 @@ def good_call(op: str) -> dict[str, Any]:
         "rtn": {**weight, "group_size": 4},
         "gptq": {**weight, "hessian": torch.eye(6), "group_size": 4},
         "gptq_reference": {**weight, "hessian": torch.eye(6), "group_size": 4},
+        "choose_ridge": {**weight, "first": torch.eye(6), "second": torch.eye(6), "tokens": 8, "group_size": 4},
         "hessian_update_": {"hessian": torch.zeros(4, 4), "inputs": torch.ones(2, 4)},
         "quantization_loss": {**weight, "dequantized": torch.zeros(3, 6), "hessian": torch.eye(6)},
         "dequantize": {"codes": zeros8(3, 6), "scales": full(1, 3, 2), "zero_points": zeros8(3, 2), "group_size": 4},
@@ -430,6 +451,8 @@ def test_meta_and_fake_tensors_get_the_same_message(bad: Bad) -> None:
         ("gptq", "zero_points", "weight"),
         ("rtn", "scales", "weight"),
         ("rtn", "zero_points", "weight"),
+        ("choose_ridge", "first", "weight"),
+        ("choose_ridge", "second", "weight"),
         ("hessian_update_", "inputs", "hessian"),
         ("quantization_loss", "dequantized", "weight"),
         ("quantization_loss", "hessian", "weight"),

@@ -4,6 +4,7 @@
 #include <c10/core/ScalarType.h>
 #include <miniquant/export.h>
 
+#include <array>
 #include <cstdint>
 
 namespace miniquant {
@@ -13,25 +14,41 @@ namespace miniquant {
 /// hessian: [K, K], float32 or float64. inputs: [..., K], any floating dtype; cast to the Hessian's before the product.
 MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs);
 
+/// Which tokens an accumulator keeps apart.
+enum class Halves {
+  kTogether,
+  /// One sum for either half of the tokens, so that choose_ridge() can judge what one half teaches by the other. A
+  /// batch that is longer than all before it is cut in two; any other goes to the half that has fewer tokens, so that
+  /// texts that come as batches of their own stay whole. Twice the memory.
+  kApart,
+};
+
 /// Counts tokens and gives X X^T / n over any number of batches. How the tokens are split into batches changes the
 /// result by rounding only.
 class MINIQUANT_API HessianAccumulator {
  public:
   /// in_features: K. dtype: of the sum, kFloat or kDouble.
-  explicit HessianAccumulator(int64_t in_features, at::ScalarType dtype = at::kFloat);
+  explicit HessianAccumulator(int64_t in_features, at::ScalarType dtype = at::kFloat,
+                              Halves halves = Halves::kTogether);
 
   /// Adds a batch [..., K]; its leading dimensions are tokens.
   void update(const at::Tensor& inputs);
 
   /// Tokens seen so far.
-  [[nodiscard]] int64_t tokens() const { return tokens_; }
+  [[nodiscard]] int64_t tokens() const { return tokens_[0] + tokens_[1]; }
 
   /// A new tensor [K, K]: X X^T / tokens. Throws c10::ValueError before the first token.
   [[nodiscard]] at::Tensor hessian() const;
 
+  /// X X^T / tokens of the first or the second half, a new tensor [K, K]. Throws c10::ValueError where the halves are
+  /// not kept apart, or that half has no token yet.
+  [[nodiscard]] at::Tensor half(int64_t index) const;
+
  private:
-  at::Tensor sum_;
-  int64_t tokens_ = 0;
+  void add(int64_t index, const at::Tensor& inputs);
+
+  std::array<at::Tensor, 2> sum_;  ///< the second is undefined unless halves are kept apart
+  std::array<int64_t, 2> tokens_ = {0, 0};
 };
 
 }  // namespace miniquant

@@ -7,3 +7,4 @@
 #include <miniquant/loss.h>
 #include <miniquant/packing.h>
 #include <miniquant/presets.h>
+#include <miniquant/ridge.h>

@@ -1,0 +1,77 @@
+#include "algorithms/ridge.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "algorithms/gptq.h"
+#include "algorithms/grid.h"
+#include "algorithms/loss.h"
+#include "algorithms/rtn.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+/// Rows that are judged: they all have the same inputs, so that some speak for the others.
+constexpr int64_t kJudgedRows = 128;
+
+/// Evenly spaced rows of the weight, at most kJudgedRows.
+at::Tensor some_rows(const at::Tensor& weight) {
+  const int64_t rows = weight.size(0);
+  const int64_t judged = std::min(rows, kJudgedRows);
+  return weight.index_select(0, at::arange(judged, at::kLong).mul(rows).div(std::max<int64_t>(judged, 1), "floor"));
+}
+
+/// How the ridge that serves best falls with the number of tokens.
+constexpr double kPowerOfTokens = 0.7;
+
+/// A ridge to start from: what was best on the layers of an encoder (docs/algorithm.md, "The ridge from the data").
+double usual_ridge(int64_t tokens) { return std::pow(128.0 / static_cast<double>(tokens), kPowerOfTokens); }
+
+double held_out_loss(const at::Tensor& weight, const at::Tensor& calibration, const at::Tensor& held_out,
+                     const GptqOptions& options) {
+  try {
+    const GptqResult result = algorithms::gptq(weight, calibration, options);
+    const at::Tensor values =
+        algorithms::dequantize(result.codes, result.scales, result.zero_points, options.group_size);
+    return algorithms::quantization_loss(weight, values, held_out).to(at::kDouble).sum().item<double>();
+  } catch (const c10::LinAlgError&) {
+    return std::numeric_limits<double>::infinity();
+  }
+}
+
+}  // namespace
+
+at::Tensor judged_ridges(int64_t tokens, int64_t columns) {
+  // The last leaves nothing of H but a multiple of the identity: GPTQ with it rounds to nearest.
+  constexpr double kRoundsToNearest = 1e6;
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
+  const double usual = usual_ridge(tokens);
+  if (tokens < columns) {
+    // None below the usual: tokens of one text resemble one another, so that the halves of a few tokens agree better
+    // than either does with tokens to come, and would have one trust them too far.
+    return at::tensor({usual, 3 * usual, 10 * usual, 30 * usual, 100 * usual, kRoundsToNearest}, options);
+  }
+  return at::tensor({usual / 10, usual / 3, usual, 3 * usual, 10 * usual, kRoundsToNearest}, options);
+}
+
+at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
+                        const at::Tensor& ridges, const GridOptions& grid) {
+  const at::Tensor rows = some_rows(weight).to(compute_dtype(weight.scalar_type()));
+  at::Tensor losses = at::empty({kJudgedRidges}, ridges.options());
+  GptqOptions options{grid};
+  const double of_half_the_tokens = std::pow(2.0, kPowerOfTokens);
+  for (int64_t i = 0; i < kJudgedRidges; ++i) {
+    options.ridge = ridges.const_data_ptr<double>()[i] * of_half_the_tokens;
+    losses.mutable_data_ptr<double>()[i] =
+        held_out_loss(rows, first, second, options) + held_out_loss(rows, second, first, options);
+  }
+  return losses;
+}
+
+}  // namespace miniquant::algorithms
