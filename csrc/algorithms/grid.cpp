@@ -111,8 +111,7 @@ std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method
         factors.push_back(T(1) + static_cast<T>(step) / 40);
       }
     }
-    // The other sign gives the extra code to the other side. A sweep's trials cost more and gain less by it.
-    if (method != ScaleMethod::kLoss && range.symmetric && -range.code_min > range.code_max) {
+    if (range.symmetric && -range.code_min > range.code_max) {
       const size_t count = factors.size();
       for (size_t i = 0; i < count; ++i) {
         factors.push_back(-factors[i]);
