@@ -76,6 +76,8 @@ def test_gptq_gains_on_calibration_and_on_fresh_inputs(folder: Path, layer: str)
     run: dict[str, Any] = json.loads((folder / layer / "results.json").read_text())["runs"]["file"]
     assert run["loss_gptq"] < 0.6 * run["loss_rtn"]
     assert run["fresh_loss_gptq"] < 0.8 * run["fresh_loss_rtn"]
+    assert run["loss_best"] < 0.8 * run["loss_gptq"]
+    assert run["fresh_loss_best"] < 0.8 * run["fresh_loss_gptq"]
 
 
 def test_output_names_layers_and_ratios(folder: Path) -> None:
