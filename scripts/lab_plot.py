@@ -1,4 +1,4 @@
-"""Draws loss_curve.png, the per-row losses of both schemes, from the results.json of the lab comparison."""
+"""Draws loss_curve.png, the per-row losses of the three schemes, from the results.json of the lab comparison."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
 
-# Blue and orange stay apart for readers with any colour vision, and in grey.
+# Orange, blue and this green stay apart for readers with any colour vision; the medians are darker tones.
 RTN_COLOUR = "#d9730d"
 GPTQ_COLOUR = "#1f5fa8"
+BEST_COLOUR = "#14a382"
+MEDIAN_COLOURS = {"GPTQ": "#0b2f57", "best": "#06503f"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -39,9 +41,10 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "figure.facecolor": "white",
 }
+LABELS = {"RTN": "RTN", "GPTQ": "GPTQ", "best": "GPTQ, best preset"}
 TITLES = {"normal": "Normal inputs, X ~ N(0, 1)", "cauchy": "Cauchy inputs, X ~ Cauchy(0, 1)"}
 # A scale that spans more than this from its smallest to its largest row is drawn logarithmic.
-LINEAR_SPAN = 50.0
+LINEAR_SPAN = 20.0
 MEDIAN_WINDOW = 49
 
 
@@ -56,27 +59,21 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def draw_rows(axes: Axes, rtn: NDArray[np.float64], gptq: NDArray[np.float64], *, sort: bool) -> None:
-    """Both schemes' rows in one panel, by row index or sorted by the loss of RTN."""
+def draw_rows(axes: Axes, rows: Mapping[str, NDArray[np.float64]], *, sort: bool) -> None:
+    """All schemes' rows in one panel, by row index or sorted by the loss of RTN."""
+    rtn = rows["RTN"]
     order = np.argsort(rtn, kind="stable") if sort else np.arange(len(rtn))
     x = np.arange(len(rtn))
+    dots: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 4.5, "markeredgewidth": 0}
+    axes.plot(x, rtn[order], color=RTN_COLOUR, label="RTN", **({"linewidth": 2.2} if sort else dots))
+    for name, colour in (("GPTQ", GPTQ_COLOUR), ("best", BEST_COLOUR)):
+        axes.plot(x, rows[name][order], color=colour, label=LABELS[name], **dots)
     if sort:
-        axes.plot(x, rtn[order], color=RTN_COLOUR, linewidth=2.2, label="RTN")
-    else:
-        axes.plot(x, rtn, ".", color=RTN_COLOUR, markersize=4.5, markeredgewidth=0, label="RTN")
-    axes.plot(x, gptq[order], ".", color=GPTQ_COLOUR, markersize=4.5, markeredgewidth=0, label="GPTQ")
-    if sort:
-        axes.plot(
-            x,
-            running_median(gptq[order], MEDIAN_WINDOW),
-            color="#0b2f57",
-            linewidth=1.6,
-            label=f"GPTQ, median of {MEDIAN_WINDOW} rows",
-        )
-        axes.set_xlabel("rank of the row by its RTN loss")
-    else:
-        axes.set_xlabel("row index")
-    losses = np.concatenate([rtn, gptq])
+        for name, colour in MEDIAN_COLOURS.items():
+            median = running_median(rows[name][order], MEDIAN_WINDOW)
+            axes.plot(x, median, color=colour, linewidth=1.6, label=f"{name}, median of {MEDIAN_WINDOW} rows")
+    axes.set_xlabel("rank of the row by its RTN loss" if sort else "row index")
+    losses = np.concatenate(list(rows.values()))
     if losses.min() > 0 and losses.max() / losses.min() > LINEAR_SPAN:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -97,18 +94,21 @@ def draw(source: Path, path: Path) -> None:
             len(runs), 2, figsize=(12, 4.3 * len(runs) + 0.9), squeeze=False, sharey="row", layout="constrained"
         )
         for panels, (name, run) in zip(grid, runs.items(), strict=True):
-            rtn, gptq = (np.asarray(run[f"row_loss_{scheme}"], dtype=np.float64) for scheme in ("rtn", "gptq"))
+            rows = {
+                scheme: np.asarray(run[f"row_loss_{scheme.lower()}"], dtype=np.float64)
+                for scheme in ("RTN", "GPTQ", "best")
+            }
             title = TITLES.get(name, name)
-            totals = f"total {number(run['loss_rtn'])} → {number(run['loss_gptq'])}, ratio {run['loss_ratio']:.3f}"
+            totals = " → ".join(number(run[f"loss_{scheme.lower()}"]) for scheme in rows)
             for axes, sort in zip(panels, (False, True), strict=True):
-                draw_rows(axes, rtn, gptq, sort=sort)
+                draw_rows(axes, rows, sort=sort)
             scale = ", log scale" if panels[0].get_yscale() == "log" else ""
             panels[0].set_title(f"{title}: rows as stored", loc="left")
-            panels[1].set_title(f"sorted by RTN loss ({totals})", loc="left")
+            panels[1].set_title(f"sorted by RTN loss (total {totals})", loc="left")
             panels[0].set_ylabel(f"row loss  $e\\,H\\,e^T$  (squared output units{scale})")
         handles, labels = grid[0, 1].get_legend_handles_labels()
         handles[0], labels[0] = grid[0, 0].get_legend_handles_labels()[0][0], "RTN"
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=2.5, fontsize=11)
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, markerscale=2.5, fontsize=11)
         figure.suptitle(
             f"Quantization loss per row, {setup['rows']} x {setup['columns']} layer, INT{setup['bits']}, "
             f"group {setup['group_size']}, {setup['tokens']} calibration inputs",
@@ -125,7 +125,7 @@ def draw(source: Path, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws; the exit code."""
-    parser = argparse.ArgumentParser(description="Draws the per-row losses of both schemes from results.json.")
+    parser = argparse.ArgumentParser(description="Draws the per-row losses of the three schemes from results.json.")
     parser.add_argument("results", type=Path, nargs="?", default=LAB / "results.json", help="default: the lab's")
     parser.add_argument("--output", type=Path, help="default: loss_curve.png beside the results")
     options = parser.parse_args(arguments)

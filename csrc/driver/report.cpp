@@ -15,7 +15,9 @@ namespace {
 
 using json = nlohmann::ordered_json;
 
-constexpr int kSchemaVersion = 1;
+// results.json's: 2 added the best preset and the options of GPTQ that presets set.
+constexpr int kResultsVersion = 2;
+constexpr int kManifestVersion = 1;
 
 json or_null(const std::optional<double>& value) { return value ? json(*value) : json(nullptr); }
 
@@ -30,18 +32,24 @@ json units() {
   const char* none = "dimensionless";
   return {{"loss_rtn", loss},
           {"loss_gptq", loss},
+          {"loss_best", loss},
           {"loss_ratio", none},
+          {"best_ratio", none},
           {"fresh_loss_rtn", loss},
           {"fresh_loss_gptq", loss},
+          {"fresh_loss_best", loss},
           {"fresh_loss_ratio", none},
+          {"fresh_best_ratio", none},
           {"worst_row_perplexity_proxy_rtn", none},
           {"worst_row_perplexity_proxy_gptq", none},
+          {"worst_row_perplexity_proxy_best", none},
           {"n_grid_changes", "weights"},
           {"grid_change_share", none},
           {"rows_improved", "rows"},
           {"ridge_added", "squared input, mean over tokens"},
           {"row_loss_rtn", row_loss},
           {"row_loss_gptq", row_loss},
+          {"row_loss_best", row_loss},
           {"top_rows_absolute.gain", row_loss},
           {"top_rows_relative.gain", none}};
 }
@@ -51,11 +59,18 @@ json definitions() {
       {"notation",
        "W [N, K]: weight; Q: what codes and scales stand for; E = W - Q, e_r its row r; w_r row r of W; n: calibration "
        "tokens; m: fresh tokens; H = X X^T / n + ridge * mean(diag(X X^T / n)) * I"},
+      {"schemes",
+       "rtn: round to nearest on the plain grid, each scale just holding its group's range; gptq: GPTQ with the "
+       "options "
+       "of setup; best: GPTQ with the best preset, that is with setup.best in place of setup's options of that name"},
       {"loss", "tr(E H E^T), the sum of row_loss"},
       {"row_loss", "e_r H e_r^T for every row r, in row order"},
       {"loss_ratio", "loss_gptq / loss_rtn; null where loss_rtn is 0"},
+      {"best_ratio", "loss_best / loss_gptq; null where loss_gptq is 0"},
       {"fresh_loss", "tr(E F E^T) with F = Y Y^T / m of inputs Y that calibration did not see, without a ridge"},
       {"fresh_loss_ratio", "fresh_loss_gptq / fresh_loss_rtn; null without fresh inputs or where fresh_loss_rtn is 0"},
+      {"fresh_best_ratio",
+       "fresh_loss_best / fresh_loss_gptq; null without fresh inputs or where fresh_loss_gptq is 0"},
       {"worst_row_perplexity_proxy",
        "exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)): 1 is no error; rows with w_r H w_r^T = 0 are left out"},
       {"n_grid_changes", "weights whose GPTQ code differs from their RTN code"},
@@ -88,21 +103,32 @@ json seed_json(const Options& options) {
   return synthetic != nullptr ? json(synthetic->seed) : json(nullptr);
 }
 
+// What a preset sets.
+json preset_json(const GptqOptions& gptq) {
+  return {{"column_order", name_of(gptq.column_order)},
+          {"group_scales", name_of(gptq.group_scales)},
+          {"scale_method", name_of(gptq.scale_method)},
+          {"full_range", gptq.full_range},
+          {"refine", gptq.refine}};
+}
+
 json setup_json(const Options& options, const Problem& problem) {
   const GptqOptions& gptq = options.gptq;
-  return {{"rows", problem.weight.size(0)},
-          {"columns", problem.weight.size(1)},
-          {"tokens", problem.inputs.size(0)},
-          {"fresh_tokens", problem.fresh_inputs ? problem.fresh_inputs->size(0) : 0},
-          {"bits", gptq.bits},
-          {"group_size", gptq.group_size},
-          {"symmetric", gptq.symmetric},
-          {"ridge", gptq.ridge},
-          {"block_size", gptq.block_size},
-          {"column_order", name_of(gptq.column_order)},
-          {"group_scales", name_of(gptq.group_scales)},
-          {"seed", seed_json(options)},
-          {"weight_source", source_json(problem.weight_origin)}};
+  json setup = {{"rows", problem.weight.size(0)},
+                {"columns", problem.weight.size(1)},
+                {"tokens", problem.inputs.size(0)},
+                {"fresh_tokens", problem.fresh_inputs ? problem.fresh_inputs->size(0) : 0},
+                {"bits", gptq.bits},
+                {"group_size", gptq.group_size},
+                {"symmetric", gptq.symmetric},
+                {"ridge", gptq.ridge},
+                {"block_size", gptq.block_size},
+                {"preset", name_of(options.preset)}};
+  setup.update(preset_json(gptq));
+  setup["best"] = preset_json(best_options(gptq));
+  setup["seed"] = seed_json(options);
+  setup["weight_source"] = source_json(problem.weight_origin);
+  return setup;
 }
 
 json rows_json(const std::vector<RowGain>& rows) {
@@ -117,29 +143,35 @@ json run_json(const Run& run) {
   const Comparison& figures = run.comparison;
   const SchemeFigures& rtn = figures.rtn;
   const SchemeFigures& gptq = figures.gptq;
+  const SchemeFigures& best = figures.best;
   const std::optional<TensorOrigin>& fresh = run.problem.fresh_input_origin;
-  std::optional<double> fresh_ratio;
-  if (rtn.fresh_loss && gptq.fresh_loss) fresh_ratio = ratio(*gptq.fresh_loss, *rtn.fresh_loss);
   return {{"input_source", source_json(run.problem.input_origin)},
           {"fresh_input_source", fresh ? source_json(*fresh) : json(nullptr)},
           {"loss_rtn", rtn.loss},
           {"loss_gptq", gptq.loss},
+          {"loss_best", best.loss},
           {"loss_ratio", or_null(ratio(gptq.loss, rtn.loss))},
+          {"best_ratio", or_null(ratio(best.loss, gptq.loss))},
           {"fresh_loss_rtn", or_null(rtn.fresh_loss)},
           {"fresh_loss_gptq", or_null(gptq.fresh_loss)},
-          {"fresh_loss_ratio", or_null(fresh_ratio)},
+          {"fresh_loss_best", or_null(best.fresh_loss)},
+          {"fresh_loss_ratio", or_null(ratio(gptq.fresh_loss, rtn.fresh_loss))},
+          {"fresh_best_ratio", or_null(ratio(best.fresh_loss, gptq.fresh_loss))},
           {"worst_row_perplexity_proxy_rtn", or_null(rtn.worst_row_perplexity_proxy)},
           {"worst_row_perplexity_proxy_gptq", or_null(gptq.worst_row_perplexity_proxy)},
+          {"worst_row_perplexity_proxy_best", or_null(best.worst_row_perplexity_proxy)},
           {"n_grid_changes", figures.n_grid_changes},
           {"grid_change_share", figures.grid_change_share},
           {"rows_improved", figures.rows_improved},
           {"ridge_added", figures.ridge_added},
           {"codes_sha256_rtn", rtn.codes_sha256},
           {"codes_sha256_gptq", gptq.codes_sha256},
+          {"codes_sha256_best", best.codes_sha256},
           {"top_rows_absolute", rows_json(figures.top_rows_absolute)},
           {"top_rows_relative", rows_json(figures.top_rows_relative)},
           {"row_loss_rtn", rtn.row_loss},
-          {"row_loss_gptq", gptq.row_loss}};
+          {"row_loss_gptq", gptq.row_loss},
+          {"row_loss_best", best.row_loss}};
 }
 
 json check_json(const CheckFigures& check) {
@@ -158,7 +190,7 @@ json check_json(const CheckFigures& check) {
 
 std::string results_json(const Options& options, const std::vector<Run>& runs) {
   json document;
-  document["schema_version"] = kSchemaVersion;
+  document["schema_version"] = kResultsVersion;
   document["units"] = units();
   document["definitions"] = definitions();
   document["setup"] = setup_json(options, runs.front().problem);
@@ -171,7 +203,7 @@ std::string manifest_json(const Options& options, const std::vector<Run>& runs, 
                           const std::string& results) {
   const BuildInfo& build = build_info();
   json document;
-  document["schema_version"] = kSchemaVersion;
+  document["schema_version"] = kManifestVersion;
   document["command"] = command;
   document["seed"] = seed_json(options);
   document["versions"] = {{"miniquant", build.miniquant},

@@ -39,11 +39,6 @@ std::string short_figure(const std::optional<double>& value) { return value ? sh
 std::string percent(double share) { return printed("%.2f%%", 100.0 * share); }
 std::string seconds_text(double value) { return printed("%.4f", value); }
 
-std::optional<double> fresh_ratio(const Comparison& figures) {
-  if (!figures.rtn.fresh_loss || !figures.gptq.fresh_loss) return std::nullopt;
-  return ratio(*figures.gptq.fresh_loss, *figures.rtn.fresh_loss);
-}
-
 std::string dimensions(const Problem& problem) {
   return std::to_string(problem.weight.size(0)) + " x " + std::to_string(problem.weight.size(1));
 }
@@ -55,18 +50,28 @@ std::string source_text(const Options& options, const Problem& problem) {
   return problem.weight_origin.tensor + " of " + problem.weight_origin.file + " (" + problem.weight_origin.dtype + ")";
 }
 
+// What a preset sets.
+std::string scheme_text(const GptqOptions& gptq) {
+  std::string text(name_of(gptq.column_order));
+  text.append(" order, ").append(name_of(gptq.group_scales)).append(" scales by ").append(name_of(gptq.scale_method));
+  if (gptq.full_range) text += ", full range";
+  if (gptq.refine > 0)
+    text += ", " + std::to_string(gptq.refine) + (gptq.refine == 1 ? " round" : " rounds") + " of refinement";
+  return text;
+}
+
 std::string heading(const Options& options, const Problem& problem) {
   const GptqOptions& gptq = options.gptq;
   const std::string groups = gptq.group_size < 0 ? "one group per row" : "groups of " + std::to_string(gptq.group_size);
-  const std::string order = gptq.column_order == ColumnOrder::kNatural ? "natural order" : "descending diag(H)";
   const std::string fresh =
       problem.fresh_inputs ? std::to_string(problem.fresh_inputs->size(0)) + " fresh ones" : "no fresh ones";
-  return "gptq_toy " + build_info().miniquant + ": round to nearest (RTN) and GPTQ on one linear layer\n" +
-         "  weight  " + dimensions(problem) + ", " + source_text(options, problem) + "\n" + "  inputs  " +
+  return "gptq_toy " + build_info().miniquant +
+         ": round to nearest (RTN), GPTQ and its best preset on one linear layer\n" + "  weight  " +
+         dimensions(problem) + ", " + source_text(options, problem) + "\n" + "  inputs  " +
          std::to_string(problem.inputs.size(0)) + " calibration tokens, " + fresh + "\n" + "  grid    " +
-         std::to_string(gptq.bits) + " bits, " + (gptq.symmetric ? "symmetric" : "asymmetric") + ", " + groups + ", " +
-         std::string(name_of(gptq.group_scales)) + " scales\n" + "  GPTQ    ridge " + short_figure(gptq.ridge) +
-         ", columns in " + order + ", blocks of " + std::to_string(gptq.block_size) + "\n";
+         std::to_string(gptq.bits) + " bits, " + (gptq.symmetric ? "symmetric" : "asymmetric") + ", " + groups +
+         "; ridge " + short_figure(gptq.ridge) + ", blocks of " + std::to_string(gptq.block_size) + "\n" +
+         "  GPTQ    " + scheme_text(gptq) + "\n" + "  best    " + scheme_text(best_options(gptq)) + "\n";
 }
 
 class Grid {
@@ -109,29 +114,42 @@ class Grid {
 
 using Cells = std::vector<std::string>;
 
+// Each stands under the line it belongs to.
+constexpr const char* kRatios = "  GPTQ/RTN, best/GPTQ";
+constexpr const char* kShare = "  share of all";
+
 void add_figures(Grid& grid) {
   grid.names();
-  grid.line("", [](const Run&) { return Cells{"RTN", "GPTQ", "GPTQ/RTN"}; });
+  grid.line("", [](const Run&) { return Cells{"RTN", "GPTQ", "best"}; });
   grid.line("calibration loss", [](const Run& run) {
     const Comparison& c = run.comparison;
-    return Cells{figure(c.rtn.loss), figure(c.gptq.loss), short_figure(ratio(c.gptq.loss, c.rtn.loss))};
+    return Cells{figure(c.rtn.loss), figure(c.gptq.loss), figure(c.best.loss)};
+  });
+  grid.line(kRatios, [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{"", short_figure(ratio(c.gptq.loss, c.rtn.loss)), short_figure(ratio(c.best.loss, c.gptq.loss))};
   });
   grid.line("fresh loss", [](const Run& run) {
     const Comparison& c = run.comparison;
-    return Cells{figure(c.rtn.fresh_loss), figure(c.gptq.fresh_loss), short_figure(fresh_ratio(c))};
+    return Cells{figure(c.rtn.fresh_loss), figure(c.gptq.fresh_loss), figure(c.best.fresh_loss)};
+  });
+  grid.line(kRatios, [](const Run& run) {
+    const Comparison& c = run.comparison;
+    return Cells{"", short_figure(ratio(c.gptq.fresh_loss, c.rtn.fresh_loss)),
+                 short_figure(ratio(c.best.fresh_loss, c.gptq.fresh_loss))};
   });
   grid.line("worst row ppl proxy", [](const Run& run) {
     const Comparison& c = run.comparison;
-    return Cells{figure(c.rtn.worst_row_perplexity_proxy), figure(c.gptq.worst_row_perplexity_proxy), ""};
+    return Cells{figure(c.rtn.worst_row_perplexity_proxy), figure(c.gptq.worst_row_perplexity_proxy),
+                 figure(c.best.worst_row_perplexity_proxy)};
   });
-  grid.line("codes changed", [](const Run& run) {
+  grid.line("codes changed", [](const Run& run) { return Cells{"", std::to_string(run.comparison.n_grid_changes)}; });
+  grid.line(kShare, [](const Run& run) { return Cells{"", percent(run.comparison.grid_change_share)}; });
+  grid.line("rows with lower loss",
+            [](const Run& run) { return Cells{"", std::to_string(run.comparison.rows_improved)}; });
+  grid.line(kShare, [](const Run& run) {
     const Comparison& c = run.comparison;
-    return Cells{"", std::to_string(c.n_grid_changes), percent(c.grid_change_share)};
-  });
-  grid.line("rows with lower loss", [](const Run& run) {
-    const Comparison& c = run.comparison;
-    const double share = static_cast<double>(c.rows_improved) / static_cast<double>(c.rtn.row_loss.size());
-    return Cells{"", std::to_string(c.rows_improved), percent(share)};
+    return Cells{"", percent(static_cast<double>(c.rows_improved) / static_cast<double>(c.rtn.row_loss.size()))};
   });
 }
 
@@ -170,19 +188,23 @@ std::string check_text(const std::string& name, const CheckFigures& check) {
 
 // What the figures of a run must not be read without.
 std::string note(const Run& run) {
-  const std::optional<double> fresh = fresh_ratio(run.comparison);
-  if (!fresh || *fresh <= 1.0) return "";
-  std::string text = "\nnote: on the fresh inputs of '" + run.problem.name + "' GPTQ's loss is " +
-                     short_figure(*fresh) + " times that of RTN.";
+  const Comparison& c = run.comparison;
+  const std::optional<double> gptq = ratio(c.gptq.fresh_loss, c.rtn.fresh_loss);
+  const std::optional<double> best = ratio(c.best.fresh_loss, c.rtn.fresh_loss);
+  std::string which;
+  if (gptq && *gptq > 1.0) which = " GPTQ's loss is " + short_figure(*gptq);
+  if (best && *best > 1.0) which += (which.empty() ? " best's loss is " : ", best's ") + short_figure(*best);
+  if (which.empty()) return "";
+  std::string text = "\nnote: on the fresh inputs of '" + run.problem.name + "'" + which + " times that of RTN.";
   const int64_t tokens = run.problem.inputs.size(0);
   const int64_t columns = run.problem.weight.size(1);
   if (tokens < columns) {
-    text.append(" ")
+    text.append("\n")
         .append(std::to_string(tokens))
-        .append(" tokens do not determine\n")
+        .append(" tokens do not determine ")
         .append(std::to_string(columns));
-    text.append(
-        " input features: GPTQ moves its error to where they say nothing. More tokens or a larger --ridge help.");
+    text.append(" input features: GPTQ moves its error to where they say nothing.\n");
+    text.append("More tokens or a larger --ridge help.");
   }
   return text + "\n";
 }

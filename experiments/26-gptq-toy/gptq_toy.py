@@ -1,7 +1,8 @@
-"""GPTQ against round-to-nearest on one synthetic Linear layer, from Python through torch.ops.miniquant.
+"""GPTQ and its best preset against round-to-nearest on one Linear layer, from Python through torch.ops.miniquant.
 
     python experiments/26-gptq-toy/gptq_toy.py                        # the lab: normal inputs, then Cauchy inputs
     python experiments/26-gptq-toy/gptq_toy.py --check results.json   # the same, compared with the driver's figures
+    python experiments/26-gptq-toy/gptq_toy.py --preset fast          # GPTQ with other options
 
 Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from
 the default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)),
@@ -10,7 +11,10 @@ of a row,
 
     exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)).
 
-Fresh inputs, drawn right after X, measure both schemes on inputs that neither has seen; their H has no ridge.
+Fresh inputs, drawn right after X, measure every scheme on inputs that none has seen; their H has no ridge.
+
+The schemes: RTN on the plain grid; GPTQ with the setup's options, by default the lab's; best, which is GPTQ with
+miniquant.preset("best").
 """
 
 from __future__ import annotations
@@ -24,11 +28,12 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-import miniquant  # noqa: F401  (loads the operators)
+import miniquant
+from miniquant.presets import Preset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +43,7 @@ ops = torch.ops.miniquant
 DISTRIBUTIONS = ("normal", "cauchy")
 WEIGHT_DEVIATION = 0.02
 TOP_ROWS = 10
+PRESET_OPTIONS = ("column_order", "group_scales", "scale_method", "full_range", "refine")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Setup:
     block_size: int = 128
     group_scales: str = "static"
     column_order: str = "natural"
+    scale_method: str = "absmax"
+    full_range: bool = False
+    refine: int = 0
     seed: int = 42
 
     @classmethod
@@ -65,6 +74,12 @@ class Setup:
         if missing:
             raise ValueError(f"results: expected setup to name {', '.join(missing)}, but it has {', '.join(setup)}")
         return cls(**{field.name: setup[field.name] for field in dataclasses.fields(cls)})
+
+    def with_preset(self, name: Preset) -> Setup:
+        """The same on the same terms, with the preset in place of the options that presets set."""
+        options = {option: getattr(Setup, option) for option in PRESET_OPTIONS} | miniquant.preset(name)
+        # An asymmetric grid has every code: full range is for symmetric ones.
+        return dataclasses.replace(self, **options | {"full_range": options["full_range"] and self.symmetric})
 
 
 @dataclass(frozen=True)
@@ -99,36 +114,40 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both schemes on one problem."""
+    """All three schemes on one problem."""
 
     rtn: Scheme
     gptq: Scheme
+    best: Scheme
     ridge_added: float
 
     def figures(self) -> dict[str, Any]:
         """The run as results.json has it."""
-        loss_rtn, loss_gptq = total(self.rtn.row_loss), total(self.gptq.row_loss)
-        rows_rtn, rows_gptq = self.rtn.row_loss.tolist(), self.gptq.row_loss.tolist()
+        schemes = {"rtn": self.rtn, "gptq": self.gptq, "best": self.best}
+        rows = {name: scheme.row_loss.tolist() for name, scheme in schemes.items()}
+        loss = {name: total(scheme.row_loss) for name, scheme in schemes.items()}
+        fresh = {name: scheme.fresh_loss for name, scheme in schemes.items()}
         changes = int((self.rtn.codes != self.gptq.codes).sum())
+
+        def each(figure: str, values: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{figure}_{name}": value for name, value in values.items()}
+
         return {
-            "loss_rtn": loss_rtn,
-            "loss_gptq": loss_gptq,
-            "loss_ratio": ratio(loss_gptq, loss_rtn),
+            **each("loss", loss),
+            "loss_ratio": ratio(loss["gptq"], loss["rtn"]),
+            "best_ratio": ratio(loss["best"], loss["gptq"]),
             "n_grid_changes": changes,
             "grid_change_share": ratio(changes, self.rtn.codes.numel()),
-            "fresh_loss_rtn": self.rtn.fresh_loss,
-            "fresh_loss_gptq": self.gptq.fresh_loss,
-            "fresh_loss_ratio": ratio(self.gptq.fresh_loss, self.rtn.fresh_loss),
-            "worst_row_perplexity_proxy_rtn": self.rtn.proxy,
-            "worst_row_perplexity_proxy_gptq": self.gptq.proxy,
-            "rows_improved": sum(gptq < rtn for rtn, gptq in zip(rows_rtn, rows_gptq, strict=True)),
+            **each("fresh_loss", fresh),
+            "fresh_loss_ratio": ratio(fresh["gptq"], fresh["rtn"]),
+            "fresh_best_ratio": ratio(fresh["best"], fresh["gptq"]),
+            **each("worst_row_perplexity_proxy", {name: scheme.proxy for name, scheme in schemes.items()}),
+            "rows_improved": sum(gptq < rtn for rtn, gptq in zip(rows["rtn"], rows["gptq"], strict=True)),
             "ridge_added": self.ridge_added,
-            "codes_sha256_rtn": sha256(self.rtn.codes),
-            "codes_sha256_gptq": sha256(self.gptq.codes),
-            "top_rows_absolute": top_rows(rows_rtn, rows_gptq, relative=False),
-            "top_rows_relative": top_rows(rows_rtn, rows_gptq, relative=True),
-            "row_loss_rtn": rows_rtn,
-            "row_loss_gptq": rows_gptq,
+            **each("codes_sha256", {name: sha256(scheme.codes) for name, scheme in schemes.items()}),
+            "top_rows_absolute": top_rows(rows["rtn"], rows["gptq"], relative=False),
+            "top_rows_relative": top_rows(rows["rtn"], rows["gptq"], relative=True),
+            **each("row_loss", rows),
         }
 
 
@@ -216,50 +235,52 @@ def quantize(
         symmetric=setup.symmetric,
         ridge=setup.ridge,
         block_size=setup.block_size,
-        group_scales=setup.group_scales,
-        column_order=setup.column_order,
+        **{option: getattr(setup, option) for option in PRESET_OPTIONS},
     )
 
 
 def compare(problem: Problem, setup: Setup) -> Comparison:
-    """Quantizes the weight with both schemes and measures what each loses."""
+    """Quantizes the weight with every scheme and measures what each loses."""
     weight, hessian, fresh = problem.weight, problem.hessian, problem.fresh_hessian
     with_ridge = damped(hessian, setup.ridge)
     # w H w^T per row: the loss of a weight that is all zeros.
     energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge)
 
-    def scheme(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor) -> Scheme:
+    def scheme(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, *_: torch.Tensor) -> Scheme:
         dequantized = ops.dequantize(codes, scales, zero_points, setup.group_size)
         row_loss = ops.quantization_loss(weight, dequantized, with_ridge)
         fresh_loss = None if fresh is None else total(ops.quantization_loss(weight, dequantized, fresh))
         return Scheme(codes, dequantized, row_loss, fresh_loss, worst_row_perplexity_proxy(row_loss, energy))
 
     rtn = ops.rtn(weight, bits=setup.bits, group_size=setup.group_size, symmetric=setup.symmetric)
-    codes, scales, zero_points, _ = quantize(ops.gptq, weight, hessian, setup)
-    return Comparison(scheme(*rtn), scheme(codes, scales, zero_points), ridge_added(hessian, setup.ridge))
+    gptq = quantize(ops.gptq, weight, hessian, setup)
+    best = quantize(ops.gptq, weight, hessian, setup.with_preset("best"))
+    return Comparison(scheme(*rtn), scheme(*gptq), scheme(*best), ridge_added(hessian, setup.ridge))
 
 
 def report(distribution: str, comparison: Comparison) -> str:
-    """The loss tensors and the worst-case-row perplexity proxy of both schemes, for a person to read."""
+    """The loss tensors and the worst-case-row perplexity proxy of every scheme, for a person to read."""
     figures = comparison.figures()
-    losses = torch.stack([comparison.rtn.row_loss, comparison.gptq.row_loss])
+    schemes = (comparison.rtn, comparison.gptq, comparison.best)
+    losses = torch.stack([scheme.row_loss for scheme in schemes])
     rows = [entry["row"] for entry in figures["top_rows_absolute"]]
 
     def line(label: str, *cells: float | None) -> str:
         return f"  {label:<28}" + "".join(f"{'-' if cell is None else format(cell, '.6g'):>12}" for cell in cells)
 
-    def scheme_line(label: str, name: str) -> str:
-        return line(label, *(figures[f"{name}_{column}"] for column in ("rtn", "gptq", "ratio")))
+    def loss_line(label: str, prefix: str) -> str:
+        columns = ("loss_rtn", "loss_gptq", "loss_best", "loss_ratio", "best_ratio")
+        return line(label, *(figures[prefix + column] for column in columns))
 
     return "\n".join(
         [
             f"X ~ {distribution}",
-            "  loss per row [RTN; GPTQ]:",
+            "  loss per row [RTN; GPTQ; best]:",
             *("  " + text for text in str(losses).splitlines()),
-            f"  {'':28}{'RTN':>12}{'GPTQ':>12}{'GPTQ / RTN':>12}",
-            scheme_line("loss, calibration inputs", "loss"),
-            scheme_line("loss, fresh inputs", "fresh_loss"),
-            line("worst-row perplexity proxy", comparison.rtn.proxy, comparison.gptq.proxy),
+            f"  {'':28}{'RTN':>12}{'GPTQ':>12}{'best':>12}{'GPTQ / RTN':>12}{'best / GPTQ':>13}",
+            loss_line("loss, calibration inputs", ""),
+            loss_line("loss, fresh inputs", "fresh_"),
+            line("worst-row perplexity proxy", *(scheme.proxy for scheme in schemes)),
             f"  codes that differ: {figures['n_grid_changes']} ({figures['grid_change_share']:.3%})",
             f"  rows that gain most: {', '.join(map(str, rows))}",
         ]
@@ -302,7 +323,8 @@ def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tol
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; those of the setup are None where they are not given."""
     parser = argparse.ArgumentParser(
-        prog="gptq_toy.py", description="Compares GPTQ with round-to-nearest on one synthetic Linear layer."
+        prog="gptq_toy.py",
+        description="Compares GPTQ and its best preset with round-to-nearest on one synthetic Linear layer.",
     )
     for field in dataclasses.fields(Setup):
         kinds = {"int": int, "float": float, "str": str}
@@ -310,6 +332,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.add_argument(
                 "--" + field.name.replace("_", "-"), type=kinds[str(field.type)], help=f"default: {field.default}"
             )
+    parser.add_argument(
+        "--preset",
+        choices=get_args(Preset),
+        help="what GPTQ's options start from (default: the setup)",
+    )
+    parser.add_argument(
+        "--full-range", action=argparse.BooleanOptionalAction, help="one code more on the negative side"
+    )
     parser.add_argument(
         "--asymmetric", action="store_const", const=False, dest="symmetric", help="a grid with zero points"
     )
@@ -331,13 +361,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def setup_of(options: argparse.Namespace, start: Setup) -> Setup:
+    """The setup that the options ask for, starting from another."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)}
+    given = {name: value for name, value in given.items() if value is not None}
+    setup = dataclasses.replace(start, **given)
+    return dataclasses.replace(setup.with_preset(options.preset), **given) if options.preset else setup
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs, prints and compares; the exit code."""
     options = parse_arguments(arguments)
     results = json.loads(options.check.read_text()) if options.check else None
-    setup = Setup.of_results(results) if results else Setup()
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)}
-    setup = dataclasses.replace(setup, **{name: value for name, value in given.items() if value is not None})
+    setup = setup_of(options, Setup.of_results(results) if results else Setup())
     names = DISTRIBUTIONS if options.distribution == "both" else (options.distribution,)
     runs = {}
     for name in names:

@@ -1,5 +1,6 @@
 """The driver as its users meet it: the built program, its files, its exit codes and its documentation."""
 
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
+
+import miniquant
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,11 +101,13 @@ def test_lab_figures_belong_together(lab: Path) -> None:
     document = load(lab / "results.json")
     weights = document["setup"]["rows"] * document["setup"]["columns"]
     for run in document["runs"].values():
-        for scheme in ("rtn", "gptq"):
+        for scheme in ("rtn", "gptq", "best"):
             assert sum(run[f"row_loss_{scheme}"]) == pytest.approx(run[f"loss_{scheme}"], rel=1e-12)
             assert len(run[f"row_loss_{scheme}"]) == document["setup"]["rows"]
         assert run["loss_ratio"] == run["loss_gptq"] / run["loss_rtn"]
         assert run["fresh_loss_ratio"] == run["fresh_loss_gptq"] / run["fresh_loss_rtn"]
+        assert run["best_ratio"] == run["loss_best"] / run["loss_gptq"]
+        assert run["fresh_best_ratio"] == run["fresh_loss_best"] / run["fresh_loss_gptq"]
         assert run["grid_change_share"] == run["n_grid_changes"] / weights
         gains = [a - b for a, b in zip(run["row_loss_rtn"], run["row_loss_gptq"], strict=True)]
         best = sorted(range(len(gains)), key=lambda row: (-gains[row], row))[:10]
@@ -141,7 +146,17 @@ def test_schemas_refuse_what_is_missing_or_unknown(lab: Path) -> None:
         jsonschema.validate(document, schema)
     del document["runs"]["normal"]["seconds"]
     jsonschema.validate(document, schema)
-    del document["runs"]["normal"]["n_grid_changes"]
+    for missing in ("n_grid_changes", "loss_best", "codes_sha256_best", "fresh_best_ratio"):
+        without = copy.deepcopy(document)
+        del without["runs"]["normal"][missing]
+        with pytest.raises(jsonschema.ValidationError, match=missing):
+            jsonschema.validate(without, schema)
+    for missing in ("preset", "scale_method", "best"):
+        without = copy.deepcopy(document)
+        del without["setup"][missing]
+        with pytest.raises(jsonschema.ValidationError, match=missing):
+            jsonschema.validate(without, schema)
+    document["schema_version"] = 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, schema)
 
@@ -155,7 +170,7 @@ def test_manifest(lab: Path) -> None:
     assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert manifest["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     for run in ("normal", "cauchy"):
-        stages = ["inputs", "hessian", "rtn", "gptq", "loss", "fresh_hessian", "fresh_loss"]
+        stages = ["inputs", "hessian", "rtn", "gptq", "best", "loss", "fresh_hessian", "fresh_loss"]
         assert list(manifest["seconds"][run]) == stages
         assert manifest["seconds"][run]["gptq"] < 30, "the lab's bound for a layer"
     assert manifest["check"] is None
@@ -174,6 +189,57 @@ def test_check_says_how_far_the_textbook_form_is(driver: Driver, tmp_path: Path)
         assert float64["largest_relative_row_loss_difference"] < 1e-9
         assert float32["compared"] == "float32: gptq, gptq_reference"
         assert across["compared"] == "float32 gptq, float64 gptq_reference"
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "fast"], ["--preset", "fast", "--group-size", "-1"]], ids=str)
+def test_the_textbook_form_checks_what_it_has(driver: Driver, tmp_path: Path, options: list[str]) -> None:
+    result = driver(*SMALL, *options, "--check", "--output", tmp_path)
+    assert result.stdout.count(": passed") == 2
+
+
+def gptq_arguments(setup: dict[str, Any]) -> dict[str, Any]:
+    """Of `setup` in results.json, what miniquant.gptq takes."""
+    terms = ("bits", "group_size", "symmetric", "ridge", "block_size")
+    choices = ("column_order", "group_scales", "scale_method", "full_range", "refine")
+    return {name: setup[name] for name in (*terms, *choices)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--preset", "fast"],
+        ["--preset", "best"],
+        ["--preset", "best", "--asymmetric", "--bits", "3"],
+        ["--preset", "fast", "--no-full-range", "--refine", "2", "--column-order", "group"],
+        ["--scale-method", "hessian", "--full-range", "--ridge", "0.5", "--group-size", "-1"],
+        ["--preset", "best", "--scale-method", "absmax", "--group-scales", "static"],
+    ],
+    ids=" ".join,
+)
+def test_codes_are_the_operators(driver: Driver, tmp_path: Path, options: list[str]) -> None:
+    driver(*SMALL, *options, "--distribution", "normal", "--output", tmp_path, "--quiet")
+    validate(tmp_path)
+    document = load(tmp_path / "results.json")
+    setup, run = document["setup"], document["runs"]["normal"]
+    torch.manual_seed(42)
+    weight = torch.randn(48, 96) * 0.02
+    accumulator = miniquant.HessianAccumulator(96)
+    accumulator.update(torch.randn(96, 40).T)
+    hessian = accumulator.hessian()
+
+    def digest(codes: torch.Tensor) -> str:
+        return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
+
+    grid = {name: setup[name] for name in ("bits", "group_size", "symmetric")}
+    assert run["codes_sha256_rtn"] == digest(miniquant.rtn(weight, **grid).codes)
+    assert run["codes_sha256_gptq"] == digest(miniquant.gptq(weight, hessian, **gptq_arguments(setup)).codes)
+    best = gptq_arguments(setup) | miniquant.preset("best") | ({} if setup["symmetric"] else {"full_range": False})
+    assert setup["best"].items() <= best.items()
+    result = miniquant.gptq(weight, hessian, **best)
+    assert run["codes_sha256_best"] == digest(result.codes)
+    # float32 sums in another order.
+    assert run["row_loss_best"] == pytest.approx(result.row_loss.tolist(), rel=1e-4)
 
 
 def test_results_do_not_depend_on_threads_folder_or_run(driver: Driver, lab: Path, tmp_path: Path) -> None:
@@ -238,6 +304,8 @@ def test_layer_from_safetensors(driver: Driver, tmp_path: Path, dtype: torch.dty
     assert run["worst_row_perplexity_proxy_rtn"] == pytest.approx((rows / energy).max().exp().item(), rel=tolerance)
     assert run["loss_gptq"] < run["loss_rtn"]
     assert run["fresh_loss_gptq"] < run["fresh_loss_rtn"]
+    assert run["loss_best"] < run["loss_gptq"]
+    assert run["fresh_loss_best"] < run["fresh_loss_rtn"]
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
@@ -296,6 +364,12 @@ def test_bad_files_end_with_two_and_write_nothing(
             ["--group-scales", "dynamic", "--column-order", "activation"],
             "--group-scales: expected static with --column-order activation, but got dynamic",
         ),
+        (
+            ["--preset", "best", "--group-scales", "static"],
+            "absmax, mse or hessian with --group-scales static, but got loss (of --preset best)",
+        ),
+        (["--asymmetric", "--full-range"], "--full-range: expected not with --asymmetric, whose grid has every code"),
+        (["--preset", "best", "--check"], "--check: expected --scale-method absmax, mse or hessian with it"),
     ],
 )
 def test_bad_options_end_with_two(driver: Driver, tmp_path: Path, arguments: Sequence[str], message: str) -> None:
@@ -372,8 +446,8 @@ def test_a_terminal_gets_progress(program: Path, tmp_path: Path) -> None:
         pass
     finally:
         os.close(terminal)
-    assert b"0/14  normal: inputs" in shown
-    assert b"13/14  cauchy: fresh_loss" in shown
+    assert b"0/16  normal: inputs" in shown
+    assert b"15/16  cauchy: fresh_loss" in shown
     assert shown.endswith(b"\r\x1b[K")
     assert "\x1b" not in result.stdout
 

@@ -88,6 +88,13 @@ SETUPS = {
     "3 bits, one group per row": ["--rows", "48", "--columns", "100", "--bits", "3", "--group-size", "-1"],
     "activation order": ["--rows", "48", "--columns", "256", "--column-order", "activation", "--ridge", "0.1"],
     "dynamic scales": ["--rows", "48", "--columns", "256", "--group-scales", "dynamic", "--block-size", "32"],
+    "fast": ["--rows", "48", "--columns", "200", "--preset", "fast"],
+    "best": ["--rows", "48", "--columns", "200", "--preset", "best"],
+    "best, asymmetric": ["--rows", "48", "--columns", "200", "--preset", "best", "--asymmetric"],
+    "best, one thing changed": ["--rows", "48", "--columns", "256", "--preset", "best", "--column-order", "natural"],
+    "Hessian scales, full range, refined": [
+        *("--rows", "48", "--columns", "256", "--scale-method", "hessian", "--full-range", "--refine", "2"),
+    ],
 }
 
 
@@ -105,6 +112,11 @@ def test_driver_and_script_agree(
     # Every figure of the driver is compared, but for where its inputs came from.
     for name, figures in runs.items():
         assert set(results["runs"][name]) - set(figures) == {"input_source", "fresh_input_source"}
+    # The same options on the script's command line mean the same setup, and best has the options that are stated.
+    parsed = lab.setup_of(lab.parse_arguments(options), lab.Setup())
+    assert parsed == setup
+    best = setup.with_preset("best")
+    assert {option: getattr(best, option) for option in lab.PRESET_OPTIONS} == results["setup"]["best"]
 
 
 def test_script_stands_alone(driver: Path, tmp_path: Path, run: Callable[..., str]) -> None:
@@ -121,6 +133,8 @@ def test_script_stands_alone(driver: Path, tmp_path: Path, run: Callable[..., st
     ("figure", "value"),
     [
         ("codes_sha256_gptq", "0" * 64),
+        ("codes_sha256_best", "0" * 64),
+        ("fresh_loss_best", 3.7),
         ("loss_gptq", 0.30384),
         ("n_grid_changes", 94_000),
         ("worst_row_perplexity_proxy_rtn", math.nan),
@@ -159,12 +173,18 @@ def test_committed_figures_are_the_lab_s(committed: dict[str, Any]) -> None:
     normal = committed["runs"]["normal"]
     assert {figure: normal[figure] for figure in EXPECTED_FRESH} == pytest.approx(EXPECTED_FRESH, rel=0.01)
     assert normal["loss_ratio"] < 0.7
+    assert all(run["best_ratio"] < 0.6 for run in committed["runs"].values())
+
+
+REPRODUCED = (
+    *("loss_rtn", "loss_gptq", "loss_best", "fresh_loss_rtn", "fresh_loss_gptq", "fresh_loss_best", "n_grid_changes"),
+)
 
 
 def test_committed_figures_are_reproduced(lab: ModuleType, committed: dict[str, Any]) -> None:
     # Another instruction set draws normal numbers that differ in their last bit, so a few codes may differ.
     for name, figures in runs_of(lab, lab.Setup.of_results(committed)).items():
-        for figure in ("loss_rtn", "loss_gptq", "fresh_loss_rtn", "fresh_loss_gptq", "n_grid_changes"):
+        for figure in REPRODUCED:
             assert figures[figure] == pytest.approx(committed["runs"][name][figure], rel=0.01), (name, figure)
 
 
@@ -199,12 +219,21 @@ def test_readme_takes_its_figures_from_the_results(
     setup = lab.Setup.of_results(committed)
     results = copy.deepcopy(committed)
     results["runs"]["normal"] |= {"loss_gptq": 0.123456, "loss_ratio": 0.0456, "n_grid_changes": 65_432}
+    results["runs"]["cauchy"] |= {"loss_best": 2345.6, "best_ratio": 0.0789}
     page = readme.render(setup, results, {"seconds": {"normal": {"gptq": 0.5}}}, sweep)
-    assert all(figure in page for figure in ("0.1235", "0.046", "65,432", "less than 1 s"))
+    assert all(figure in page for figure in ("0.1235", "0.046", "65,432", "2,346", "**0.079**", "less than 1 s"))
 
 
 @pytest.mark.parametrize(
-    "wrong", [("normal", "loss_ratio", 0.5), ("normal", "fresh_loss_ratio", 0.9), ("cauchy", "loss_ratio", 0.05)]
+    "wrong",
+    [
+        ("normal", "loss_ratio", 0.5),
+        ("normal", "fresh_loss_ratio", 0.9),
+        ("cauchy", "loss_ratio", 0.05),
+        ("normal", "best_ratio", 1.1),
+        ("cauchy", "fresh_best_ratio", 1.2),
+        ("normal", "fresh_loss_best", 2.5),
+    ],
 )
 def test_readme_refuses_figures_that_contradict_it(
     wrong: tuple[str, str, float], lab: ModuleType, readme: ModuleType, committed: dict[str, Any], sweep: Any
@@ -226,14 +255,14 @@ def test_plot_shows_the_committed_results() -> None:
         assert image.info["Source"] == f"results.json sha256 {digest}"
 
 
-def test_plot_draws_both_schemes_and_the_same_bytes_twice(plot: ModuleType, tmp_path: Path) -> None:
+def test_plot_draws_every_scheme_and_the_same_bytes_twice(plot: ModuleType, tmp_path: Path) -> None:
     pictures = [tmp_path / "first.png", tmp_path / "second.png"]
     for picture in pictures:
         assert plot.main([str(LAB / "results.json"), "--output", str(picture)]) == 0
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     with Image.open(pictures[0]) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
-    for colour in (plot.RTN_COLOUR, plot.GPTQ_COLOUR):
+    for colour in (plot.RTN_COLOUR, plot.GPTQ_COLOUR, plot.BEST_COLOUR):
         wanted = np.array([round(255 * part) for part in mpl.colors.to_rgb(colour)])
         # 768 dots or more of each, several pixels a dot.
         assert (np.abs(pixels - wanted).max(axis=2) < 8).sum() > 5000, colour

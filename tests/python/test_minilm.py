@@ -76,6 +76,8 @@ def test_gptq_gains_on_calibration_and_on_fresh_inputs(folder: Path, layer: str)
     run: dict[str, Any] = json.loads((folder / layer / "results.json").read_text())["runs"]["file"]
     assert run["loss_gptq"] < 0.6 * run["loss_rtn"]
     assert run["fresh_loss_gptq"] < 0.8 * run["fresh_loss_rtn"]
+    assert run["loss_best"] < 0.8 * run["loss_gptq"]
+    assert run["fresh_loss_best"] < 0.8 * run["fresh_loss_gptq"]
 
 
 def test_output_names_layers_and_ratios(folder: Path) -> None:
@@ -83,8 +85,8 @@ def test_output_names_layers_and_ratios(folder: Path) -> None:
     run = json.loads((folder / LAYER / "results.json").read_text())["runs"]["file"]
     line = text[text.index("layer  ") :].splitlines()[1]
     assert line.startswith(LAYER)
-    assert f"{run['loss_ratio']:.3f}" in line
-    assert f"{run['fresh_loss_ratio']:.3f}" in line
+    ratios = [run[key] for key in ("loss_ratio", "fresh_loss_ratio", "best_ratio", "fresh_best_ratio")]
+    assert line.split()[4:8] == [f"{ratio:.3f}" for ratio in ratios]
 
 
 def test_kept_output_is_that_of_the_kept_results(minilm: ModuleType) -> None:
@@ -96,6 +98,7 @@ def test_kept_output_is_that_of_the_kept_results(minilm: ModuleType) -> None:
         run = json.loads((folder / "results.json").read_text())["runs"]["file"]
         assert run["loss_ratio"] < 0.6, folder.name
         assert run["fresh_loss_ratio"] < 0.7, folder.name
+        assert max(run["best_ratio"], run["fresh_best_ratio"]) < 0.7, folder.name
 
 
 def test_recorded_inputs_are_what_the_layer_saw(minilm: ModuleType) -> None:

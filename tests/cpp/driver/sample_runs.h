@@ -31,6 +31,11 @@ inline std::vector<Run> sample_runs() {
                   .fresh_loss = 9.0,
                   .worst_row_perplexity_proxy = 1.25,
                   .codes_sha256 = std::string(64, 'b')};
+  figures.best = {.row_loss = {0.25, 0.5, 0.75},
+                  .loss = 1.5,
+                  .fresh_loss = 4.5,
+                  .worst_row_perplexity_proxy = 1.125,
+                  .codes_sha256 = std::string(64, 'c')};
   figures.ridge_added = 0.125;
   figures.n_grid_changes = 60;
   figures.grid_change_share = 0.1;
@@ -44,6 +49,7 @@ inline std::vector<Run> sample_runs() {
   cauchy.comparison.gptq.loss = 0.0;
   cauchy.comparison.rtn.fresh_loss = std::nullopt;
   cauchy.comparison.gptq.fresh_loss = std::nullopt;
+  cauchy.comparison.best.fresh_loss = std::nullopt;
   cauchy.comparison.rtn.worst_row_perplexity_proxy = std::nullopt;
   cauchy.problem.fresh_input_origin.reset();
   return {normal, cauchy};

@@ -50,6 +50,59 @@ TEST(Comparison, Ratio) {
   EXPECT_EQ(ratio(1.0, 0.0), std::nullopt);
 }
 
+TEST(Comparison, RatioOfWhatMayBeMissing) {
+  const std::optional<double> none;
+  EXPECT_EQ(ratio(std::optional(1.0), std::optional(4.0)), 0.25);
+  EXPECT_EQ(ratio(none, std::optional(4.0)), std::nullopt);
+  EXPECT_EQ(ratio(std::optional(1.0), none), std::nullopt);
+  EXPECT_EQ(ratio(std::optional(1.0), std::optional(0.0)), std::nullopt);
+}
+
+// A run's GPTQ with a value of its own for everything that RTN and best might take over.
+GptqOptions unusual_options() {
+  GptqOptions options = options_of(Preset::kFast);
+  options.bits = 3;
+  options.group_size = 32;
+  options.ridge = 0.5;
+  options.block_size = 16;
+  options.refine = 5;
+  return options;
+}
+
+TEST(Comparison, RtnOptionsArePlain) {
+  GptqOptions gptq = unusual_options();
+  for (const bool symmetric : {true, false}) {
+    gptq.symmetric = symmetric;
+    gptq.full_range = symmetric;
+    const GridOptions options = rtn_options(gptq);
+    EXPECT_EQ(options.bits, 3);
+    EXPECT_EQ(options.group_size, 32);
+    EXPECT_EQ(options.symmetric, symmetric);
+    EXPECT_FALSE(options.full_range);
+    EXPECT_EQ(options.scale_method, ScaleMethod::kAbsmax);
+  }
+}
+
+TEST(Comparison, BestOptionsAreThePresetOnTheSameTerms) {
+  GptqOptions gptq = unusual_options();
+  const GptqOptions preset = options_of(Preset::kBest);
+  for (const bool symmetric : {true, false}) {
+    gptq.symmetric = symmetric;
+    gptq.full_range = symmetric;
+    const GptqOptions options = best_options(gptq);
+    EXPECT_EQ(options.bits, 3);
+    EXPECT_EQ(options.group_size, 32);
+    EXPECT_EQ(options.symmetric, symmetric);
+    EXPECT_EQ(options.full_range, symmetric);
+    EXPECT_EQ(options.ridge, 0.5);
+    EXPECT_EQ(options.block_size, 16);
+    EXPECT_EQ(options.scale_method, preset.scale_method);
+    EXPECT_EQ(options.group_scales, preset.group_scales);
+    EXPECT_EQ(options.column_order, preset.column_order);
+    EXPECT_EQ(options.refine, preset.refine);
+  }
+}
+
 TEST(Comparison, MeanDiagonal) { EXPECT_EQ(mean_diagonal(at::tensor({1.0, 9.0, 9.0, 2.0}).view({2, 2})), 1.5); }
 
 TEST(Comparison, WorstRowPerplexityProxy) {
@@ -97,6 +150,8 @@ TEST(Comparison, FiguresAreWhatTheirDefinitionsSay) {
   const at::Tensor value_rtn = dequantize(nearest.codes, nearest.scales, nearest.zero_points, options.group_size);
   const at::Tensor value_gptq =
       dequantize(corrected.codes, corrected.scales, corrected.zero_points, options.group_size);
+  const GptqResult best = gptq(problem.weight, accumulated, options_of(Preset::kBest));
+  const at::Tensor value_best = dequantize(best.codes, best.scales, best.zero_points, options.group_size);
 
   const at::Tensor hessian = hessian64(problem.inputs, options.ridge);
   const at::Tensor fresh = hessian64(*problem.fresh_inputs, 0.0);
@@ -105,26 +160,37 @@ TEST(Comparison, FiguresAreWhatTheirDefinitionsSay) {
   };
   expect_close(result.rtn.loss, loss_of(problem.weight, value_rtn, hessian));
   expect_close(result.gptq.loss, loss_of(problem.weight, value_gptq, hessian));
+  expect_close(result.best.loss, loss_of(problem.weight, value_best, hessian));
   expect_close(result.rtn.fresh_loss.value(), loss_of(problem.weight, value_rtn, fresh));
+  expect_close(result.best.fresh_loss.value(), loss_of(problem.weight, value_best, fresh));
   expect_close(result.gptq.fresh_loss.value(), loss_of(problem.weight, value_gptq, fresh));
   expect_close(result.ridge_added, 0.01 * hessian64(problem.inputs, 0.0).diagonal().mean().item<double>());
   double worst = 0.0;
+  double worst_best = 0.0;
   for (int64_t row = 0; row < 48; ++row) {
     const at::Tensor w = problem.weight.narrow(0, row, 1);
     const double loss = loss_of(w, value_rtn.narrow(0, row, 1), hessian);
     expect_close(result.rtn.row_loss.at(static_cast<std::size_t>(row)), loss);
-    worst = std::max(worst, loss / loss_of(w, at::zeros({1, 80}), hessian));
+    const double loss_best = loss_of(w, value_best.narrow(0, row, 1), hessian);
+    expect_close(result.best.row_loss.at(static_cast<std::size_t>(row)), loss_best);
+    const double energy = loss_of(w, at::zeros({1, 80}), hessian);
+    worst = std::max(worst, loss / energy);
+    worst_best = std::max(worst_best, loss_best / energy);
   }
   expect_close(result.rtn.worst_row_perplexity_proxy.value(), std::exp(worst));
+  expect_close(result.best.worst_row_perplexity_proxy.value(), std::exp(worst_best));
 
   EXPECT_EQ(result.n_grid_changes, nearest.codes.ne(corrected.codes).sum().item<int64_t>());
   EXPECT_GT(result.n_grid_changes, 0);
   EXPECT_EQ(result.grid_change_share, static_cast<double>(result.n_grid_changes) / (48 * 80));
   EXPECT_EQ(result.gptq.codes_sha256, sha256(corrected.codes.contiguous().const_data_ptr(), corrected.codes.nbytes()));
+  EXPECT_EQ(result.best.codes_sha256, sha256(best.codes.contiguous().const_data_ptr(), best.codes.nbytes()));
   EXPECT_NE(result.rtn.codes_sha256, result.gptq.codes_sha256);
+  EXPECT_NE(result.best.codes_sha256, result.gptq.codes_sha256);
   EXPECT_EQ(result.rtn.row_loss.size(), 48U);
   EXPECT_EQ(result.top_rows_absolute.size(), 10U);
   EXPECT_LT(result.gptq.loss, result.rtn.loss);
+  EXPECT_LT(result.best.loss, result.gptq.loss);
   EXPECT_LE(result.rows_improved, 48);
   EXPECT_GE(result.rows_improved, 40);
   EXPECT_FALSE(result.check.has_value());
@@ -146,6 +212,9 @@ TEST(Comparison, ThreadsDoNotChangeAFigure) {
     EXPECT_EQ(result.gptq.loss, results[0].gptq.loss);
     EXPECT_EQ(result.gptq.fresh_loss, results[0].gptq.fresh_loss);
     EXPECT_EQ(result.gptq.codes_sha256, results[0].gptq.codes_sha256);
+    EXPECT_EQ(result.best.row_loss, results[0].best.row_loss);
+    EXPECT_EQ(result.best.fresh_loss, results[0].best.fresh_loss);
+    EXPECT_EQ(result.best.codes_sha256, results[0].best.codes_sha256);
     EXPECT_EQ(result.ridge_added, results[0].ridge_added);
   }
 }
@@ -193,6 +262,7 @@ TEST(Comparison, WithoutFreshInputs) {
   const Comparison result = compared(problem);
   EXPECT_EQ(result.rtn.fresh_loss, std::nullopt);
   EXPECT_EQ(result.gptq.fresh_loss, std::nullopt);
+  EXPECT_EQ(result.best.fresh_loss, std::nullopt);
 }
 
 TEST(Comparison, AWeightOfZerosHasNoLoss) {
@@ -201,6 +271,7 @@ TEST(Comparison, AWeightOfZerosHasNoLoss) {
   const Comparison result = compared(problem);
   EXPECT_EQ(result.rtn.loss, 0.0);
   EXPECT_EQ(result.gptq.loss, 0.0);
+  EXPECT_EQ(result.best.loss, 0.0);
   EXPECT_EQ(result.rtn.worst_row_perplexity_proxy, std::nullopt);
   EXPECT_TRUE(result.top_rows_relative.empty());
 }

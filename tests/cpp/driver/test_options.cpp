@@ -40,6 +40,10 @@ TEST(Options, DefaultsAreTheLab) {
   EXPECT_EQ(options.gptq.block_size, 128);
   EXPECT_EQ(options.gptq.column_order, ColumnOrder::kNatural);
   EXPECT_EQ(options.gptq.group_scales, GroupScales::kStatic);
+  EXPECT_EQ(options.preset, Preset::kLab);
+  EXPECT_EQ(options.gptq.scale_method, ScaleMethod::kAbsmax);
+  EXPECT_FALSE(options.gptq.full_range);
+  EXPECT_EQ(options.gptq.refine, 0);
   EXPECT_EQ(options.output, "gptq-toy");
   EXPECT_EQ(options.threads, 0);
   EXPECT_FALSE(options.check);
@@ -99,6 +103,72 @@ TEST(Options, EverythingCanBeSaid) {
   EXPECT_EQ(parsed({"--seed=9223372036854775807"}).output, "gptq-toy");
 }
 
+void expect_same_choices(const GptqOptions& actual, const GptqOptions& expected) {
+  EXPECT_EQ(actual.column_order, expected.column_order);
+  EXPECT_EQ(actual.group_scales, expected.group_scales);
+  EXPECT_EQ(actual.scale_method, expected.scale_method);
+  EXPECT_EQ(actual.full_range, expected.full_range);
+  EXPECT_EQ(actual.refine, expected.refine);
+}
+
+TEST(Options, PresetsAreTheLibrarys) {
+  for (const Preset preset : {Preset::kLab, Preset::kFast, Preset::kBest}) {
+    const Options options = parsed({"--bits", "3", "--ridge", "0.5", "--preset", std::string(name_of(preset)),
+                                    "--group-size", "32", "--block-size", "9"});
+    EXPECT_EQ(options.preset, preset);
+    expect_same_choices(options.gptq, options_of(preset));
+    EXPECT_EQ(options.gptq.bits, 3);
+    EXPECT_EQ(options.gptq.ridge, 0.5);
+    EXPECT_EQ(options.gptq.group_size, 32);
+    EXPECT_EQ(options.gptq.block_size, 9);
+  }
+}
+
+// Wherever it stands, an option goes over the preset, and changes that one thing.
+TEST(Options, EachOptionGoesOverThePreset) {
+  const auto expect = [](const Arguments& arguments, const GptqOptions& expected) {
+    expect_same_choices(parsed(arguments).gptq, expected);
+  };
+  GptqOptions best = options_of(Preset::kBest);
+  best.column_order = ColumnOrder::kNatural;
+  expect({"--column-order", "natural", "--preset", "best"}, best);
+  best = options_of(Preset::kBest);
+  best.scale_method = ScaleMethod::kAbsmax;
+  expect({"--preset", "best", "--scale-method", "absmax"}, best);
+  best.group_scales = GroupScales::kStatic;
+  expect({"--preset", "best", "--scale-method", "absmax", "--group-scales", "static"}, best);
+  best = options_of(Preset::kBest);
+  best.full_range = false;
+  expect({"--no-full-range", "--preset", "best"}, best);
+  best = options_of(Preset::kBest);
+  best.refine = 0;
+  expect({"--preset", "best", "--refine", "0"}, best);
+
+  GptqOptions lab;
+  lab.column_order = ColumnOrder::kGroup;
+  expect({"--column-order", "group"}, lab);
+  lab = {};
+  lab.scale_method = ScaleMethod::kHessian;
+  expect({"--scale-method", "hessian"}, lab);
+  lab.scale_method = ScaleMethod::kMse;
+  expect({"--scale-method", "mse"}, lab);
+  lab = {};
+  lab.full_range = true;
+  expect({"--full-range"}, lab);
+  lab = {};
+  lab.refine = 3;
+  expect({"--refine", "3"}, lab);
+}
+
+TEST(Options, AnAsymmetricGridHasNoFullRange) {
+  GptqOptions best = options_of(Preset::kBest);
+  best.full_range = false;
+  const Options options = parsed({"--preset", "best", "--asymmetric"});
+  EXPECT_FALSE(options.gptq.symmetric);
+  expect_same_choices(options.gptq, best);
+  expect_same_choices(parsed({"--preset", "best", "--asymmetric", "--no-full-range"}).gptq, best);
+}
+
 TEST(Options, Files) {
   const Options options = parsed({"--weights", "w", "--tensor", "t", "--inputs", "i", "--input-tensor", "x",
                                   "--fresh-inputs", "f", "--fresh-input-tensor", "y", "--bits", "2"});
@@ -135,7 +205,7 @@ TEST(Options, BadValuesAreNamed) {
       {{"--ridge", "inf"}, "--ridge: expected a finite number of at least 0, but got 'inf'"},
       {{"--ridge", "1e-2x"}, "--ridge: expected a finite number of at least 0, but got '1e-2x'"},
       {{"--block-size", "0"}, "--block-size: expected an integer from 1 to 16777216, but got '0'"},
-      {{"--column-order", "random"}, "--column-order: expected one of natural, activation, but got 'random'"},
+      {{"--column-order", "random"}, "--column-order: expected one of natural, activation, group, but got 'random'"},
       {{"--group-scales", "Static"}, "--group-scales: expected one of static, dynamic, but got 'Static'"},
       {{"--distribution", "uniform"}, "--distribution: expected one of normal, cauchy, both, but got 'uniform'"},
       {{"--threads", "0"}, "--threads: expected an integer from 1 to 1024, but got '0'"},
@@ -152,6 +222,28 @@ TEST(Options, BadValuesAreNamed) {
       {{"--weights", "w", "--inputs", "i", "--distribution", "both"}, "--distribution: expected not with --weights"},
       {{"--group-scales", "dynamic", "--column-order", "activation"},
        "--group-scales: expected static with --column-order activation, but got dynamic"},
+      {{"--preset", "best", "--column-order", "activation"},
+       "--group-scales: expected static with --column-order activation, but got dynamic (of --preset best)"},
+      {{"--preset", "fast", "--group-scales", "dynamic"},
+       "--group-scales: expected static with --column-order activation (of --preset fast), but got dynamic"},
+      {{"--scale-method", "loss"},
+       "--scale-method: expected absmax, mse or hessian with --group-scales static (of --preset lab), but got loss"},
+      {{"--preset", "best", "--group-scales", "static"},
+       "--scale-method: expected absmax, mse or hessian with --group-scales static, but got loss (of --preset best)"},
+      {{"--group-scales", "dynamic", "--scale-method", "mse"},
+       "--scale-method: expected absmax or loss with --group-scales dynamic, but got mse"},
+      {{"--preset", "best", "--scale-method", "hessian"},
+       "--scale-method: expected absmax or loss with --group-scales dynamic (of --preset best), but got hessian"},
+      {{"--full-range", "--asymmetric"}, "--full-range: expected not with --asymmetric, whose grid has every code"},
+      {{"--preset", "best", "--full-range", "--no-symmetric"}, "--full-range: expected not with --asymmetric"},
+      {{"--preset", "best", "--check"},
+       "--check: expected --scale-method absmax, mse or hessian with it, as in the textbook form, but got loss (of "
+       "--preset best)"},
+      {{"--refine", "2", "--check"},
+       "--check: expected --refine 0 with it, as the textbook form does not refine, but got 2"},
+      {{"--preset", "worst"}, "--preset: expected one of lab, fast, best, but got 'worst'"},
+      {{"--scale-method", "max"}, "--scale-method: expected one of absmax, mse, hessian, loss, but got 'max'"},
+      {{"--refine", "-1"}, "--refine: expected an integer from 0 to 1024, but got '-1'"},
   };
   for (const Case& c : cases) EXPECT_THAT(error_of(c.arguments), StartsWith(c.message)) << c.message;
 }
@@ -167,11 +259,11 @@ TEST(Options, UnknownAndIncompleteOptionsAreNamed) {
 TEST(Options, HelpAndVersion) {
   const std::string help = std::get<Information>(parse_options({"--help"})).text;
   for (const char* option :
-       {"--rows",         "--columns",    "--tokens",     "--fresh-tokens", "--seed",         "--distribution",
-        "--weights",      "--tensor",     "--inputs",     "--input-tensor", "--fresh-inputs", "--fresh-input-tensor",
-        "--bits",         "--group-size", "--asymmetric", "--ridge",        "--block-size",   "--column-order",
-        "--group-scales", "--output",     "--threads",    "--check",        "--quiet",        "--version",
-        "Examples:",      "Exit codes:"}) {
+       {"--rows",         "--columns",    "--tokens",       "--fresh-tokens", "--seed",         "--distribution",
+        "--weights",      "--tensor",     "--inputs",       "--input-tensor", "--fresh-inputs", "--fresh-input-tensor",
+        "--bits",         "--group-size", "--asymmetric",   "--ridge",        "--block-size",   "--column-order",
+        "--group-scales", "--preset",     "--scale-method", "--full-range",   "--refine",       "--output",
+        "--threads",      "--check",      "--quiet",        "--version",      "Examples:",      "Exit codes:"}) {
     EXPECT_THAT(help, HasSubstr(option));
   }
   EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,

@@ -27,7 +27,7 @@ std::string manifest_of(const std::vector<Run>& runs, const std::vector<std::str
 
 TEST(Report, ResultsHoldTheFigures) {
   const json document = json::parse(results_of(sample_runs()));
-  EXPECT_EQ(document["schema_version"], 1);
+  EXPECT_EQ(document["schema_version"], 2);
   EXPECT_EQ(document["setup"]["rows"], 3);
   EXPECT_EQ(document["setup"]["columns"], 200);
   EXPECT_EQ(document["setup"]["tokens"], 50);
@@ -40,6 +40,13 @@ TEST(Report, ResultsHoldTheFigures) {
   EXPECT_EQ(normal["loss_gptq"], 2.0);
   EXPECT_EQ(normal["loss_ratio"], 0.25);
   EXPECT_EQ(normal["fresh_loss_ratio"], 1.5);
+  EXPECT_EQ(normal["loss_best"], 1.5);
+  EXPECT_EQ(normal["best_ratio"], 0.75);
+  EXPECT_EQ(normal["fresh_loss_best"], 4.5);
+  EXPECT_EQ(normal["fresh_best_ratio"], 0.5);
+  EXPECT_EQ(normal["row_loss_best"], json({0.25, 0.5, 0.75}));
+  EXPECT_EQ(normal["worst_row_perplexity_proxy_best"], 1.125);
+  EXPECT_EQ(normal["codes_sha256_best"], std::string(64, 'c'));
   EXPECT_EQ(normal["n_grid_changes"], 60);
   EXPECT_EQ(normal["grid_change_share"], 0.1);
   EXPECT_EQ(normal["row_loss_rtn"], json({1.0, 2.0, 5.0}));
@@ -51,8 +58,34 @@ TEST(Report, ResultsHoldTheFigures) {
   EXPECT_TRUE(cauchy["loss_ratio"].is_null());
   EXPECT_TRUE(cauchy["fresh_loss_rtn"].is_null());
   EXPECT_TRUE(cauchy["fresh_loss_ratio"].is_null());
+  EXPECT_TRUE(cauchy["best_ratio"].is_null());
+  EXPECT_TRUE(cauchy["fresh_loss_best"].is_null());
+  EXPECT_TRUE(cauchy["fresh_best_ratio"].is_null());
   EXPECT_TRUE(cauchy["worst_row_perplexity_proxy_rtn"].is_null());
   EXPECT_TRUE(cauchy["fresh_input_source"].is_null());
+}
+
+TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
+  Options options;
+  options.preset = Preset::kFast;
+  options.gptq = options_of(Preset::kFast);
+  options.gptq.refine = 2;
+  json setup = json::parse(results_json(options, sample_runs()))["setup"];
+  EXPECT_EQ(setup["preset"], "fast");
+  EXPECT_EQ(setup["column_order"], "activation");
+  EXPECT_EQ(setup["group_scales"], "static");
+  EXPECT_EQ(setup["scale_method"], "mse");
+  EXPECT_EQ(setup["full_range"], true);
+  EXPECT_EQ(setup["refine"], 2);
+  const json best = {{"column_order", "group"},
+                     {"group_scales", "dynamic"},
+                     {"scale_method", "loss"},
+                     {"full_range", true},
+                     {"refine", 1}};
+  EXPECT_EQ(setup["best"], best);
+  options.gptq.symmetric = false;
+  setup = json::parse(results_json(options, sample_runs()))["setup"];
+  EXPECT_EQ(setup["best"]["full_range"], false);
 }
 
 TEST(Report, EveryUnitIsOfAFigureThatExists) {

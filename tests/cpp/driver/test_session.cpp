@@ -82,8 +82,8 @@ TEST_F(Session, QuietSaysNothing) {
 
 TEST_F(Session, ProgressCountsToItsEndAndWipesItself) {
   EXPECT_EQ(run_small({"--check"}, /*progress=*/true), 0);
-  EXPECT_THAT(error_, HasSubstr("0/16  normal: inputs"));
-  EXPECT_THAT(error_, HasSubstr("15/16  cauchy: check"));
+  EXPECT_THAT(error_, HasSubstr("0/18  normal: inputs"));
+  EXPECT_THAT(error_, HasSubstr("17/18  cauchy: check"));
   EXPECT_THAT(error_, testing::EndsWith("\r\x1b[K"));
   EXPECT_THAT(out_, Not(HasSubstr("\x1b")));
 }
@@ -101,7 +101,14 @@ TEST_F(Session, EveryQuantizationOptionReachesTheOperators) {
                                                                                       {"--group-size", "-1"},
                                                                                       {"--asymmetric"},
                                                                                       {"--ridge", "0.5"},
+                                                                                      {"--preset", "fast"},
+                                                                                      {"--preset", "best"},
                                                                                       {"--column-order", "activation"},
+                                                                                      {"--column-order", "group"},
+                                                                                      {"--scale-method", "mse"},
+                                                                                      {"--scale-method", "hessian"},
+                                                                                      {"--full-range"},
+                                                                                      {"--refine", "1"},
                                                                                       {"--group-scales", "dynamic"}}) {
     ASSERT_EQ(run_small(option), 0) << option[0];
     EXPECT_NE(json::parse(folder_.read("out/results.json"))["runs"]["normal"]["codes_sha256_gptq"],
@@ -111,6 +118,28 @@ TEST_F(Session, EveryQuantizationOptionReachesTheOperators) {
   ASSERT_EQ(run_small({"--block-size", "7"}), 0);
   EXPECT_EQ(json::parse(folder_.read("out/results.json"))["runs"]["normal"]["codes_sha256_gptq"],
             plain["codes_sha256_gptq"]);
+}
+
+// Of the options, those that are the same for every scheme change RTN; the preset and what changes it do not.
+TEST_F(Session, PresetsLeaveRtnAndBestAlone) {
+  const auto codes = [&](const char* scheme) {
+    return json::parse(folder_.read("out/results.json"))["runs"]["normal"][std::string("codes_sha256_") + scheme];
+  };
+  ASSERT_EQ(run_small(), 0);
+  const json rtn = codes("rtn");
+  const json best = codes("best");
+  EXPECT_NE(codes("gptq"), best);
+  ASSERT_EQ(run_small({"--preset", "fast", "--refine", "2"}), 0);
+  EXPECT_EQ(codes("rtn"), rtn);
+  EXPECT_EQ(codes("best"), best);
+  ASSERT_EQ(run_small({"--preset", "best"}), 0);
+  EXPECT_EQ(codes("rtn"), rtn);
+  EXPECT_EQ(codes("best"), best);
+  EXPECT_EQ(codes("gptq"), best);
+  ASSERT_EQ(run_small({"--preset", "best", "--asymmetric"}), 0);
+  EXPECT_NE(codes("rtn"), rtn);
+  EXPECT_NE(codes("best"), best);
+  EXPECT_EQ(codes("gptq"), codes("best"));
 }
 
 TEST_F(Session, HelpAndVersionWriteNothing) {

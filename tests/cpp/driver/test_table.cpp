@@ -25,16 +25,39 @@ std::string line_with(const std::string& text, const std::string& start) {
   return "no line starts with " + start;
 }
 
+std::string line_after(const std::string& text, const std::string& start) {
+  return line_with(text.substr(text.find('\n', text.find('\n' + start) + 1) + 1), "  ");
+}
+
 TEST(Table, ShowsBothRunsSideBySide) {
   const std::string text = shown(sample_runs());
   EXPECT_THAT(text, HasSubstr("3 x 200, random, seed 42"));
   EXPECT_THAT(text, HasSubstr("50 calibration tokens, 70 fresh ones"));
-  EXPECT_THAT(text, HasSubstr("4 bits, symmetric, groups of 64, static scales"));
-  EXPECT_THAT(line_with(text, "calibration loss"), testing::MatchesRegex("calibration loss +8 +2 +0.25 +0 +0 +-"));
-  EXPECT_THAT(line_with(text, "fresh loss"), testing::MatchesRegex("fresh loss +6 +9 +1.5 +- +- +-"));
-  EXPECT_THAT(line_with(text, "worst row"), testing::MatchesRegex("worst row ppl proxy +1.5 +1.25 +- +1.25"));
-  EXPECT_THAT(line_with(text, "codes changed"), testing::MatchesRegex("codes changed +60 +10.00% +60 +10.00%"));
+  EXPECT_THAT(text, HasSubstr("4 bits, symmetric, groups of 64; ridge 0.01, blocks of 128"));
+  EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    natural order, static scales by absmax");
+  EXPECT_EQ(line_with(text, "  best "),
+            "  best    group order, dynamic scales by loss, full range, 1 round of refinement");
+  EXPECT_THAT(line_with(text, "calibration loss"), testing::MatchesRegex("calibration loss +8 +2 +1.5 +0 +0 +1.5"));
+  EXPECT_THAT(line_after(text, "calibration loss"), testing::MatchesRegex("  GPTQ/RTN, best/GPTQ +0.25 +0.75 +- +-"));
+  EXPECT_THAT(line_with(text, "fresh loss"), testing::MatchesRegex("fresh loss +6 +9 +4.5 +- +- +-"));
+  EXPECT_THAT(line_after(text, "fresh loss"), testing::MatchesRegex("  GPTQ/RTN, best/GPTQ +1.5 +0.5 +- +-"));
+  EXPECT_THAT(line_with(text, "worst row"),
+              testing::MatchesRegex("worst row ppl proxy +1.5 +1.25 +1.125 +- +1.25 +1.125"));
+  EXPECT_THAT(line_with(text, "codes changed"), testing::MatchesRegex("codes changed +60 +60"));
+  EXPECT_THAT(line_after(text, "codes changed"), testing::MatchesRegex("  share of all +10.00% +10.00%"));
+  EXPECT_THAT(line_after(text, "rows with lower"), testing::MatchesRegex("  share of all +100.00% +100.00%"));
   EXPECT_THAT(line_with(text, "  gptq"), testing::MatchesRegex("  gptq +0.2500 +0.2500"));
+}
+
+TEST(Table, TheHeadingSaysWhatGptqWasGiven) {
+  Options options;
+  options.gptq.column_order = ColumnOrder::kActivation;
+  options.gptq.scale_method = ScaleMethod::kHessian;
+  options.gptq.symmetric = false;
+  options.gptq.refine = 3;
+  const std::string text = table(options, sample_runs());
+  EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    activation order, static scales by hessian, 3 rounds of refinement");
+  EXPECT_EQ(line_with(text, "  best "), "  best    group order, dynamic scales by loss, 1 round of refinement");
 }
 
 TEST(Table, FitsATerminalAndIsPlain) {
@@ -50,10 +73,14 @@ TEST(Table, FitsATerminalAndIsPlain) {
 
 TEST(Table, AFreshLossAboveRtnIsPointedOut) {
   auto runs = sample_runs();
-  EXPECT_THAT(shown(runs), HasSubstr("note: on the fresh inputs of 'normal' GPTQ's loss is 1.5 times that of RTN. "
-                                     "50 tokens do not determine\n200 input features"));
+  EXPECT_THAT(shown(runs), HasSubstr("note: on the fresh inputs of 'normal' GPTQ's loss is 1.5 times that of RTN.\n"
+                                     "50 tokens do not determine 200 input features"));
   EXPECT_THAT(shown(runs), Not(HasSubstr("inputs of 'cauchy'")));
+  runs[0].comparison.best.fresh_loss = 7.5;
+  EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' GPTQ's loss is 1.5, best's 1.25 times that of RTN.\n"));
   runs[0].comparison.gptq.fresh_loss = 3.0;
+  EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' best's loss is 1.25 times that of RTN.\n"));
+  runs[0].comparison.best.fresh_loss = 6.0;
   EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));
 }
 
