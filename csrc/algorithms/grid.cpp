@@ -105,11 +105,12 @@ template <typename T>
 std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method) {
   std::vector<T> factors = {T(1)};
   if (method != ScaleMethod::kAbsmax) {
-    // From half the range to a little more than all of it, in steps of 1/40.
-    for (int step = -20; step <= 4; ++step) {
-      if (step != 0) {
-        factors.push_back(T(1) + static_cast<T>(step) / 40);
-      }
+    // From half the range to a little more than all of it, in steps of 1/40; the likelier first.
+    for (int step = -1; step >= -20; --step) {
+      factors.push_back(T(1) + static_cast<T>(step) / 40);
+    }
+    for (int step = 1; step <= 4; ++step) {
+      factors.push_back(T(1) + static_cast<T>(step) / 40);
     }
     if (range.symmetric && -range.code_min > range.code_max) {
       const size_t count = factors.size();

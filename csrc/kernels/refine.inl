@@ -5,9 +5,10 @@
 //
 //   for each round, for each group g
 //     G_g = E H[:, g]                                              the blocked product, most of the work
-//     scale_g += z G_g^T / (z H_gg z^T), as it is stored           where that lowers the loss
-//     for each column j of the group
-//       move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
+//     twice
+//       scale_g += z G_g^T / (z H_gg z^T), as it is stored         where that lowers the loss
+//       for each column j of the group
+//         move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
 //
 // (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
 
@@ -293,6 +294,25 @@ MINIQUANT_INLINE bool descend(const RefineProblem<T>& problem, const RefineTile<
   return moved;
 }
 
+/// Passes over a group whose gradient is at hand: each costs little beside the product that the gradient takes. Always
+/// as many, so that a row does not depend on those that share its tile.
+constexpr std::int64_t kPassesPerGroup = 2;
+
+/// Moves the scale and the columns of a group. Returns whether anything moved.
+template <typename T>
+MINIQUANT_INLINE bool refine_group(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  bool moved = false;
+  for (std::int64_t pass = 0; pass < kPassesPerGroup; ++pass) {
+    if (pass > 0) {
+      // G += (-t) H_gg, for the moves of the columns in the pass before
+      add_products_within(problem, tile.other, group, tile.gradient);
+    }
+    moved = refit_scale(problem, tile, group) || moved;
+    moved = descend(problem, tile, group) || moved;
+  }
+  return moved;
+}
+
 /// One round over all groups. Returns whether anything moved.
 template <typename T>
 MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const RefineArrays<T>& arrays,
@@ -322,8 +342,7 @@ MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const Refine
     for (std::int64_t t = 0; t < tiles; ++t) {
       const RefineTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
       add_products_within(problem, tile.error + begin * kTileRows<T>, group, tile.gradient);
-      moved = refit_scale(problem, tile, group) || moved;
-      moved = descend(problem, tile, group) || moved;
+      moved = refine_group(problem, tile, group) || moved;
     }
   }
   return moved;

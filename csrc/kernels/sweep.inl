@@ -18,7 +18,6 @@ struct SweepArrays {
   T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
   T* sum;                 // [tiles][B][lane]       S
   T* scratch;             // [B][lane]              of set_dynamic_grid()
-  std::int8_t* trial;     // [B][lane]              codes of a trial
   std::int8_t* code;      // [tiles][K][lane]
   T* scale;               // [tiles][groups][lane]
   T* zero_point;          // [tiles][groups][lane]
@@ -42,7 +41,6 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   arrays.sum = take(lanes * block);
   const std::int64_t group = problem.dynamic_scales ? kTileRows<T> * block : 0;
   arrays.scratch = take(group);
-  arrays.trial = reinterpret_cast<std::int8_t*>(take(group / static_cast<std::int64_t>(sizeof(T)) + 1));
   arrays.code =
       reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
   arrays.scale = take(lanes * problem.grid.groups);
@@ -55,16 +53,15 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
 /// One tile of rows of the pass.
 template <typename T>
 struct SweepTile {
-  std::int64_t row;    // first row
-  std::int64_t rows;   // valid lanes
-  T* error;            // [K][lane]
-  T* sum;              // [B][lane], of the current block
-  T* scratch;          // [B][lane], of the current group
-  std::int8_t* trial;  // [B][lane], of the current group
-  std::int8_t* code;   // [K][lane]
-  T* scale;            // [groups][lane]
-  T* zero_point;       // [groups][lane]
-  double* loss;        // [lane]
+  std::int64_t row;   // first row
+  std::int64_t rows;  // valid lanes
+  T* error;           // [K][lane]
+  T* sum;             // [B][lane], of the current block
+  T* scratch;         // [B][lane], of the current group
+  std::int8_t* code;  // [K][lane]
+  T* scale;           // [groups][lane]
+  T* zero_point;      // [groups][lane]
+  double* loss;       // [lane]
 };
 
 template <typename T>
@@ -78,7 +75,6 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
           arrays.error + lanes * problem.columns,
           arrays.sum + lanes * block,
           arrays.scratch,
-          arrays.trial,
           arrays.code + lanes * problem.columns,
           arrays.scale + lanes * problem.grid.groups,
           arrays.zero_point + lanes * problem.grid.groups,
@@ -112,17 +108,20 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
   }
 }
 
-/// Where the columns of a segment, from its first on, are quantized to: E, codes and loss.
+/// Where the columns of a segment, from its first on, are quantized to.
 template <typename T>
 struct QuantizedSegment {
-  T* error;           // [columns][lane]
-  std::int8_t* code;  // [columns][lane]
-  double* loss;       // [lane], added to
+  T* error;             // [columns][lane]
+  std::int8_t* code;    // [columns][lane]; a trial has none
+  double* loss;         // [lane], added to
+  const T* scale;       // [lane] of a trial; else the grid of the tile counts
+  const T* reciprocal;  // [lane] of a trial: 1 / scale
+  const T* zero_point;  // [lane] of a trial
 };
 
 /// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
-/// to S.
-template <typename T>
+/// to S. A trial wants the loss alone, which is the same on either side of a tie, so that a reciprocal serves.
+template <bool kTrial, typename T>
 MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
                                      Span strip, std::int64_t begin, const QuantizedSegment<T>& to) {
   TileAccumulator<T> sum;
@@ -142,17 +141,23 @@ MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const Sweep
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
         const std::int64_t lane = v * kLanes<T>;
         const Vector<T> weight = load<T>(tile.error + j * kTileRows<T> + lane);
-        const Vector<T> scale = load<T>(tile.scale + step.group * kTileRows<T> + lane);
-        const Vector<T> zero_point = load<T>(tile.zero_point + step.group * kTileRows<T> + lane);
+        const std::int64_t of_group = step.group * kTileRows<T> + lane;
+        const Vector<T> scale = load<T>(kTrial ? to.scale + lane : tile.scale + of_group);
+        const Vector<T> zero_point = load<T>(kTrial ? to.zero_point + lane : tile.zero_point + of_group);
+        const Vector<T> low = code_min - zero_point;
+        const Vector<T> high = code_max - zero_point;
         const Vector<T> target = weight + sum.value[c][v] * step.inverse_pivot;
-        const Vector<T> level =
-            round_to_level<T, Vector<T>>(target, scale, code_min - zero_point, code_max - zero_point);
+        const Vector<T> level = kTrial
+                                    ? clamp_and_round<T, Vector<T>>(target * load<T>(to.reciprocal + lane), low, high)
+                                    : round_to_level<T, Vector<T>>(target, scale, low, high);
         const Vector<T> dequantized = level * scale;
         error[v] = weight - dequantized;
         const Vector<T> miss = target - dequantized;
         loss[v] = multiply_add(broadcast<T>(step.pivot_squared), miss * miss, loss[v]);
         store<T>(to.error + (j - begin) * kTileRows<T> + lane, error[v]);
-        store_codes(to.code + (j - begin) * kTileRows<T> + lane, level + zero_point);
+        if constexpr (!kTrial) {
+          store_codes(to.code + (j - begin) * kTileRows<T> + lane, level + zero_point);
+        }
       }
       accumulate_term(sum, entry(problem.triangle, {problem.columns}, strip.begin, j), kPanelColumns, error, c + 1,
                       kStripColumns);
@@ -168,7 +173,7 @@ template <typename T>
 MINIQUANT_INLINE void quantize_segment(const SweepProblem<T>& problem, const SweepTile<T>& tile,
                                        std::int64_t block_begin, Span segment, const QuantizedSegment<T>& to) {
   for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
-    quantize_strip(problem, tile, block_begin, span_of(first, kStripColumns, segment.end), segment.begin, to);
+    quantize_strip<false>(problem, tile, block_begin, span_of(first, kStripColumns, segment.end), segment.begin, to);
   }
 }
 
@@ -212,36 +217,52 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
+/// Whether every row of the tile has lost `least` or more.
+template <typename T>
+MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss, const double* least) {
+  bool all = true;
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+    all = all && loss[lane] >= least[lane];
+  }
+  return all;
+}
+
 /// Of the scales that the problem's factors give, the one with which the group's columns add least to the loss. What
 /// they add is all that the choice costs: later columns start from what the sweep makes of any error.
 template <typename T>
 MINIQUANT_INLINE void choose_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
                                   Span columns, const T* low, const T* high) {
   const std::int64_t group = problem.steps[columns.begin].group;
-  T* const trial_scale = tile.scale + group * kTileRows<T>;
-  T* const trial_zero_point = tile.zero_point + group * kTileRows<T>;
   double least[kTileRows<T>];
   for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
     double loss[kTileRows<T>] = {};
     T scale[kTileRows<T>];
-    std::int8_t zero_point[kTileRows<T>];
+    T reciprocal[kTileRows<T>];
+    T zero_point[kTileRows<T>];
+    std::int8_t stored_zero_point[kTileRows<T>];
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
       scale[lane] = T(1);
-      zero_point[lane] = 0;
+      stored_zero_point[lane] = 0;
       if (lane < tile.rows) {
         grid_of_scaled_range(problem.grid.range, low[lane], high[lane], problem.search.factors[factor],
-                             problem.grid.round_scale, scale[lane], zero_point[lane]);
+                             problem.grid.round_scale, scale[lane], stored_zero_point[lane]);
       }
-      trial_scale[lane] = scale[lane];
-      trial_zero_point[lane] = static_cast<T>(zero_point[lane]);
+      reciprocal[lane] = T(1) / scale[lane];
+      zero_point[lane] = static_cast<T>(stored_zero_point[lane]);
     }
-    quantize_segment(problem, tile, block_begin, columns, {tile.scratch, tile.trial, loss});
+    const QuantizedSegment<T> trial = {tile.scratch, nullptr, loss, scale, reciprocal, zero_point};
+    // Columns only add to a loss, so that a trial ends where it has lost in every row.
+    for (std::int64_t first = columns.begin; first < columns.end && (factor == 0 || !lost(tile, loss, least));
+         first += kStripColumns) {
+      quantize_strip<true>(problem, tile, block_begin, span_of(first, kStripColumns, columns.end), columns.begin,
+                           trial);
+    }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       if (factor == 0 || loss[lane] < least[lane]) {
         const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
         least[lane] = loss[lane];
         problem.grid.scales[at] = scale[lane];
-        problem.grid.zero_points[at] = zero_point[lane];
+        problem.grid.zero_points[at] = stored_zero_point[lane];
       }
     }
   }
@@ -296,8 +317,9 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
     if (problem.dynamic_scales) {
       set_dynamic_grid(problem, tile, block.begin, segment);
     }
-    quantize_segment(problem, tile, block.begin, segment,
-                     {tile.error + begin * kTileRows<T>, tile.code + begin * kTileRows<T>, tile.loss});
+    quantize_segment(
+        problem, tile, block.begin, segment,
+        {tile.error + begin * kTileRows<T>, tile.code + begin * kTileRows<T>, tile.loss, nullptr, nullptr, nullptr});
   }
 }
 
