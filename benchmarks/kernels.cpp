@@ -56,10 +56,11 @@ class Workspace {
 };
 
 std::vector<float> normal(int64_t count, double factor) {
-  std::mt19937 generator(1);
+  // Every run draws the same numbers.
+  std::mt19937 generator(1);  // NOLINT(bugprone-random-generator-seed)
   std::normal_distribution<float> distribution(0.0F, static_cast<float>(factor));
   std::vector<float> values(static_cast<std::size_t>(count));
-  std::generate(values.begin(), values.end(), [&] { return distribution(generator); });
+  std::ranges::generate(values, [&] { return distribution(generator); });
   return values;
 }
 
@@ -158,6 +159,7 @@ void sweep(State& state) {
   const bool dynamic_scales = state.range(3) != 0;
   const std::vector<float> triangle = unit_triangle(layer.columns);
   std::vector<kernels::SweepStep<float>> steps;
+  steps.reserve(static_cast<std::size_t>(layer.columns));
   for (int64_t j = 0; j < layer.columns; ++j) {
     steps.push_back({j, j / layer.group_size, 1.0F, 1.0F});
   }
@@ -222,8 +224,8 @@ void search_grid(State& state) {
   Layer layer(state);
   std::vector<float> factors(kFactors);
   std::iota(factors.rbegin(), factors.rend(), 0.0F);
-  std::transform(factors.begin(), factors.end(), factors.begin(),
-                 [](float step) { return 0.5F + step / static_cast<float>(2 * kFactors); });
+  std::ranges::transform(factors, factors.begin(),
+                         [](float step) { return 0.5F + step / static_cast<float>(2 * kFactors); });
   const std::vector<float> importance(static_cast<std::size_t>(layer.columns), 1.0F);
   const kernels::ScaleSearch<float> search{factors.data(), kFactors, importance.data()};
   measure_kernel(state, 5.0 * static_cast<double>(kFactors * layer.rows * layer.columns),
