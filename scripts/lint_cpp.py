@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("csrc", "tests", "examples")
+FOLDERS = ("csrc", "tests", "examples", "benchmarks")
 SUFFIXES = (".h", ".inl", ".cpp")
 # Flags of g++ that clang does not know, or that would make it write files.
 DROPPED_FLAGS = re.compile(

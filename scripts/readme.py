@@ -4,6 +4,7 @@ A part of README.md between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is
 
     file PATH         the file, as a code block
     output COMMAND    what COMMAND prints, run from the root of the clone
+    markdown PATH     the file as it is: tables that a benchmark wrote
     results           the table of results, from the results.json files that are committed
 
 Without --check, README.md is written. With it, nothing is, and the exit status says whether README.md is true: numbers
@@ -38,6 +39,11 @@ def block(language: str, text: str) -> str:
 def file_part(path: str) -> str:
     """A file as a code block."""
     return block(LANGUAGES[Path(path).suffix], (ROOT / path).read_text())
+
+
+def markdown_part(path: str) -> str:
+    """A file as it is."""
+    return (ROOT / path).read_text()
 
 
 def output_part(command: str) -> str:
@@ -77,7 +83,7 @@ def results_part(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-MAKERS = {"file": file_part, "output": output_part, "results": results_part}
+MAKERS = {"file": file_part, "markdown": markdown_part, "output": output_part, "results": results_part}
 
 
 def remade(part: re.Match[str]) -> str:

@@ -1,0 +1,155 @@
+"""What the benchmarks share: the problems, the limit, interleaved timing, the machine, tables.
+
+For a weight [N, K] and T tokens the work that cannot be avoided is
+
+    Hessian    T K^2            multiplications and additions, H being symmetric
+    gptq       N K^2 + K^3 / 3  the sweep and one Cholesky factorization
+
+and the "limit" is the time that torch.mm, at the same sizes and in the same run, would need for as many. Ratios to it
+can be compared between machines; milliseconds cannot.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import miniquant
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Where runs that are no record go.
+SCRATCH = ROOT / "build" / "benchmarks"
+LEAST_ROUNDS = 3
+
+
+def hessian_flops(tokens: int, columns: int) -> float:
+    """Multiplications and additions of X X^T, whose two triangles are one."""
+    return float(tokens) * columns**2
+
+
+def gptq_flops(rows: int, columns: int) -> float:
+    """Those of the sweep and of one Cholesky factorization."""
+    return float(rows) * columns**2 + columns**3 / 3
+
+
+def product_flops(rows: int, inner: int, columns: int) -> float:
+    """Those of a matrix product [rows, inner] [inner, columns]."""
+    return 2.0 * rows * inner * columns
+
+
+def random_weight(rows: int, columns: int, seed: int = 1) -> Tensor:
+    """[rows, columns]: values of the size that trained layers have."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def correlated_inputs(tokens: int, columns: int) -> Tensor:
+    """[tokens, columns]: correlated inputs of uneven channel energy."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    mix.diagonal().add_(1)
+    energy = torch.exp(torch.randn(columns, generator=generator) * 0.7)
+    inputs: Tensor = (torch.randn(tokens, columns, generator=generator) * energy) @ mix
+    return inputs
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], least_seconds: float) -> dict[str, float]:
+    """The shortest time of each, one after the other in turn, so that whatever slows the machine slows all of them.
+
+    After one round that does not count, there are as many as fit into `least_seconds` for each run, but three at least.
+    """
+    for run in runs.values():
+        run()
+    fastest = dict.fromkeys(runs, float("inf"))
+    end = time.perf_counter() + least_seconds * len(runs)
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            fastest[name] = min(fastest[name], time.perf_counter() - start)
+        rounds += 1
+    return fastest
+
+
+def instruction_set() -> str:
+    """What the kernels run on: MINIQUANT_ISA, or the strongest they know that this CPU has."""
+    if forced := os.environ.get("MINIQUANT_ISA"):
+        return forced
+    flags = set(cpu_fields().get("flags", "").split())
+    if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq"}:
+        return "avx512"
+    return "avx2" if flags >= {"avx2", "fma"} else "baseline"
+
+
+def cpu_fields() -> dict[str, str]:
+    """What Linux says of the first processor."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n", 1)[0] if path.is_file() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """The CPU's kind, and how much of it is used."""
+    fields = cpu_fields()
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return {"cpu": name, "cpus": os.cpu_count(), "threads": threads, "instruction_set": instruction_set()}
+
+
+def versions() -> dict[str, str]:
+    """Of what was timed, and of what it was timed with."""
+    return {
+        "miniquant": miniquant.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def command_line(program: str) -> str:
+    """How this process was called, as one would type it in the root of the clone."""
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def machine_line(results: Mapping[str, Any]) -> str:
+    """One sentence of Markdown on where figures come from."""
+    where = results["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"`{results['command']}` on {where['cpu']}, {where['instruction_set']}, "
+        f"{where['threads']} of {where['cpus']} CPUs; {packages}."
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(line)} |" for line in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.0995 else f"{seconds * 1e3:.3g}"
+
+
+def write_results(results: Mapping[str, Any], markdown: str, folder: Path, stem: str) -> None:
+    """<stem>.json and <stem>.md in a folder that is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / f"{stem}.md").write_text(markdown)
+    try:
+        shown = folder.resolve().relative_to(Path.cwd())
+    except ValueError:
+        shown = folder
+    print(markdown)
+    print(f"wrote {shown / stem}.json and {shown / stem}.md")

@@ -1,0 +1,47 @@
+"""miniquant, driven like its peers: options are keyword arguments of miniquant.gptq."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import miniquant
+from miniquant import GptqResult
+from runner import Problem, serve
+
+
+class Miniquant:
+    """Scales included: they are computed within gptq."""
+
+    version = miniquant.__version__
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def hessian(self) -> Tensor:
+        """hessian_update_ for each batch, then the mean."""
+        accumulator = miniquant.HessianAccumulator(self._problem.weight.shape[1])
+        for batch in self._problem.batches:
+            accumulator.update(batch)
+        return accumulator.hessian()
+
+    def quantizer(self, hessian: Tensor, options: dict[str, Any]) -> Callable[[], GptqResult]:
+        """gptq, which changes neither of its arguments."""
+        problem = self._problem
+        return lambda: miniquant.gptq(
+            problem.weight,
+            hessian,
+            bits=problem.bits,
+            group_size=problem.group_size,
+            ridge=problem.ridge,
+            block_size=problem.block_size,
+            **options,
+        )
+
+    def dequantized(self, result: GptqResult) -> Tensor:
+        """From codes and scales."""
+        return miniquant.dequantize(result.codes, result.scales, result.zero_points, self._problem.group_size)
+
+
+if __name__ == "__main__":
+    serve(Miniquant)

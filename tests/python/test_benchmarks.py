@@ -1,0 +1,242 @@
+"""The benchmarks: that they count, time and score what they say, and that their tables are what their figures make."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import compare_peers
+import measuring
+import miniquant
+import speed
+from runner import Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = speed.Plan(
+    layers=[speed.Layer(40, 64, 32), speed.Layer(24, 32, 16, copies=3)],
+    inputs=[speed.Inputs(96, 64)],
+    option_layers=[speed.Layer(24, 64, 32)],
+    memory_layers=[speed.Layer(1024, 1024, 128)],
+    thread_layers=[speed.Layer(24, 64, 32)],
+    thread_inputs=[speed.Inputs(96, 64)],
+    growth=[32, 64],
+    growth_group_size=32,
+)
+TINY_CASE = "48,64,32,96"
+
+
+def test_counts_are_those_of_the_loops() -> None:
+    """One multiplication and one addition for each term of each sum, to leading order."""
+    rows, columns, tokens = 3, 400, 7
+    sweep = sum(2 * j for j in range(columns))
+    cholesky = sum(2 * (columns - 1 - j) for j in range(columns) for _ in range(j + 1))
+    triangle = sum(2 * tokens for j in range(columns) for _ in range(j + 1))
+    assert measuring.gptq_flops(rows, columns) == pytest.approx(rows * sweep + cholesky, rel=2 / columns)
+    assert measuring.gptq_flops(0, columns) == pytest.approx(cholesky, rel=2 / columns)
+    assert measuring.hessian_flops(tokens, columns) == pytest.approx(triangle, rel=2 / columns)
+    assert measuring.product_flops(2, 3, 5) == 2 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize(("least_seconds", "rounds"), [(0.0, measuring.LEAST_ROUNDS), (5.0, 6)])
+def test_interleaved_takes_turns_and_the_shortest(
+    monkeypatch: pytest.MonkeyPatch, least_seconds: float, rounds: int
+) -> None:
+    clock = 0.0
+    calls: list[str] = []
+    takes = {"a": [0.01, 2.0, 1.0], "b": [0.02, 0.5, 0.75]}
+
+    def run(name: str) -> None:
+        nonlocal clock
+        calls.append(name)
+        # The first call, which is the shortest, does not count; from the third on all take the same: turns end at
+        # 2.5, 4.25, 6, ... and 11.25 seconds, the first past twice five.
+        clock += takes[name][min(calls.count(name), 3) - 1]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    times = measuring.interleaved({name: partial(run, name) for name in takes}, least_seconds)
+    assert calls == ["a", "b"] * (1 + rounds)
+    assert times == pytest.approx({"a": 1.0, "b": 0.5})
+
+
+def test_instruction_set_is_the_library_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library names those that are supported, strongest last, when it is asked for another."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import torch, miniquant; miniquant.rtn(torch.ones(1, 64))"],
+        env={**os.environ, "MINIQUANT_ISA": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    supported = re.search(r"supported here \(([^)]+)\)", run.stderr)
+    assert supported, run.stderr
+    monkeypatch.delenv("MINIQUANT_ISA", raising=False)
+    assert measuring.instruction_set() == supported[1].split(", ")[-1]
+    monkeypatch.setenv("MINIQUANT_ISA", "baseline")
+    assert measuring.instruction_set() == "baseline"
+
+
+def expect_timed(row: dict[str, Any]) -> None:
+    assert row["seconds"] > 0
+    assert row["limit_seconds"] == pytest.approx(row["product_seconds"] * row["flops"] / row["product_flops"])
+
+
+def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "QUICK", TINY)
+    monkeypatch.setattr(speed, "MEMORY_OPTIONS", {"plain": {}})
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
+    speed.main(["--quick", "--seconds", "0.001", "--threads", "2", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "speed.json").read_text())
+
+    assert results["command"] == "benchmarks/speed.py --quick"
+    assert results["machine"]["threads"] == 2
+    assert results["machine"]["cpu"]
+    assert results["versions"]["torch"] == torch.__version__
+    counts = {section: len(results[section]) for section in speed.SECTIONS}
+    assert counts == {"layers": 2, "hessian": 2, "options": 1, "memory": 1, "threads": 2, "growth": 2}
+
+    for row in (*results["layers"], *results["hessian"], *results["growth"]):
+        expect_timed(row)
+    several = results["layers"][1]
+    assert several["flops"] == pytest.approx(3 * measuring.gptq_flops(24, 32))
+    assert several["product_flops"] == 3 * measuring.product_flops(24, 32, 32)
+    assert [row["dtype"] for row in results["hessian"]] == ["float32", "bfloat16"]
+    options = results["options"][0]
+    assert [option["name"] for option in options["options"]] == list(speed.OPTIONS)
+    for option in options["options"]:
+        assert option["relative"] == pytest.approx(option["seconds"] / options["plain_seconds"])
+    for row in results["threads"]:
+        assert min(row["seconds_1_thread"], row["seconds"], row["product_seconds_1_thread"]) > 0
+    # A triangle of floats at the very least.
+    memory = results["memory"][0]
+    assert 1024**2 / 2 <= memory["extra_floats"] <= memory["bound_floats"] == 1.25 * 1024**2
+
+    text = (tmp_path / "speed.md").read_text()
+    assert text == speed.to_markdown(results)
+    assert "3 layers of 24 x 32, group 16" in text
+    assert f"**{results['growth'][0]['limit_seconds'] / results['growth'][0]['seconds']:.0%}**" in text
+    with Image.open(tmp_path / "growth.png") as plot:
+        assert min(plot.size) > 300
+
+
+def test_speed_measures_the_tables_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "QUICK", TINY)
+    speed.main(["--quick", "--seconds", "0.001", "--threads", "1", "--only", "hessian", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert {section for section in speed.SECTIONS if results[section]} == {"hessian"}
+    assert not (tmp_path / "growth.png").exists()
+
+
+def test_score_is_the_error_on_the_inputs() -> None:
+    weight, batches = torch.randn(5, 12), torch.randn(2, 20, 12)
+    dequantized = weight + 0.1 * torch.randn(5, 12)
+    inputs = batches.reshape(-1, 12).double()
+    expected = ((weight.double() - dequantized.double()) @ inputs.T).square().sum()
+    expected /= (weight.double() @ inputs.T).square().sum()
+    score = compare_peers.Score(weight, batches)
+    assert score(dequantized) == pytest.approx(float(expected), rel=1e-12)
+    assert score(torch.zeros(5, 12)) == 1.0
+
+
+def fake_python(folder: Path, body: str) -> Path:
+    """A virtual environment whose Python is a shell script."""
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_compare_peers_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ours alone, so that no peer need be installed; what is saved for one option is not that of another."""
+    ours = [contender for contender in compare_peers.CONTENDERS if contender.runner == compare_peers.OURS][:2]
+    monkeypatch.setattr(compare_peers, "CONTENDERS", ours)
+    fake_python(tmp_path / "venv", "exit 1")
+    compare_peers.main(
+        ["--cases", TINY_CASE, "--repeats", "1", "--peers-venv", str(tmp_path / "venv"), "--output", str(tmp_path)]
+    )
+    results = json.loads((tmp_path / "peers.json").read_text())
+    (case,) = results["cases"]
+    assert case["hessian_limit_seconds"] > 0
+    assert case["quantize_limit_seconds"] > 0
+    assert [line["name"] for line in case["contenders"]] == [contender.name for contender in ours]
+
+    given = compare_peers.case_argument(TINY_CASE)
+    weight, batches = measuring.random_weight(48, 64), compare_peers.batches_of(given)
+    accumulator = miniquant.HessianAccumulator(64)
+    accumulator.update(batches)
+    for line in case["contenders"]:
+        assert min(line["hessian_seconds"], line["quantize_seconds"]) > 0
+        result = miniquant.gptq(weight, accumulator.hessian(), group_size=32, **line["options"])
+        dequantized = miniquant.dequantize(*result[:3], 32)
+        assert line["relative_loss"] == pytest.approx(compare_peers.Score(weight, batches)(dequantized), rel=1e-9)
+    assert case["contenders"][0]["relative_loss"] != case["contenders"][1]["relative_loss"]
+
+    text = (tmp_path / "peers.md").read_text()
+    assert text == compare_peers.to_markdown(results)
+    assert "| miniquant, activation order |" in text
+    assert f"| {case['contenders'][1]['relative_loss']:.3e} |" in text
+
+
+def test_compare_peers_without_their_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare_peers.main(["--quick", "--peers-venv", str(tmp_path)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"no environment for the peers in {tmp_path}: run benchmarks/compare_peers" in said
+    assert f"benchmarks/peers/setup {tmp_path}" in said
+
+
+def test_a_runner_that_fails_is_quoted(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "echo 'no module named peer' >&2; exit 3")
+    with pytest.raises(compare_peers.RunnerFailedError, match=r"ended with 3:\n  no module named peer"):
+        compare_peers.Runner("llm_compressor", python, tmp_path / "problem.pt", 1)
+
+
+def test_a_problem_is_read_as_it_was_written(tmp_path: Path) -> None:
+    problem = Problem(torch.randn(3, 8), torch.randn(2, 5, 8), 4, 8, 0.01, 128)
+    problem.save(tmp_path / "problem.pt")
+    read = Problem.load(tmp_path / "problem.pt")
+    torch.testing.assert_close(read.weight, problem.weight, rtol=0, atol=0)
+    torch.testing.assert_close(read.batches, problem.batches, rtol=0, atol=0)
+    assert read[2:] == problem[2:]
+
+
+@pytest.mark.parametrize("text", ["768,768,64", "768,768,64,x", "768,0,64,96", "768,100,64,96"])
+def test_cases_that_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare_peers.main(["--cases", text])
+    assert f"but got {text}" in capsys.readouterr().err
+
+
+def test_nothing_of_a_peer_is_imported_outside_its_runner() -> None:
+    peers = re.compile(r"^\s*(?:from|import) +(?:llmcompressor|compressed_tensors|neural_compressor)\b", re.MULTILINE)
+    files = [path for folder in ("src", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name for path in files if peers.search(path.read_text())}
+    assert found == {"run_llm_compressor.py", "run_neural_compressor.py"}
+
+
+def test_the_peers_are_pinned() -> None:
+    files = sorted((ROOT / "benchmarks" / "peers").glob("requirements*.txt"))
+    assert len(files) == 2
+    for path in files:
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert lines
+        assert all("==" in line and not line.startswith(("torch=", "nvidia-")) for line in lines)
+
+
+def test_run_says_what_it_does(run: Any) -> None:
+    assert run(ROOT / "benchmarks" / "run", "--help").startswith("Usage: benchmarks/run [--quick]")
+    refused = subprocess.run([ROOT / "benchmarks" / "run", "nonsense"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "unknown argument 'nonsense'" in refused.stderr
