@@ -273,7 +273,8 @@ def ranks(values: Tensor) -> Tensor:
     """1 for the smallest; equal values share the mean of their ranks."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    means: Tensor = last - (counts.double() - 1) / 2
+    return means[inverse]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -39,6 +39,8 @@ PLAIN = "plain GPTQ"
 RTN = "RTN"
 # The scheme of ours that stands beside the peers' on each kind of grid.
 OURS = {"symmetric": "best", "asymmetric": "best, asymmetric"}
+# In the names of the peers' variants that quantize groups of columns in another order than the stored one.
+ORDERED_GROUPS = "groups of ordered columns"
 KINDS = {"calibration": "calibration", "held_out": "held-out"}
 # Distinct for readers with any colour vision (Okabe and Ito), and in a fixed order.
 COLOURS = ("#d9730d", "#7f7f7f", "#56b4e9", "#cc79a7", "#009e73", "#1f5fa8", "#0b2f57")
@@ -170,11 +172,15 @@ def embeddings_part(results: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def peers_ratio(results: dict[str, Any], grid: str, kind: str) -> float:
-    """Our best relative to each layer's best peer."""
+def peers_ratio(results: dict[str, Any], grid: str, kind: str, *, ordered_groups: bool) -> float:
+    """Our best relative to each layer's best peer, with or without those that reorder groups."""
     bits, _, symmetry = grid.split(maxsplit=2)
     ours = results["losses"][bits][OURS[symmetry]][kind]
-    variants = [losses[kind] for losses in results["peers"]["losses"][grid].values()]
+    variants = [
+        losses[kind]
+        for name, losses in results["peers"]["losses"][grid].items()
+        if ordered_groups or ORDERED_GROUPS not in name
+    ]
     return relative(ours, [min(of_layer) for of_layer in zip(*variants, strict=True)])
 
 
@@ -183,9 +189,21 @@ def peers_part(results: dict[str, Any]) -> str:
     peers = results["peers"]
     if peers is None:
         return "The peers were not measured: their environment was missing.\n"
+    header = ["best / best peer"]
+    header += [f"{what}, {kind}" for what in ("groups as stored", "any groups") for kind in KINDS.values()]
     ratios = table(
-        ["grid", "best / best peer, calibration", "best / best peer, held-out"],
-        [[grid, *(f"{peers_ratio(results, grid, kind):.3f}" for kind in KINDS)] for grid in peers["losses"]],
+        header,
+        [
+            [
+                grid,
+                *(
+                    f"{peers_ratio(results, grid, kind, ordered_groups=ordered_groups):.3f}"
+                    for ordered_groups in (False, True)
+                    for kind in KINDS
+                ),
+            ]
+            for grid in peers["losses"]
+        ],
     )
     grids = [(grid, *grid.split(maxsplit=2)[::2]) for grid in peers["losses"]]
     variants = list(dict.fromkeys(variant for losses in peers["losses"].values() for variant in losses))

@@ -104,7 +104,8 @@ def variants(grid: argparse.Namespace) -> dict[str, Callable[[torch.Tensor, torc
             llm_compressor(weight, hessian, grid, observer)
         )
     orders = {
-        "act_order": {"act_order": True},
+        # Groups that are not columns as stored: such a format stores a group index for every column.
+        "act_order, groups of ordered columns": {"act_order": True},
         "act_order, static_groups": {"act_order": True, "static_groups": True},
     }
     for name, order in orders.items():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["first", "second"]
+ORDERED_GROUPS = "groups of ordered columns"
 
 
 @pytest.fixture(scope="module")
@@ -279,8 +280,11 @@ def example(quality: ModuleType) -> dict[str, Any]:
         "peers": {
             "versions": {"peer": "3.1"},
             "losses": {
-                "4 bits, symmetric": {"one": losses(1.0), "two": {"calibration": [8.0, 2.5], "held_out": [0.5, 80.0]}},
-                "2 bits, asymmetric": {"one": losses(0.5), "two": losses(4.0)},
+                "4 bits, symmetric": {
+                    "one": losses(1.0),
+                    f"two, {ORDERED_GROUPS}": {"calibration": [8.0, 2.5], "held_out": [0.5, 80.0]},
+                },
+                "2 bits, asymmetric": {"one": losses(0.5), f"two, {ORDERED_GROUPS}": losses(4.0)},
             },
         },
         "seconds": {
@@ -315,9 +319,9 @@ def test_page_shows_what_was_measured(quality: ModuleType, report: ModuleType) -
     assert rows(parts["best_ridges"])["`second`"] == ["1.0"]
     assert rows(parts["embeddings"])["best"] == ["0.9877", "0.8765"]
     # Of the two peers the better one counts, layer by layer: sqrt(0.5/1 * 5/2.5) and sqrt(1/0.5 * 40/80).
-    assert rows(parts["peers"])["4 bits, symmetric"] == ["1.000", "1.000"]
-    assert rows(parts["peers"])["2 bits, asymmetric"] == ["0.500", "0.500"]
-    assert rows(parts["peers"])["two"][0] == "0.500"
+    assert rows(parts["peers"])["4 bits, symmetric"] == ["0.500", "0.500", "1.000", "1.000"]
+    assert rows(parts["peers"])["2 bits, asymmetric"] == ["0.500"] * 4
+    assert rows(parts["peers"])[f"two, {ORDERED_GROUPS}"][0] == "0.500"
 
 
 def test_page_says_what_is_missing_and_shows_a_chosen_ridge(quality: ModuleType, report: ModuleType) -> None:
