@@ -101,6 +101,7 @@ FULL = Plan(
 )
 QUICK = FULL._replace(
     layers=("encoder.layer.0.attention.output.dense", "encoder.layer.0.intermediate.dense"),
+    bits=(4, 2),
     tokens=1024,
     fresh_tokens=1024,
     ridge_tokens=(32, 512),

@@ -374,6 +374,6 @@ def test_quick_runs_from_end_to_end(tmp_path: Path, run: Callable[..., str]) -> 
     for schemes in results["losses"].values():
         assert sum(schemes["best"]["held_out"]) < sum(schemes["plain GPTQ"]["held_out"])
     cosine = {bits: schemes["best"]["mean_cosine"] for bits, schemes in results["embeddings"].items()}
-    assert cosine["4"] > cosine["3"] > cosine["2"] > 0.9
+    assert cosine["4"] > cosine["2"] > 0.9
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "2 Linear layers" in (tmp_path / "quality.md").read_text()
