@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYER = "encoder.layer.0.intermediate.dense"
@@ -140,29 +140,31 @@ class Encoder:
             )
         return layers[name]
 
-    def inputs(self, names: Sequence[str], text: Iterable[str], tokens: int, label: str) -> dict[str, torch.Tensor]:
-        """What enters the named layers, [tokens, K] each, while the encoder reads the text, a passage at a time.
+    def read(
+        self, text: Iterable[str], tokens: int, label: str, watchers: Mapping[str, Callable[[torch.Tensor], None]]
+    ) -> None:
+        """Reads passages until they have that many tokens; each watcher is given what enters the layer of its name.
 
-        One passage at a time needs no padding, so every recorded row is a token of the text (or its [CLS] or [SEP]).
+        A watcher's argument is [tokens of the passage, K]. One passage at a time needs no padding, so every row is a
+        token of the text (or its [CLS] or [SEP]).
         """
-        recorded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
-        def recorder(name: str) -> Any:
-            def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        def hook(watcher: Callable[[torch.Tensor], None]) -> Any:
+            def watch(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
                 rows = arguments[0].detach()
-                recorded[name].append(rows.reshape(-1, rows.shape[-1]).clone())
+                watcher(rows.reshape(-1, rows.shape[-1]))
 
-            return record
+            return watch
 
         with ExitStack() as hooks, torch.inference_mode():
-            for name in names:
-                hooks.callback(self.linear(name).register_forward_pre_hook(recorder(name)).remove)
+            for name, watcher in watchers.items():
+                hooks.callback(self.linear(name).register_forward_pre_hook(hook(watcher)).remove)
             progress = hooks.enter_context(
                 tqdm(total=tokens, desc=label, unit="token", disable=not sys.stderr.isatty(), leave=False)
             )
             count = 0
             for passage in text:
-                encoded = self.tokenizer(passage, truncation=True, max_length=LONGEST_SEQUENCE, return_tensors="pt")
+                encoded = self.encode(passage)
                 self.model(**encoded)
                 count += int(encoded["input_ids"].numel())
                 progress.update(min(count, tokens) - progress.n)
@@ -172,6 +174,19 @@ class Encoder:
             raise SystemExit(
                 f"minilm_layer: {label}: expected at most {count} tokens, all that the text has, but got {tokens}"
             )
+
+    def encode(self, passage: str) -> Any:
+        """The model's arguments for one text, cut where the model's card says."""
+        return self.tokenizer(passage, truncation=True, max_length=LONGEST_SEQUENCE, return_tensors="pt")
+
+    def inputs(self, names: Sequence[str], text: Iterable[str], tokens: int, label: str) -> dict[str, torch.Tensor]:
+        """What enters the named layers, [tokens, K] each, while the encoder reads the text."""
+        recorded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+        def recorder(name: str) -> Callable[[torch.Tensor], None]:
+            return lambda rows: recorded[name].append(rows.clone())
+
+        self.read(text, tokens, label, {name: recorder(name) for name in names})
         return {name: torch.cat(rows)[:tokens] for name, rows in recorded.items()}
 
 

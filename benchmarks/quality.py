@@ -1,0 +1,458 @@
+"""Measures what quantization costs the MiniLM encoder, layer by layer and end to end.
+
+The layers are the Linear layers of the encoder's blocks, their inputs those that really enter them
+(scripts/minilm_layer.py). With E = W - Q and H = X X^T / n:
+
+    calibration loss    tr(E H E^T), H of the calibration tokens and with the ridge on its diagonal
+    held-out loss       tr(E H E^T), H of the fresh tokens and as it is
+    embedding           the mean of the last hidden states over a text's tokens, divided by its length
+
+What is measured goes into quality.json, and from there into docs/quality.md and its plot (quality_report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import miniquant
+import quality_report
+from minilm_layer import KINDS, Encoder, passages
+from speed import correlated_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    Losses = dict[str, list[float]]
+
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCKS = 6
+GROUP_SIZE = 64
+RIDGE = 0.01
+RTN = "RTN"
+PLAIN = "plain GPTQ"
+BEST = "best"
+BEST_ASYMMETRIC = "best, asymmetric"
+# Arguments of miniquant.gptq, but for RTN, which is miniquant.rtn.
+SCHEMES: dict[str, dict[str, Any]] = {
+    RTN: {},
+    PLAIN: miniquant.preset("lab"),
+    "plain, full range": {"full_range": True},
+    "activation order": {"column_order": "activation"},
+    "fast": miniquant.preset("fast"),
+    BEST: miniquant.preset("best"),
+    BEST_ASYMMETRIC: {**miniquant.preset("best"), "full_range": False, "symmetric": False},
+}
+RIDGE_SCHEMES = (PLAIN, BEST)
+PEERS_PYTHON = ROOT / "build" / "peers-venv" / "bin" / "python"
+NO_PEERS = "no peers' environment at {}: the comparison with peers is left out; benchmarks/peers/setup makes it"
+
+
+class Plan(NamedTuple):
+    """How much is measured."""
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    tokens: int
+    few_tokens: int
+    fresh_tokens: int
+    ridge_tokens: tuple[int, ...]
+    ridges: tuple[float, ...]
+    texts: int
+    timed_columns: int
+    timed_group_size: int
+    timed_rounds: int
+    peer_grids: tuple[tuple[int, bool], ...]  # bits, symmetric
+
+
+FULL = Plan(
+    layers=tuple(f"encoder.layer.{block}.{kind}" for block in range(BLOCKS) for kind in KINDS),
+    bits=(4, 3, 2),
+    tokens=11_000,
+    few_tokens=128,
+    fresh_tokens=11_000,
+    ridge_tokens=(32, 128, 512, 2048, 10_000),
+    ridges=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    texts=300,
+    timed_columns=4096,
+    timed_group_size=128,
+    timed_rounds=4,
+    peer_grids=((4, True), (3, True), (2, True), (4, False)),
+)
+QUICK = FULL._replace(
+    layers=("encoder.layer.0.attention.output.dense", "encoder.layer.0.intermediate.dense"),
+    bits=(4, 2),
+    tokens=1024,
+    fresh_tokens=1024,
+    ridge_tokens=(32, 512),
+    ridges=(0.01, 0.1, 1.0),
+    texts=8,
+    timed_columns=512,
+    timed_rounds=2,
+    peer_grids=((4, True),),
+)
+
+
+class Prefixes:
+    """The accumulator of a layer's first n tokens for each of several n, from one reading.
+
+    Args:
+        columns: K.
+        counts: the numbers of tokens.
+    """
+
+    def __init__(self, columns: int, counts: Iterable[int]) -> None:
+        self.after: dict[int, miniquant.HessianAccumulator] = {}
+        self._running = miniquant.HessianAccumulator(columns)
+        self._counts = sorted(set(counts))
+
+    def update(self, rows: Tensor) -> None:
+        """Takes the next tokens, [n, K]; those after the largest count are not used."""
+        while rows.shape[0] > 0 and len(self.after) < len(self._counts):
+            count = self._counts[len(self.after)]
+            missing = count - self._running.tokens
+            self._running.update(rows[:missing])
+            rows = rows[missing:]
+            if self._running.tokens == count:
+                self.after[count] = copy.deepcopy(self._running)
+
+
+class Layer(NamedTuple):
+    """A Linear layer, and what is known of its inputs."""
+
+    weight: Tensor  # [N, K]
+    calibration: Mapping[int, miniquant.HessianAccumulator]  # by tokens
+    fresh: Tensor  # [K, K]
+
+
+def inputs_of(layer: str) -> str:
+    """The layer whose inputs stand for those of the named one: query, key and value have the same."""
+    return re.sub(r"\.self\.(key|value)$", ".self.query", layer)
+
+
+def read_layers(encoder: Encoder, plan: Plan) -> tuple[dict[str, Layer], list[str]]:
+    """The plan's layers, and texts that no layer was calibrated on."""
+    sources = sorted({inputs_of(name) for name in plan.layers})
+
+    def prefixes(*counts: int) -> dict[str, Prefixes]:
+        return {name: Prefixes(encoder.linear(name).in_features, counts) for name in sources}
+
+    used: set[str] = set()
+    calibration = prefixes(plan.few_tokens, plan.tokens, *plan.ridge_tokens)
+    encoder.read(
+        passages(0, used),
+        max(plan.tokens, *plan.ridge_tokens),
+        "calibration",
+        {name: prefix.update for name, prefix in calibration.items()},
+    )
+    # The fresh tokens come from these texts, too: neither has any part in quantizing.
+    texts = list(islice(passages(1, set(used)), plan.texts))
+    fresh = prefixes(plan.fresh_tokens)
+    encoder.read(
+        passages(1, used), plan.fresh_tokens, "fresh inputs", {name: prefix.update for name, prefix in fresh.items()}
+    )
+    layers = {
+        name: Layer(
+            encoder.linear(name).weight.detach(),
+            calibration[inputs_of(name)].after,
+            fresh[inputs_of(name)].after[plan.fresh_tokens].hessian(),
+        )
+        for name in plan.layers
+    }
+    return layers, texts
+
+
+def quantized(scheme: str, weight: Tensor, hessian: Tensor, bits: int, ridge: float = RIDGE) -> Tensor:
+    """The weight after quantization, [N, K]."""
+    if scheme == RTN:
+        nearest = miniquant.rtn(weight, bits=bits, group_size=GROUP_SIZE)
+        return miniquant.dequantize(*nearest, GROUP_SIZE)
+    codes, scales, zero_points, _ = miniquant.gptq(
+        weight, hessian, bits=bits, group_size=GROUP_SIZE, ridge=ridge, **SCHEMES[scheme]
+    )
+    return miniquant.dequantize(codes, scales, zero_points, GROUP_SIZE)
+
+
+def loss(weight: Tensor, dequantized: Tensor, hessian: Tensor, ridge: float = 0.0) -> float:
+    """tr(E H E^T), with the ridge relative to the mean of H's diagonal; six digits."""
+    diagonal = hessian.diagonal()
+    damped = hessian + ridge * diagonal.mean() * torch.eye(len(diagonal), dtype=hessian.dtype)
+    return float(f"{miniquant.quantization_loss(weight, dequantized, damped).double().sum():.6g}")
+
+
+def no_losses() -> Losses:
+    """Room for the calibration and the held-out loss of each layer."""
+    return {"calibration": [], "held_out": []}
+
+
+def add_losses(losses: Losses, layer: Layer, hessian: Tensor, dequantized: Tensor) -> None:
+    """Calibration and held-out loss of one more layer."""
+    losses["calibration"].append(loss(layer.weight, dequantized, hessian, RIDGE))
+    losses["held_out"].append(loss(layer.weight, dequantized, layer.fresh))
+
+
+def measure_losses(layers: Mapping[str, Layer], tokens: int, all_bits: Iterable[int]) -> dict[str, dict[str, Losses]]:
+    """By bits and scheme: the losses of the layers in turn."""
+    result = {str(bits): {scheme: no_losses() for scheme in SCHEMES} for bits in all_bits}
+    for layer in tqdm(layers.values(), desc=f"losses, {tokens} tokens", unit="layer", disable=None, leave=False):
+        hessian = layer.calibration[tokens].hessian()
+        for bits, schemes in result.items():
+            for scheme, losses in schemes.items():
+                add_losses(losses, layer, hessian, quantized(scheme, layer.weight, hessian, int(bits)))
+    return result
+
+
+def chosen_ridge(weight: Tensor, accumulator: miniquant.HessianAccumulator, scheme: str) -> float | None:
+    """The ridge that the library chooses from the data, where it has that function."""
+    choose = getattr(miniquant, "choose_ridge", None)
+    if choose is None:
+        return None
+    return float(choose(weight, accumulator, bits=4, group_size=GROUP_SIZE, **SCHEMES[scheme]).ridge)
+
+
+def measure_ridges(layers: Mapping[str, Layer], plan: Plan) -> dict[str, Any]:
+    """The held-out losses of the layers in turn at 4 bits: of RTN, and by scheme, tokens and ridge.
+
+    A list under "chosen" is that of the ridges in "chosen_ridge", where the library chooses ridges.
+    """
+    nearest: list[float] = []
+    schemes: dict[str, dict[str, dict[str, Any]]] = {
+        scheme: {str(tokens): {"ridges": {str(ridge): [] for ridge in plan.ridges}} for tokens in plan.ridge_tokens}
+        for scheme in RIDGE_SCHEMES
+    }
+    for layer in tqdm(layers.values(), desc="ridges", unit="layer", disable=None, leave=False):
+
+        def held_out(scheme: str, hessian: Tensor, ridge: float = RIDGE, layer: Layer = layer) -> float:
+            return loss(layer.weight, quantized(scheme, layer.weight, hessian, 4, ridge), layer.fresh)
+
+        nearest.append(held_out(RTN, layer.fresh))
+        for scheme, by_tokens in schemes.items():
+            for tokens, measured in by_tokens.items():
+                accumulator = layer.calibration[int(tokens)]
+                hessian = accumulator.hessian()
+                for ridge, losses in measured["ridges"].items():
+                    losses.append(held_out(scheme, hessian, float(ridge)))
+                chosen = chosen_ridge(layer.weight, accumulator, scheme)
+                if chosen is not None:
+                    measured.setdefault("chosen_ridge", []).append(chosen)
+                    measured.setdefault("chosen", []).append(held_out(scheme, hessian, chosen))
+    return {"rtn": nearest, "schemes": schemes}
+
+
+def embeddings(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """[texts, features], of length 1: what the model's card calls sentence embeddings."""
+    rows = []
+    with torch.inference_mode():
+        for text in tqdm(texts, desc="embeddings", unit="text", disable=None, leave=False):
+            # One text at a time: no token is padding, so the mean needs no mask.
+            hidden = encoder.model(**encoder.encode(text)).last_hidden_state[0]
+            rows.append(torch.nn.functional.normalize(hidden.mean(dim=0), dim=0))
+    return torch.stack(rows)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    means: Tensor = last - (counts.double() - 1) / 2
+    return means[inverse]
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors."""
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def pair_similarities(rows: Tensor) -> Tensor:
+    """The cosines of all pairs of unit vectors, each pair once."""
+    first, second = torch.triu_indices(len(rows), len(rows), offset=1)
+    pairs: Tensor = (rows @ rows.T)[first, second]
+    return pairs
+
+
+def measure_embeddings(
+    encoder: Encoder, layers: Mapping[str, Layer], texts: Sequence[str], plan: Plan
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By bits and scheme, with all layers quantized: how near embeddings are to the float model's.
+
+    Each layer is calibrated on the float model's inputs, as elsewhere in this file.
+    """
+    expected = embeddings(encoder, texts)
+    pairs = pair_similarities(expected)
+    hessians = {name: layer.calibration[plan.tokens].hessian() for name, layer in layers.items()}
+    originals = {name: layer.weight.clone() for name, layer in layers.items()}
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    steps = [(bits, scheme) for bits in plan.bits for scheme in SCHEMES]
+    for bits, scheme in tqdm(steps, desc="end to end", unit="scheme", disable=None, leave=False):
+        for name, original in originals.items():
+            layers[name].weight.copy_(quantized(scheme, original, hessians[name], bits))
+        got = embeddings(encoder, texts)
+        cosines = (got * expected).sum(dim=1)
+        result.setdefault(str(bits), {})[scheme] = {
+            "mean_cosine": round(float(cosines.mean()), 6),
+            "least_cosine": round(float(cosines.min()), 6),
+            "spearman": round(spearman(pair_similarities(got), pairs), 6),
+        }
+    for name, original in originals.items():
+        layers[name].weight.copy_(original)
+    return result
+
+
+def measure_seconds(plan: Plan) -> dict[str, Any]:
+    """The shortest time of each scheme on a square layer, in turns, so that a busy moment does not hit one alone."""
+    columns = plan.timed_columns
+    weight = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1)) * 0.02
+    inputs = correlated_inputs(2 * columns, columns)
+    hessian = inputs.T @ inputs / len(inputs)
+    schemes = [scheme for scheme in SCHEMES if scheme != RTN]
+    seconds = dict.fromkeys(schemes, float("inf"))
+    steps = [scheme for _ in range(plan.timed_rounds) for scheme in schemes]
+    for scheme in tqdm(steps, desc="times", unit="run", disable=None, leave=False):
+        start = time.perf_counter()
+        miniquant.gptq(weight, hessian, bits=4, group_size=plan.timed_group_size, **SCHEMES[scheme])
+        seconds[scheme] = min(seconds[scheme], round(time.perf_counter() - start, 4))
+    return {
+        "rows": columns,
+        "columns": columns,
+        "group_size": plan.timed_group_size,
+        "rounds": plan.timed_rounds,
+        "threads": torch.get_num_threads(),
+        "schemes": seconds,
+    }
+
+
+def measure_peers(layers: Mapping[str, Layer], plan: Plan, python: Path) -> dict[str, Any] | None:
+    """By grid and variant: the losses of the peers' weights, layers in turn; None without their environment."""
+    if not python.is_file():
+        print(NO_PEERS.format(python), file=sys.stderr)
+        return None
+    losses: dict[str, dict[str, Losses]] = {}
+    versions: dict[str, str] = {}
+    hessians = {name: layer.calibration[plan.tokens].hessian() for name, layer in layers.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for layer, (weight, *_) in layers.items():
+            save_file({"weight": weight.contiguous(), "hessian": hessians[layer]}, folder / f"{layer}.safetensors")
+        for bits, symmetric in tqdm(plan.peer_grids, desc="peers", unit="grid", disable=None, leave=False):
+            command: list[str | Path] = [
+                *(python, ROOT / "benchmarks" / "peers" / "score_layers.py", folder, "--bits", str(bits)),
+                *("--group-size", str(GROUP_SIZE), "--ridge", str(RIDGE)),
+                *([] if symmetric else ["--asymmetric"]),
+            ]
+            # Their environment holds packages of its own: nothing of this one's may come before them.
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+            if run.returncode != 0:
+                raise SystemExit(f"quality: the peers ended with exit code {run.returncode}\n{run.stderr}")
+            versions = json.loads(run.stdout.splitlines()[-1])
+            by_variant = losses.setdefault(quality_report.grid_name(bits, symmetric=symmetric), {})
+            for layer, measured in layers.items():
+                for variant, weight in load_file(folder / f"{layer}.peers").items():
+                    add_losses(by_variant.setdefault(variant, no_losses()), measured, hessians[layer], weight)
+    return {"versions": versions, "losses": losses}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system says."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def steps(encoder: Encoder, plan: Plan, peers: Path) -> Iterator[tuple[str, Any]]:
+    """The parts of quality.json, each as soon as it is there."""
+    layers, texts = read_layers(encoder, plan)
+    if len(texts) < plan.texts:
+        raise SystemExit(f"quality: expected {plan.texts} texts to embed, but there are {len(texts)}")
+    yield (
+        "setup",
+        {
+            "model": "sentence-transformers/all-MiniLM-L6-v2",
+            "layers": list(layers),
+            "tokens": plan.tokens,
+            "few_tokens": plan.few_tokens,
+            "fresh_tokens": plan.fresh_tokens,
+            "texts": plan.texts,
+            "group_size": GROUP_SIZE,
+            "ridge": RIDGE,
+            "torch": torch.__version__,
+            "miniquant": miniquant.__version__,
+            "processor": processor(),
+        },
+    )
+    yield "losses", measure_losses(layers, plan.tokens, plan.bits)
+    yield "few_tokens", measure_losses(layers, plan.few_tokens, (4,))["4"]
+    yield "ridges", measure_ridges(layers, plan)
+    yield "embeddings", measure_embeddings(encoder, layers, texts, plan)
+    yield "peers", measure_peers(layers, plan, peers)
+    yield "seconds", measure_seconds(plan)
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """JSON with every list on a line of its own."""
+    return (
+        re.sub(
+            r"\[[^\[\]{}]*\]",
+            lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"),
+            json.dumps(results, indent=1),
+        )
+        + "\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and writes; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two layers and few tokens, into build/quality")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for quality.json, quality.md and quality.png (default: benchmarks/results and docs)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=PEERS_PYTHON,
+        metavar="PYTHON",
+        help="the Python of the peers' environment (default: build/peers-venv/bin/python)",
+    )
+    options = parser.parse_args(arguments)
+    output = options.output or (ROOT / "build" / "quality" if options.quick else None)
+    results = {}
+    start = time.monotonic()
+    for name, part in steps(Encoder(), QUICK if options.quick else FULL, options.peers):
+        results[name] = part
+        print(f"{time.monotonic() - start:4.0f} s  {name}", flush=True)
+    source = (output or RESULTS) / "quality.json"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(text_of(results))
+    pages = output or quality_report.DOCS
+    quality_report.write(source, pages)
+    print(f"wrote {source}, {pages / 'quality.md'} and {pages / 'quality.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
