@@ -36,7 +36,7 @@ from tqdm import tqdm
 import miniquant
 import quality_report
 from minilm_layer import KINDS, Encoder, passages
-from speed import correlated_inputs
+from measuring import correlated_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +53,7 @@ RTN = "RTN"
 PLAIN = "plain GPTQ"
 BEST = "best"
 BEST_ASYMMETRIC = "best, asymmetric"
+BEST_AUTO = "best, ridge from the data"
 # Arguments of miniquant.gptq, but for RTN, which is miniquant.rtn.
 SCHEMES: dict[str, dict[str, Any]] = {
     RTN: {},
@@ -62,6 +63,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fast": miniquant.preset("fast"),
     BEST: miniquant.preset("best"),
     BEST_ASYMMETRIC: {**miniquant.preset("best"), "full_range": False, "symmetric": False},
+    BEST_AUTO: miniquant.preset("best"),
 }
 RIDGE_SCHEMES = (PLAIN, BEST)
 PEERS_PYTHON = ROOT / "build" / "peers-venv" / "bin" / "python"
@@ -123,7 +125,7 @@ class Prefixes:
 
     def __init__(self, columns: int, counts: Iterable[int]) -> None:
         self.after: dict[int, miniquant.HessianAccumulator] = {}
-        self._running = miniquant.HessianAccumulator(columns)
+        self._running = miniquant.HessianAccumulator(columns, halves=True)
         self._counts = sorted(set(counts))
 
     def update(self, rows: Tensor) -> None:
@@ -218,22 +220,25 @@ def measure_losses(layers: Mapping[str, Layer], tokens: int, all_bits: Iterable[
         hessian = layer.calibration[tokens].hessian()
         for bits, schemes in result.items():
             for scheme, losses in schemes.items():
-                add_losses(losses, layer, hessian, quantized(scheme, layer.weight, hessian, int(bits)))
+                ridge = ridge_of(scheme, layer.weight, layer.calibration[tokens], int(bits))
+                add_losses(losses, layer, hessian, quantized(scheme, layer.weight, hessian, int(bits), ridge))
     return result
 
 
-def chosen_ridge(weight: Tensor, accumulator: miniquant.HessianAccumulator, scheme: str) -> float | None:
-    """The ridge that the library chooses from the data, where it has that function."""
-    choose = getattr(miniquant, "choose_ridge", None)
-    if choose is None:
-        return None
-    return float(choose(weight, accumulator, bits=4, group_size=GROUP_SIZE, **SCHEMES[scheme]).ridge)
+def ridge_of(scheme: str, weight: Tensor, accumulator: miniquant.HessianAccumulator, bits: int) -> float:
+    """The ridge that a scheme is quantized with."""
+    return chosen_ridge(weight, accumulator, bits) if scheme == BEST_AUTO else RIDGE
+
+
+def chosen_ridge(weight: Tensor, accumulator: miniquant.HessianAccumulator, bits: int) -> float:
+    """The ridge that the library chooses from the data."""
+    return miniquant.choose_ridge(weight, accumulator, bits=bits, group_size=GROUP_SIZE).ridge
 
 
 def measure_ridges(layers: Mapping[str, Layer], plan: Plan) -> dict[str, Any]:
     """The held-out losses of the layers in turn at 4 bits: of RTN, and by scheme, tokens and ridge.
 
-    A list under "chosen" is that of the ridges in "chosen_ridge", where the library chooses ridges.
+    The list under "chosen" is that of the ridges in "chosen_ridge", which the library chose from the data.
     """
     nearest: list[float] = []
     schemes: dict[str, dict[str, dict[str, Any]]] = {
@@ -252,10 +257,9 @@ def measure_ridges(layers: Mapping[str, Layer], plan: Plan) -> dict[str, Any]:
                 hessian = accumulator.hessian()
                 for ridge, losses in measured["ridges"].items():
                     losses.append(held_out(scheme, hessian, float(ridge)))
-                chosen = chosen_ridge(layer.weight, accumulator, scheme)
-                if chosen is not None:
-                    measured.setdefault("chosen_ridge", []).append(chosen)
-                    measured.setdefault("chosen", []).append(held_out(scheme, hessian, chosen))
+                chosen = chosen_ridge(layer.weight, accumulator, 4)
+                measured.setdefault("chosen_ridge", []).append(chosen)
+                measured.setdefault("chosen", []).append(held_out(scheme, hessian, chosen))
     return {"rtn": nearest, "schemes": schemes}
 
 
@@ -299,13 +303,15 @@ def measure_embeddings(
     """
     expected = embeddings(encoder, texts)
     pairs = pair_similarities(expected)
-    hessians = {name: layer.calibration[plan.tokens].hessian() for name, layer in layers.items()}
+    accumulators = {name: layer.calibration[plan.tokens] for name, layer in layers.items()}
+    hessians = {name: accumulator.hessian() for name, accumulator in accumulators.items()}
     originals = {name: layer.weight.clone() for name, layer in layers.items()}
     result: dict[str, dict[str, dict[str, float]]] = {}
     steps = [(bits, scheme) for bits in plan.bits for scheme in SCHEMES]
     for bits, scheme in tqdm(steps, desc="end to end", unit="scheme", disable=None, leave=False):
         for name, original in originals.items():
-            layers[name].weight.copy_(quantized(scheme, original, hessians[name], bits))
+            ridge = ridge_of(scheme, original, accumulators[name], bits)
+            layers[name].weight.copy_(quantized(scheme, original, hessians[name], bits, ridge))
         got = embeddings(encoder, texts)
         cosines = (got * expected).sum(dim=1)
         result.setdefault(str(bits), {})[scheme] = {
@@ -324,7 +330,7 @@ def measure_seconds(plan: Plan) -> dict[str, Any]:
     weight = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1)) * 0.02
     inputs = correlated_inputs(2 * columns, columns)
     hessian = inputs.T @ inputs / len(inputs)
-    schemes = [scheme for scheme in SCHEMES if scheme != RTN]
+    schemes = [scheme for scheme in SCHEMES if scheme not in (RTN, BEST_AUTO)]
     seconds = dict.fromkeys(schemes, float("inf"))
     steps = [scheme for _ in range(plan.timed_rounds) for scheme in schemes]
     for scheme in tqdm(steps, desc="times", unit="run", disable=None, leave=False):

@@ -43,7 +43,7 @@ OURS = {"symmetric": "best", "asymmetric": "best, asymmetric"}
 ORDERED_GROUPS = "groups of ordered columns"
 KINDS = {"calibration": "calibration", "held_out": "held-out"}
 # Distinct for readers with any colour vision (Okabe and Ito), and in a fixed order.
-COLOURS = ("#d9730d", "#7f7f7f", "#56b4e9", "#cc79a7", "#009e73", "#1f5fa8", "#0b2f57")
+COLOURS = ("#d9730d", "#7f7f7f", "#56b4e9", "#cc79a7", "#009e73", "#1f5fa8", "#0b2f57", "#8c564b")
 
 
 def grid_name(bits: int, *, symmetric: bool) -> str:
@@ -129,12 +129,13 @@ def ridges_part(results: dict[str, Any]) -> str:
     parts = []
     for scheme, by_tokens in results["ridges"]["schemes"].items():
         first = next(iter(by_tokens.values()))
-        header = ["tokens", *first["ridges"], "best of these for each layer"] + ["chosen"] * ("chosen" in first)
+        header = ["tokens", *first["ridges"], "best of these for each layer", "from the data", "worst layer / its best"]
         rows = []
         for tokens, measured in by_tokens.items():
-            columns = [*measured["ridges"].values(), [loss for _, loss in best_ridges(measured)]]
-            columns += [measured["chosen"]] if "chosen" in measured else []
+            best = [loss for _, loss in best_ridges(measured)]
+            columns = [*measured["ridges"].values(), best, measured["chosen"]]
             cells = [relative(column, nearest) for column in columns]
+            cells.append(max(a / b for a, b in zip(measured["chosen"], best, strict=True)))
             rows.append([tokens, *(f"{cell:.3f}" for cell in cells)])
         parts.append(f"{scheme}, 4 bits, held-out loss relative to RTN's by ridge:\n\n" + table(header, rows))
     return "\n".join(parts)
@@ -277,9 +278,8 @@ def draw_ridges(axes: Axes, results: dict[str, Any]) -> None:
         axes.plot(counts, ratios, "o-", color=shades(0.92 * i / max(1, len(ridges) - 1)), markersize=3, label=ridge)
     best = [relative([loss for _, loss in best_ridges(measured)], nearest) for measured in by_tokens.values()]
     axes.plot(counts, best, "--", color="black", linewidth=1.6, label="best for each layer")
-    if all("chosen" in measured for measured in by_tokens.values()):
-        chosen = [relative(measured["chosen"], nearest) for measured in by_tokens.values()]
-        axes.plot(counts, chosen, "s-", color=COLOURS[0], linewidth=1.8, markersize=4, label="chosen from the data")
+    chosen = [relative(measured["chosen"], nearest) for measured in by_tokens.values()]
+    axes.plot(counts, chosen, "s-", color=COLOURS[0], linewidth=1.8, markersize=4, label="chosen from the data")
     axes.axhline(1, color=COLOURS[1], linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())

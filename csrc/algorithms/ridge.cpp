@@ -52,9 +52,9 @@ at::Tensor judged_ridges(int64_t tokens, int64_t columns) {
   constexpr double kRoundsToNearest = 1e6;
   const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
   const double usual = usual_ridge(tokens);
-  if (tokens < columns) {
-    // None below the usual: tokens of one text resemble one another, so that the halves of a few tokens agree better
-    // than either does with tokens to come, and would have one trust them too far.
+  if (tokens / 2 < columns) {
+    // Where a half does not determine H, none below the usual: tokens of one text resemble one another, so that the
+    // halves of a few agree better than either does with tokens to come, and would have one trust them too far.
     return at::tensor({usual, 3 * usual, 10 * usual, 30 * usual, 100 * usual, kRoundsToNearest}, options);
   }
   return at::tensor({usual / 10, usual / 3, usual, 3 * usual, 10 * usual, kRoundsToNearest}, options);

@@ -17,7 +17,7 @@ struct RidgeChoice {
 
 /// Judges ridges by the tokens themselves: some rows of the weight are quantized with the Hessian of one half of the
 /// tokens and measured with that of the other, both ways round, and the ridge of least loss is taken. With fewer tokens
-/// than columns none below (128 / tokens)^0.7 is: see docs/algorithm.md, "The ridge from the data".
+/// in a half than columns none below (128 / tokens)^0.7 is: see docs/algorithm.md, "The ridge from the data".
 ///
 /// accumulator: one that keeps its halves apart (Halves::kApart), with a token in either.
 /// grid: of GPTQ as it is judged; scales must not be given.
