@@ -148,6 +148,12 @@ def test_score_is_the_error_on_the_inputs() -> None:
     assert score(torch.zeros(5, 12)) == 1.0
 
 
+def test_a_turn_is_one_run_or_as_many_as_fit() -> None:
+    for times, fastest, left in ([9.0, 1.0], 9.0, 1), ([0.1, 0.05, 0.2, 0.01], 0.05, 1):
+        assert compare_peers.turn(lambda times=times: times.pop(0)) == fastest  # type: ignore[misc]
+        assert len(times) == left
+
+
 def fake_python(folder: Path, body: str) -> Path:
     """A virtual environment whose Python is a shell script."""
     (folder / "bin").mkdir(parents=True)
