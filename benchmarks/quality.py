@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import miniquant
 import quality_report
-from minilm_layer import KINDS, Encoder, passages
 from measuring import correlated_inputs
+from minilm_layer import KINDS, Encoder, passages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -53,8 +53,8 @@ def choose_ridge(
     """Judges ridges by the tokens themselves.
 
     Some rows of the weight are quantized with the Hessian of one half of the tokens and measured with that of the
-    other, both ways round, and the ridge of least loss is taken. With fewer tokens in a half than columns
-    none below (128 / tokens)^0.7 is: docs/algorithm.md, "The ridge from the data", says why. Costs twelve factorizations of H, and
+    other, both ways round, and the ridge of least loss is taken. With fewer tokens in a half than columns none below
+    (128 / tokens)^0.7 is: docs/algorithm.md, "The ridge from the data", says why. Costs twelve factorizations of H, and
     no more than twelve sweeps over 128 rows.
 
     Args:
