@@ -10,9 +10,10 @@ namespace miniquant::algorithms {
 inline constexpr int64_t kJudgedRidges = 6;
 at::Tensor judged_ridges(int64_t tokens, int64_t columns);
 
-/// float64 [kJudgedRidges]: for each of the ridges (raised to what it becomes for half the tokens) the loss of some rows of the weight quantized with the Hessian of
-/// one half of the tokens and measured with that of the other, summed over both ways round. Infinity where a Hessian
-/// could not be factored. Arguments as miniquant::choose_ridge, already checked.
+/// float64 [kJudgedRidges]: for each of the ridges (raised to what it becomes for half the tokens) the loss of some
+/// rows of the weight quantized with the Hessian of one half of the tokens and measured with that of the other, summed
+/// over both ways round. Infinity where a Hessian could not be factored. Arguments as miniquant::choose_ridge, already
+/// checked.
 at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
                         const at::Tensor& ridges, const GridOptions& grid);
 

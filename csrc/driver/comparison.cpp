@@ -208,6 +208,7 @@ Comparison compare(const Problem& problem, const GptqOptions& options, bool chec
     const at::Tensor fresh = stages.run("fresh_hessian", [&] { return hessian_of(*problem.fresh_inputs, dtype); });
     const std::vector<double> losses = stages.run("fresh_loss", [&] {
       std::vector<double> list;
+      list.reserve(schemes.size());
       for (const Scheme& s : schemes) list.push_back(sum(to_vector(quantization_loss(weight, s.value, fresh))));
       return list;
     });

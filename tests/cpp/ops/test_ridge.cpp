@@ -52,7 +52,7 @@ TEST(Ridge, TheChoiceIsWhatWasJudgedBest) {
   const RidgeChoice choice = choose_ridge(weight, accumulator);
   ASSERT_EQ(choice.ridges.size(), choice.held_out.size());
   EXPECT_EQ(choice.held_out.back(), 1.0);
-  const auto least = std::min_element(choice.held_out.begin(), choice.held_out.end());
+  const auto least = std::ranges::min_element(choice.held_out);
   EXPECT_EQ(choice.ridge, choice.ridges[least - choice.held_out.begin()]);
   // White inputs, fewer than the weight's columns: they say nothing of others.
   EXPECT_GT(choice.ridge, 10);
