@@ -143,7 +143,9 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
         names = {name for name in archive.namelist() if name.startswith("miniquant/")}
         metadata = archive.read(f"miniquant-{miniquant.__version__}.dist-info/METADATA").decode()
         archive.extract("miniquant/lib/libminiquant.so", tmp_path)
-    assert names == {f"miniquant/{name}" for name in ("__init__.py", "gptq.py", "py.typed", "lib/libminiquant.so")}
+    modules = {path.name for path in (root / "src" / "miniquant").glob("*.py")}
+    assert {"__init__.py", "gptq.py", "presets.py", "ridge.py"} <= modules
+    assert names == {f"miniquant/{name}" for name in (*modules, "py.typed", "lib/libminiquant.so")}
     assert "Requires-Dist: torch==2.13.0" in metadata
     # The wheel holds on any machine: no folder of this one in it.
     dynamic = run("readelf", "--dynamic", tmp_path / "miniquant" / "lib" / "libminiquant.so")
