@@ -29,6 +29,8 @@ TEST(Ridge, HalvesAreSumsOfTheirOwn) {
   accumulator.update(inputs.narrow(0, 13, 4));  // to the second
   accumulator.update(inputs.narrow(0, 17, 4));  // to the first
   EXPECT_EQ(accumulator.tokens(), 21);
+  EXPECT_EQ(accumulator.half_tokens(0), 12);
+  EXPECT_EQ(accumulator.half_tokens(1), 9);
   const at::Tensor first = at::cat({inputs.narrow(0, 0, 5), inputs.narrow(0, 10, 3), inputs.narrow(0, 17, 4)});
   const at::Tensor second = at::cat({inputs.narrow(0, 5, 5), inputs.narrow(0, 13, 4)});
   EXPECT_TRUE(at::allclose(accumulator.half(0), first.mT().matmul(first) / 12));
@@ -42,6 +44,9 @@ TEST(Ridge, HalvesNameWhatTheyWant) {
             "HessianAccumulator: expected at least one token in either half, but got 0 in all");
   EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half(2); }),
             "HessianAccumulator: expected half to be 0 or 1, but got 2");
+  EXPECT_EQ(accumulator.half_tokens(1), 0);
+  EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half_tokens(-1); }),
+            "HessianAccumulator: expected half to be 0 or 1, but got -1");
   EXPECT_EQ(message_of<c10::ValueError>([&] { return HessianAccumulator(3).half(0); }),
             "HessianAccumulator: expected halves that are kept apart (Halves::kApart), but they are not");
 }
