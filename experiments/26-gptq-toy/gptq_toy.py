@@ -258,15 +258,16 @@ def ridge_choice(accumulator: miniquant.HessianAccumulator, automatic: miniquant
 def compare(problem: Problem, setup: Setup) -> Comparison:
     """Quantizes the weight with every scheme and measures what each loses."""
     weight, fresh = problem.weight, problem.fresh_hessian
-    if setup.ridge == "auto":
+    choice: dict[str, Any] | None = None
+    if setup.ridge != "auto":
+        ridge, hessian = setup.ridge, problem.hessian
+        gptq = quantize(ops.gptq, weight, hessian, setup)
+    else:
         accumulator = miniquant.HessianAccumulator(setup.columns, halves=True)
         accumulator.update(problem.inputs.t())
-        hessian = accumulator.hessian()
         automatic = miniquant.gptq_auto(weight, accumulator, **options_of(setup))
-        gptq, ridge, choice = automatic.result, automatic.ridge, ridge_choice(accumulator, automatic)
-    else:
-        hessian, ridge, choice = problem.hessian, setup.ridge, None
-        gptq = quantize(ops.gptq, weight, hessian, setup)
+        ridge, hessian, gptq = automatic.ridge, accumulator.hessian(), automatic.result
+        choice = ridge_choice(accumulator, automatic)
     best = quantize(ops.gptq, weight, hessian, dataclasses.replace(setup.with_preset("best"), ridge=ridge))
     with_ridge = damped(hessian, ridge)
     # w H w^T per row: the loss of a weight that is all zeros.
