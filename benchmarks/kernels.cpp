@@ -172,6 +172,7 @@ void sweep(State& state) {
       .grid = layer.grid(),
       .dynamic_scales = dynamic_scales,
       .search = {&factor, 1, nullptr},
+      .beam_scales = 0,
       .steps = steps.data(),
       .triangle = triangle.data(),
       .segment_columns = segment_columns,

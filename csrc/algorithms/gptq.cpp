@@ -108,6 +108,7 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
       .grid = view<T>(grid),
       .dynamic_scales = dynamic_scales,
       .search = {factors.data(), static_cast<int64_t>(factors.size()), nullptr},
+      .beam_scales = options.beam_scales,
       .steps = steps.data(),
       .triangle = factor.triangle.const_data_ptr<T>(),
       .segment_columns = segment_columns,

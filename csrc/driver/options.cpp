@@ -126,6 +126,7 @@ struct Overrides {
   std::optional<GroupScales> group_scales;
   std::optional<ScaleMethod> scale_method;
   std::optional<int64_t> refine;
+  std::optional<int64_t> beam_scales;
   bool full_range = false;
 };
 
@@ -245,6 +246,11 @@ void add_gptq_options(CLI::App& app, Preset& preset, Overrides& overrides) {
       ->type_name("INT")
       ->group(group)
       ->transform(integer_from(0, kMaxRounds));
+  app.add_option("--beam-scales", overrides.beam_scales,
+                 "of the scales that --scale-method loss tries, how many a beam search of the codes takes")
+      ->type_name("INT")
+      ->group(group)
+      ->transform(integer_from(0, kMostBeamScales));
 }
 
 bool is_given(const CLI::App& app, const char* name) { return app.get_option(name)->count() > 0; }
@@ -255,6 +261,7 @@ GptqOptions gptq_options(const CLI::App& app, Preset preset, const GptqOptions& 
   options.group_scales = overrides.group_scales.value_or(options.group_scales);
   options.scale_method = overrides.scale_method.value_or(options.scale_method);
   options.refine = overrides.refine.value_or(options.refine);
+  options.beam_scales = overrides.beam_scales.value_or(options.beam_scales);
   if (is_given(app, "--full-range")) options.full_range = overrides.full_range;
   return options;
 }
@@ -282,6 +289,10 @@ void check_gptq_options(const CLI::App& app, const Options& options) {
   }
   if (dynamic && !loss && gptq.scale_method != ScaleMethod::kAbsmax) {
     throw InputError("--scale-method: expected absmax or loss with --group-scales " + scales + ", but got " + method);
+  }
+  if (!loss && gptq.beam_scales > 0) {
+    throw InputError("--beam-scales: expected 0 with --scale-method " + method + ", but got " +
+                     said("--beam-scales", std::to_string(gptq.beam_scales)));
   }
   if (gptq.full_range && !gptq.symmetric) {
     throw InputError("--full-range: expected not with --asymmetric, whose grid has every code");

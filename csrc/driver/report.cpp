@@ -122,6 +122,7 @@ json preset_json(const GptqOptions& gptq) {
           {"group_scales", name_of(gptq.group_scales)},
           {"scale_method", name_of(gptq.scale_method)},
           {"full_range", gptq.full_range},
+          {"beam_scales", gptq.beam_scales},
           {"refine", gptq.refine}};
 }
 

@@ -57,6 +57,7 @@ std::string scheme_text(const GptqOptions& gptq) {
   std::string text(name_of(gptq.column_order));
   text.append(" order, ").append(name_of(gptq.group_scales)).append(" scales by ").append(name_of(gptq.scale_method));
   if (gptq.full_range) text += ", full range";
+  if (gptq.beam_scales > 0) text += ", beam search";
   if (gptq.refine > 0)
     text += ", " + std::to_string(gptq.refine) + (gptq.refine == 1 ? " round" : " rounds") + " of refinement";
   return text;

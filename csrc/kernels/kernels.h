@@ -60,6 +60,7 @@ struct SweepProblem {
   GridView<T> grid;
   bool dynamic_scales;           ///< scales are computed when a segment (one group) is reached, else read
   ScaleSearch<T> search;         ///< of dynamic scales
+  std::int64_t beam_scales;      ///< of them, the best that a beam search takes, or 0: no such search
   const SweepStep<T>* steps;     ///< [K]
   const T* triangle;             ///< L = R^T in the order of the sweep, laid out by TriangleLayout{columns}
   std::int64_t segment_columns;  ///< at least 1; a group's if scales are dynamic

@@ -26,6 +26,13 @@ namespace {
 #include "kernels/rank_update.inl"
 #include "kernels/rtn.inl"
 #include "kernels/scale_search.inl"
+//
+#include "kernels/choices.inl"
+//
+#include "kernels/sweep_tile.inl"
+//
+#include "kernels/beam.inl"
+//
 #include "kernels/sweep.inl"
 //
 #include "kernels/refine.inl"

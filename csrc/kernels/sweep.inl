@@ -9,89 +9,9 @@
 //         q_j      = quantize(target_j)
 //         E_j      = w_j - dequantize(q_j)
 //         loss    += R_jj^2 (target_j - dequantize(q_j))^2
+//       the same group again, row by row, by a search of its codes   if beam_scales says so: beam.inl
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
-
-/// Where the arrays of a pass lie in the workspace. B = columns of a block.
-template <typename T>
-struct SweepArrays {
-  T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
-  T* sum;                 // [tiles][B][lane]       S
-  T* scratch;             // [B][lane]              of set_dynamic_grid()
-  std::int8_t* code;      // [tiles][K][lane]
-  T* scale;               // [tiles][groups][lane]
-  T* zero_point;          // [tiles][groups][lane]
-  double* loss;           // [tiles][lane]
-  std::int64_t elements;  // of the workspace, in T
-};
-
-template <typename T>
-MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t tiles, T* workspace) {
-  const std::int64_t lanes = tiles * kTileRows<T>;
-  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
-  const std::int64_t align = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
-  std::int64_t used = 0;
-  const auto take = [&](std::int64_t count) {
-    T* const at = workspace + used;
-    used += (count + align - 1) / align * align;
-    return at;
-  };
-  SweepArrays<T> arrays;
-  arrays.error = take(lanes * problem.columns);
-  arrays.sum = take(lanes * block);
-  const std::int64_t group = problem.dynamic_scales ? kTileRows<T> * block : 0;
-  arrays.scratch = take(group);
-  arrays.code =
-      reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
-  arrays.scale = take(lanes * problem.grid.groups);
-  arrays.zero_point = take(lanes * problem.grid.groups);
-  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
-  arrays.elements = used;
-  return arrays;
-}
-
-/// One tile of rows of the pass.
-template <typename T>
-struct SweepTile {
-  std::int64_t row;   // first row
-  std::int64_t rows;  // valid lanes
-  T* error;           // [K][lane]
-  T* sum;             // [B][lane], of the current block
-  T* scratch;         // [B][lane], of the current group
-  std::int8_t* code;  // [K][lane]
-  T* scale;           // [groups][lane]
-  T* zero_point;      // [groups][lane]
-  double* loss;       // [lane]
-};
-
-template <typename T>
-MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const SweepArrays<T>& arrays,
-                                      std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
-  const std::int64_t row = row_begin + tile * kTileRows<T>;
-  const std::int64_t lanes = tile * kTileRows<T>;
-  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
-  return {row,
-          row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
-          arrays.error + lanes * problem.columns,
-          arrays.sum + lanes * block,
-          arrays.scratch,
-          arrays.code + lanes * problem.columns,
-          arrays.scale + lanes * problem.grid.groups,
-          arrays.zero_point + lanes * problem.grid.groups,
-          arrays.loss + lanes};
-}
-
-/// Lanes past the last row get scale 1, so that they quantize their zeros to 0.
-template <typename T>
-MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t group) {
-  T* const scale = tile.scale + group * kTileRows<T>;
-  T* const zero_point = tile.zero_point + group * kTileRows<T>;
-  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
-    scale[lane] = lane < tile.rows ? problem.grid.scales[at] : T(1);
-    zero_point[lane] = lane < tile.rows ? static_cast<T>(problem.grid.zero_points[at]) : T(0);
-  }
-}
 
 /// S[columns] += E[errors] R[errors, columns].
 template <typename T>
@@ -114,9 +34,9 @@ struct QuantizedSegment {
   T* error;             // [columns][lane]
   std::int8_t* code;    // [columns][lane]; a trial has none
   double* loss;         // [lane], added to
-  const T* scale;       // [lane] of a trial; else the grid of the tile counts
-  const T* reciprocal;  // [lane] of a trial: 1 / scale
-  const T* zero_point;  // [lane] of a trial
+  const T* scale = nullptr;       // [lane] of a trial; else the grid of the tile counts
+  const T* reciprocal = nullptr;  // [lane] of a trial: 1 / scale
+  const T* zero_point = nullptr;  // [lane] of a trial
 };
 
 /// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
@@ -217,23 +137,23 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// Whether every row of the tile has lost `least` or more.
+/// Whether no row of the tile would keep a scale that has lost as much.
 template <typename T>
-MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss, const double* least) {
+MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss) {
+  const double* const most = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
   bool all = true;
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    all = all && loss[lane] >= least[lane];
+    all = all && loss[lane] >= most[lane];
   }
   return all;
 }
 
-/// Of the scales that the problem's factors give, the one with which the group's columns add least to the loss. What
+/// Keeps those of the scales that the problem's factors give with which the group's columns add least to the loss. What
 /// they add is all that the choice costs: later columns start from what the sweep makes of any error.
 template <typename T>
-MINIQUANT_INLINE void choose_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                  Span columns, const T* low, const T* high) {
-  const std::int64_t group = problem.steps[columns.begin].group;
-  double least[kTileRows<T>];
+MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
+                                 Span columns, const T* low, const T* high) {
+  clear(tile.kept);
   for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
     double loss[kTileRows<T>] = {};
     T scale[kTileRows<T>];
@@ -250,20 +170,20 @@ MINIQUANT_INLINE void choose_grid(const SweepProblem<T>& problem, const SweepTil
       reciprocal[lane] = T(1) / scale[lane];
       zero_point[lane] = static_cast<T>(stored_zero_point[lane]);
     }
-    const QuantizedSegment<T> trial = {tile.scratch, nullptr, loss, scale, reciprocal, zero_point};
+    const QuantizedSegment<T> trial = {.error = tile.scratch,
+                                       .code = nullptr,
+                                       .loss = loss,
+                                       .scale = scale,
+                                       .reciprocal = reciprocal,
+                                       .zero_point = zero_point};
     // Columns only add to a loss, so that a trial ends where it has lost in every row.
-    for (std::int64_t first = columns.begin; first < columns.end && (factor == 0 || !lost(tile, loss, least));
+    for (std::int64_t first = columns.begin; first < columns.end && !lost(tile, loss);
          first += kStripColumns) {
       quantize_strip<true>(problem, tile, block_begin, span_of(first, kStripColumns, columns.end), columns.begin,
                            trial);
     }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-      if (factor == 0 || loss[lane] < least[lane]) {
-        const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
-        least[lane] = loss[lane];
-        problem.grid.scales[at] = scale[lane];
-        problem.grid.zero_points[at] = stored_zero_point[lane];
-      }
+      keep(tile.kept, lane, loss[lane], scale[lane], zero_point[lane]);
     }
   }
 }
@@ -275,35 +195,11 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
   T low[kTileRows<T>];
   T high[kTileRows<T>];
   range_of_group(problem, tile, block_begin, columns, low, high);
-  choose_grid(problem, tile, block_begin, columns, low, high);
-  set_group_grid(problem, tile, problem.steps[columns.begin].group);
-}
-
-/// E = W, in the order of the sweep; lanes past the last row get 0.
-template <typename T>
-MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
-  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
-    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
-    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-      const T* const row = problem.weight + (tile.row + lane) * problem.columns;
-      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        tile.error[j * kTileRows<T> + lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
-      }
-    }
-  }
-}
-
-/// Copies the codes to their rows.
-template <typename T>
-MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
-  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
-    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
-    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-      std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
-      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        codes[problem.steps[j].column] = tile.code[j * kTileRows<T> + lane];
-      }
-    }
+  try_scales(problem, tile, block_begin, columns, low, high);
+  const std::int64_t group = problem.steps[columns.begin].group;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    tile.scale[group * kTileRows<T> + lane] = tile.kept.scale[lane];
+    tile.zero_point[group * kTileRows<T> + lane] = tile.kept.zero_point[lane];
   }
 }
 
@@ -319,7 +215,13 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
     }
     quantize_segment(
         problem, tile, block.begin, segment,
-        {tile.error + begin * kTileRows<T>, tile.code + begin * kTileRows<T>, tile.loss, nullptr, nullptr, nullptr});
+        {.error = tile.error + begin * kTileRows<T>, .code = tile.code + begin * kTileRows<T>, .loss = tile.loss});
+    if (problem.beam_scales > 0) {
+      search_beams(problem, tile, block.begin, segment);
+    }
+    if (problem.dynamic_scales) {
+      write_group_grid(problem, tile, segment);
+    }
   }
 }
 

@@ -15,7 +15,7 @@ using Gptq = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using OptionalTensor = const std::optional<at::Tensor>&;
 using GptqSignature = Gptq(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t,
                            std::string_view, std::string_view, OptionalTensor, OptionalTensor, bool, std::string_view,
-                           int64_t);
+                           int64_t, int64_t);
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
@@ -27,7 +27,7 @@ GptqResult call(const c10::TypedOperatorHandle<GptqSignature>& op, const at::Ten
   auto [codes, scales, zero_points, row_loss] =
       op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
               name_of(options.group_scales), name_of(options.column_order), options.scales, options.zero_points,
-              options.full_range, name_of(options.scale_method), options.refine);
+              options.full_range, name_of(options.scale_method), options.refine, options.beam_scales);
   return {{codes, scales, zero_points}, row_loss};
 }
 

@@ -244,11 +244,15 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
   TORCH_CHECK_VALUE(sweep.block_size >= 1, op, ": expected block_size to be positive, but got ", sweep.block_size);
   TORCH_CHECK_VALUE(sweep.refine >= 0, op, ": expected refine to be a number of rounds, 0 or more, but got ",
                     sweep.refine);
+  TORCH_CHECK_VALUE(sweep.beam_scales >= 0 && sweep.beam_scales <= kMostBeamScales, op,
+                    ": expected beam_scales to be from 0 to ", kMostBeamScales,
+                    ", the number of scales that are tried, but got ", sweep.beam_scales);
   options.ridge = sweep.ridge;
   options.block_size = sweep.block_size;
   options.group_scales = group_scales_of(op, sweep.group_scales);
   options.column_order = column_order_of(op, sweep.column_order);
   options.refine = sweep.refine;
+  options.beam_scales = sweep.beam_scales;
   if (options.group_scales == GroupScales::kDynamic) {
     TORCH_CHECK_VALUE(options.column_order != ColumnOrder::kActivation, op,
                       ": expected column_order to be 'natural' or 'group' with group_scales='dynamic' (in activation "
@@ -266,6 +270,10 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
                       ": expected group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the "
                       "sweep), but got 'static'");
   }
+  TORCH_CHECK_VALUE(sweep.beam_scales == 0 || options.scale_method == ScaleMethod::kLoss, op,
+                    ": expected scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that "
+                    "one), but got '",
+                    grid.scale_method, "' and beam_scales ", sweep.beam_scales);
   return options;
 }
 

@@ -36,6 +36,7 @@ struct SweepArguments {
   std::string_view group_scales;
   std::string_view column_order;
   int64_t refine;
+  int64_t beam_scales;
 };
 
 /// Groups of a row of `columns`, where group_size has been checked.

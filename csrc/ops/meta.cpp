@@ -40,10 +40,10 @@ GptqTuple empty_gptq(const at::Tensor& weight, int64_t group_size) {
 GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
                double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
                const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
-               std::string_view scale_method, int64_t refine) {
+               std::string_view scale_method, int64_t refine, int64_t beam_scales) {
   check_gptq_arguments("gptq", weight, hessian,
                        {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
-                       {ridge, block_size, group_scales, column_order, refine});
+                       {ridge, block_size, group_scales, column_order, refine, beam_scales});
   return empty_gptq(weight, group_size);
 }
 
@@ -51,10 +51,10 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
                          bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
                          std::string_view column_order, const std::optional<at::Tensor>& scales,
                          const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
-                         int64_t refine) {
+                         int64_t refine, int64_t beam_scales) {
   check_gptq_reference_arguments(weight, hessian,
                                  {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
-                                 {ridge, block_size, group_scales, column_order, refine});
+                                 {ridge, block_size, group_scales, column_order, refine, beam_scales});
   return empty_gptq(weight, group_size);
 }
 

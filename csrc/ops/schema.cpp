@@ -13,14 +13,14 @@ TORCH_LIBRARY(miniquant, m) {
   m.def(
       "gptq(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, float ridge=0.01, "
       "int block_size=128, str group_scales=\"static\", str column_order=\"natural\", Tensor? scales=None, "
-      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", int refine=0) "
+      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", int refine=0, int beam_scales=0) "
       "-> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
   m.def(
       "gptq_reference(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, "
       "float ridge=0.01, int block_size=128, str group_scales=\"static\", str column_order=\"natural\", "
       "Tensor? scales=None, Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", "
-      "int refine=0) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
+      "int refine=0, int beam_scales=0) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
       tags);
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
   m.def(

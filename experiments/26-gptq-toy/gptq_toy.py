@@ -46,7 +46,7 @@ WEIGHT_DEVIATION = 0.02
 TOP_ROWS = 10
 LEAST_LOSS = "least held-out loss"
 ROUNDS_TO_NEAREST = "none gains on rounding to nearest"
-PRESET_OPTIONS = ("column_order", "group_scales", "scale_method", "full_range", "refine")
+PRESET_OPTIONS = ("column_order", "group_scales", "scale_method", "full_range", "beam_scales", "refine")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Setup:
     column_order: str = "natural"
     scale_method: str = "absmax"
     full_range: bool = False
+    beam_scales: int = 0
     refine: int = 0
     seed: int = 42
 

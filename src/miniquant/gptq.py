@@ -126,6 +126,7 @@ def gptq(
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
     refine: int = 0,
+    beam_scales: int = 0,
 ) -> GptqResult:
     """Quantizes a column at a time and moves what rounding lost onto the columns still to come.
 
@@ -157,6 +158,8 @@ def gptq(
             sweep adds least to the loss.
         refine: rounds, at most, in which scales are fitted to their codes and codes moved one at a time wherever that
             lowers the loss; stops when nothing changes.
+        beam_scales: of the 25 scales that ``scale_method="loss"`` tries, the number with which each group is quantized
+            once more by a beam search that keeps four partial choices of codes.
 
     Raises:
         ValueError, TypeError: for a bad argument.
@@ -179,6 +182,7 @@ def gptq(
             full_range=full_range,
             scale_method=scale_method,
             refine=refine,
+            beam_scales=beam_scales,
         )
     )
 
@@ -199,6 +203,7 @@ def gptq_reference(
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
     refine: int = 0,
+    beam_scales: int = 0,
 ) -> GptqResult:
     """The textbook form of :func:`gptq`: the loop over blocks, groups and columns of the paper's Algorithm 1.
 
@@ -208,8 +213,8 @@ def gptq_reference(
 
     Written on PyTorch's own operations, for any device and float32 or float64; slow, and what :func:`gptq` is tested
     against. The two agree code for code but where a target lies on a rounding tie to within the precision of the
-    arithmetic. Arguments, result and errors are those of :func:`gptq`, but that ``scale_method="loss"`` and ``refine``
-    are left to it.
+    arithmetic. Arguments, result and errors are those of :func:`gptq`, but that ``scale_method="loss"``,
+    ``beam_scales`` and ``refine`` are left to it.
     """
     return GptqResult(
         *torch.ops.miniquant.gptq_reference(
@@ -227,6 +232,7 @@ def gptq_reference(
             full_range=full_range,
             scale_method=scale_method,
             refine=refine,
+            beam_scales=beam_scales,
         )
     )
 

@@ -232,6 +232,14 @@ GPTQ = [  # gptq and gptq_reference
     Bad("", {"group_scales": ""}, "group_scales to be 'static' or 'dynamic', but got ''"),
     Bad("", {"column_order": "act"}, "column_order to be 'natural', 'activation' or 'group', but got 'act'"),
     Bad("", {"refine": -1}, "refine to be a number of rounds, 0 or more, but got -1"),
+    Bad("", {"beam_scales": -1}, "beam_scales to be from 0 to 25, the number of scales that are tried, but got -1"),
+    Bad("", {"beam_scales": 26}, "beam_scales to be from 0 to 25, the number of scales that are tried, but got 26"),
+    Bad(
+        "",
+        {"beam_scales": 2, "group_scales": "dynamic"},
+        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got 'absmax' "
+        "and beam_scales 2",
+    ),
     Bad(
         "",
         {"scale_method": "loss"},

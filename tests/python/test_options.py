@@ -1,4 +1,4 @@
-"""The options that lower the loss at the same bits: full range, scale search, group order, refinement."""
+"""The options that lower the loss at the same bits: full range, scale and beam search, group order, refinement."""
 
 from __future__ import annotations
 
@@ -158,7 +158,119 @@ def test_scales_chosen_by_the_loss(dtype: torch.dtype, options: dict[str, Any]) 
     assert float(losses.sum()) < 0.9 * float(plain.sum())
 
 
-REFINED: list[dict[str, Any]] = [{}, {"full_range": True}, {"symmetric": False}, *BEST[1::2]]
+def trial_scales(updated: Tensor, grid: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """The 25 scales and zero points, [N] each, in the order in which they are tried; 4 bits."""
+    factors = [1.0] + [1 - step / 40 for step in range(1, 21)] + [1 + step / 40 for step in range(1, 5)]
+    low, high = updated.amin(1), updated.amax(1)
+    scales: list[tuple[Tensor, Tensor]] = []
+    for factor in factors:
+        if grid.get("symmetric", True):
+            largest = torch.maximum(high * factor, -low * factor)
+            scale = largest / (8 if grid.get("full_range") else 7)
+            scale = torch.where(high > -low, -scale, scale) if grid.get("full_range") else scale
+            scales.append((scale, torch.zeros_like(scale)))
+        else:
+            bottom, top = (low * factor).clamp(max=0), (high * factor).clamp(min=0)
+            scale = (top - bottom) / 15
+            scales.append((scale, -8 + torch.round(-bottom / scale).clamp(0, 15)))
+    return scales
+
+
+def beam(
+    weight: Tensor, sums: Tensor, factor: Tensor, scale: Tensor, levels: tuple[Tensor, Tensor], width: int
+) -> tuple[Tensor, Tensor]:
+    """The group's loss and levels, [N] and [N, G]: the best of `width` partial choices kept; 1 is the nearest plane."""
+    rows, columns = weight.shape
+    low, high = levels[0][:, None], levels[1][:, None]
+    loss = torch.zeros(rows, 1, dtype=weight.dtype)
+    error = torch.zeros(rows, 1, columns, dtype=weight.dtype)
+    level = torch.zeros_like(error)
+    for j in range(columns):
+        pivot = factor[j, j]
+        target = weight[:, j : j + 1] + (sums[:, j : j + 1] + error[:, :, :j] @ factor[:j, j]) / pivot
+        nearest = torch.clamp(torch.round(target / scale[:, None]), low, high)
+        other = nearest + torch.where(target / scale[:, None] > nearest, 1.0, -1.0)
+        choices = torch.stack([nearest, other], 2) if width > 1 else nearest[:, :, None]
+        added = (pivot * (target[:, :, None] - choices * scale[:, None, None])).square()
+        impossible = (choices < low[:, :, None]) | (choices > high[:, :, None])
+        total = (loss[:, :, None] + added.masked_fill(impossible, torch.inf)).flatten(1)
+        loss, at = total.topk(min(width, total.shape[1]), dim=1, largest=False)
+        parent = (at // choices.shape[2])[:, :, None].expand(-1, -1, columns)
+        chosen = choices.flatten(1).gather(1, at)
+        error, level = error.gather(1, parent).clone(), level.gather(1, parent).clone()
+        level[:, :, j] = chosen
+        error[:, :, j] = weight[:, j : j + 1] - chosen * scale[:, None]
+    best = loss.argmin(1)
+    every = torch.arange(rows)
+    return loss[every, best], level[every, best]
+
+
+@pytest.mark.parametrize(("group_size", "beam_scales"), [(1, 2), (13, 3), (64, 0), (64, 1), (64, 8), (-1, 25)])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_best_scales_and_codes_are_those_of_a_plain_search(
+    grid: dict[str, Any], group_size: int, beam_scales: int
+) -> None:
+    """131 columns, float64: the trials and the beam search written out plainly give the same codes."""
+    weight, hessian = problem(20, 131, seed=3)
+    result = miniquant.gptq(
+        weight,
+        hessian,
+        group_size=group_size,
+        group_scales="dynamic",
+        scale_method="loss",
+        beam_scales=beam_scales,
+        **grid,
+    )
+    damped = torch.from_numpy(oracle.damp(hessian, 0.01).numpy())
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    lowest, highest = (-8.0 if grid.get("full_range") or not grid.get("symmetric", True) else -7.0), 7.0
+    error = torch.zeros_like(weight)
+    total = torch.zeros(len(weight), dtype=torch.float64)
+    for group, begin in enumerate(range(0, 131, 131 if group_size == -1 else group_size)):
+        columns = slice(begin, min(131, begin + (131 if group_size == -1 else group_size)))
+        own, block = weight[:, columns], factor[columns, columns]
+        sums = error[:, :begin] @ factor[:begin, columns]
+        updated = own + torch.linalg.solve_triangular(block, sums, upper=True, left=False)
+        trials = trial_scales(updated, grid)
+        losses = torch.stack(
+            [beam(own, sums, block, scale, (lowest - zero, highest - zero), 1)[0] for scale, zero in trials]
+        )
+        order = losses.argsort(dim=0, stable=True)
+        least = losses.gather(0, order[:1])[0]
+        every = torch.arange(len(weight))
+        scales, zeros = (torch.stack(parts) for parts in zip(*trials, strict=True))
+        scale, zero = scales[order[0], every], zeros[order[0], every]
+        level = beam(own, sums, block, scale, (lowest - zero, highest - zero), 1)[1]
+        for best in order[:beam_scales]:
+            tried, offset = scales[best, every], zeros[best, every]
+            loss, found = beam(own, sums, block, tried, (lowest - offset, highest - offset), 4)
+            better = loss < least * (1 - 1e-12)
+            least = torch.where(better, loss, least)
+            scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
+            level = torch.where(better[:, None], found, level)
+        assert torch.equal(result.codes[:, columns].double(), level + zero[:, None])
+        torch.testing.assert_close(result.scales[:, group], scale, rtol=1e-9, atol=0.0)
+        assert torch.equal(result.zero_points[:, group].double(), zero)
+        error[:, columns] = own - level * scale[:, None]
+        total += least
+    torch.testing.assert_close(result.row_loss, total, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("options", BEST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_beam_search_lowers_the_loss(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    weight, hessian = problem(150, 200, dtype)
+    hessian = hessian.float() if dtype == torch.bfloat16 else hessian
+    before = float(miniquant.gptq(weight, hessian, group_size=64, **options).row_loss.double().sum())
+    result = miniquant.gptq(weight, hessian, group_size=64, beam_scales=4, **options)
+    losses = row_losses(weight, hessian, result, 64)
+    torch.testing.assert_close(result.row_loss.double(), losses, rtol=1e-3 if dtype != torch.float64 else 1e-9, atol=0)
+    assert float(losses.sum()) < 0.98 * before
+
+
+BEAMS: list[dict[str, Any]] = [{**options, "beam_scales": 3} for options in BEST[1::2]]
+
+REFINED: list[dict[str, Any]] = [{}, {"full_range": True}, {"symmetric": False}, *BEST[1::2], *BEAMS]
 
 
 @pytest.mark.parametrize("options", REFINED, ids=str)
@@ -202,7 +314,7 @@ def test_refined_codes_are_where_no_single_move_lowers_the_loss() -> None:
         assert bool((change[allowed] >= -1e-10).all())
 
 
-@pytest.mark.parametrize("options", [{"refine": 3}, {**BEST[-1], "refine": 3}, {"scale_method": "mse"}], ids=str)
+@pytest.mark.parametrize("options", [{"refine": 3}, {**BEST[-1], "refine": 3}, BEAMS[-1], {"scale_method": "mse"}], ids=str)
 def test_neither_threads_nor_rows_change_a_bit(options: dict[str, Any]) -> None:
     weight, hessian = problem(200, 131, torch.float32)
     threads = torch.get_num_threads()
@@ -220,7 +332,7 @@ def test_neither_threads_nor_rows_change_a_bit(options: dict[str, Any]) -> None:
         assert torch.equal(getattr(results[0], name)[77:78], getattr(alone, name))
 
 
-@pytest.mark.parametrize("options", [{}, {"full_range": True}, BEST[-1]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"full_range": True}, BEST[-1], *BEAMS], ids=str)
 @pytest.mark.parametrize("ridge", [0.0, 0.01])
 def test_dead_inputs_and_zero_weights(ridge: float, options: dict[str, Any]) -> None:
     weight, hessian = problem(10, 64)

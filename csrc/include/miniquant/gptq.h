@@ -25,6 +25,9 @@ enum class ColumnOrder {
 MINIQUANT_API std::string_view name_of(GroupScales group_scales);
 MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
 
+/// The number of scales that ScaleMethod::kLoss tries.
+inline constexpr int64_t kMostBeamScales = 25;
+
 struct GptqOptions : GridOptions {
   /// Added to the Hessian's diagonal, relative to its mean: H += ridge * mean(diag H) * I.
   double ridge = 0.01;
@@ -36,6 +39,9 @@ struct GptqOptions : GridOptions {
   /// Rounds of refinement after the sweep, at most: scales are fitted to their codes and codes moved one at a time
   /// wherever that lowers the loss. Stops when nothing changes.
   int64_t refine = 0;
+  /// Of the scales that ScaleMethod::kLoss tries, the number with which each group is quantized once more by a beam
+  /// search that keeps four partial choices of codes: at most kMostBeamScales.
+  int64_t beam_scales = 0;
 };
 
 struct GptqResult : QuantizedWeight {

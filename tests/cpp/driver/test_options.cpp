@@ -109,6 +109,7 @@ void expect_same_choices(const GptqOptions& actual, const GptqOptions& expected)
   EXPECT_EQ(actual.group_scales, expected.group_scales);
   EXPECT_EQ(actual.scale_method, expected.scale_method);
   EXPECT_EQ(actual.full_range, expected.full_range);
+  EXPECT_EQ(actual.beam_scales, expected.beam_scales);
   EXPECT_EQ(actual.refine, expected.refine);
 }
 
@@ -134,10 +135,13 @@ TEST(Options, EachOptionGoesOverThePreset) {
   best.column_order = ColumnOrder::kNatural;
   expect({"--column-order", "natural", "--preset", "best"}, best);
   best = options_of(Preset::kBest);
+  best.beam_scales = 3;
+  expect({"--beam-scales", "3", "--preset", "best"}, best);
+  best.beam_scales = 0;
   best.scale_method = ScaleMethod::kAbsmax;
-  expect({"--preset", "best", "--scale-method", "absmax"}, best);
+  expect({"--preset", "best", "--scale-method", "absmax", "--beam-scales", "0"}, best);
   best.group_scales = GroupScales::kStatic;
-  expect({"--preset", "best", "--scale-method", "absmax", "--group-scales", "static"}, best);
+  expect({"--preset", "best", "--scale-method", "absmax", "--beam-scales", "0", "--group-scales", "static"}, best);
   best = options_of(Preset::kBest);
   best.full_range = false;
   expect({"--no-full-range", "--preset", "best"}, best);
@@ -246,6 +250,10 @@ TEST(Options, BadValuesAreNamed) {
        "--scale-method: expected absmax or loss with --group-scales dynamic, but got mse"},
       {{"--preset", "best", "--scale-method", "hessian"},
        "--scale-method: expected absmax or loss with --group-scales dynamic (of --preset best), but got hessian"},
+      {{"--preset", "best", "--scale-method", "absmax"},
+       "--beam-scales: expected 0 with --scale-method absmax, but got 8 (of --preset best)"},
+      {{"--beam-scales", "2"}, "--beam-scales: expected 0 with --scale-method absmax (of --preset lab), but got 2"},
+      {{"--beam-scales", "26"}, "--beam-scales: expected an integer from 0 to 25, but got '26'"},
       {{"--full-range", "--asymmetric"}, "--full-range: expected not with --asymmetric, whose grid has every code"},
       {{"--preset", "best", "--full-range", "--no-symmetric"}, "--full-range: expected not with --asymmetric"},
       {{"--preset", "best", "--check"},
@@ -274,8 +282,9 @@ TEST(Options, HelpAndVersion) {
        {"--rows",         "--columns",    "--tokens",       "--fresh-tokens", "--seed",         "--distribution",
         "--weights",      "--tensor",     "--inputs",       "--input-tensor", "--fresh-inputs", "--fresh-input-tensor",
         "--bits",         "--group-size", "--asymmetric",   "--ridge",        "--block-size",   "--column-order",
-        "--group-scales", "--preset",     "--scale-method", "--full-range",   "--refine",       "--output",
-        "--threads",      "--check",      "--quiet",        "--version",      "Examples:",      "Exit codes:"}) {
+        "--group-scales", "--preset",     "--scale-method", "--full-range",   "--refine",       "--beam-scales",
+        "--output",       "--threads",    "--check",        "--quiet",        "--version",      "Examples:",
+        "Exit codes:"}) {
     EXPECT_THAT(help, HasSubstr(option));
   }
   EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,

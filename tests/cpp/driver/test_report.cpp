@@ -70,6 +70,7 @@ TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
   options.preset = Preset::kFast;
   options.gptq = options_of(Preset::kFast);
   options.gptq.refine = 2;
+  options.gptq.beam_scales = 3;
   json setup = json::parse(results_json(options, sample_runs()))["setup"];
   EXPECT_EQ(setup["preset"], "fast");
   EXPECT_EQ(setup["column_order"], "activation");
@@ -77,10 +78,12 @@ TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
   EXPECT_EQ(setup["scale_method"], "mse");
   EXPECT_EQ(setup["full_range"], true);
   EXPECT_EQ(setup["refine"], 2);
+  EXPECT_EQ(setup["beam_scales"], 3);
   const json best = {{"column_order", "group"},
                      {"group_scales", "dynamic"},
                      {"scale_method", "loss"},
                      {"full_range", true},
+                     {"beam_scales", 8},
                      {"refine", 1}};
   EXPECT_EQ(setup["best"], best);
   options.gptq.symmetric = false;

@@ -10,6 +10,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernel_testing.h"
@@ -34,6 +35,7 @@ struct Inputs {
   std::int64_t group_size;
   CodeRange range;
   bool dynamic_scales;
+  std::int64_t beam_scales;  // beside four scales that are tried; 0: neither
   std::vector<T> weight;
   std::vector<T> coefficient;
   std::vector<T> pivot;
@@ -61,7 +63,7 @@ std::size_t at(T i) {
 template <typename T>
 Inputs<T> make_inputs(std::mt19937_64& generator, std::int64_t rows, std::int64_t columns, std::int64_t group_size,
                       const CodeRange& range, bool dynamic_scales = false) {
-  Inputs<T> inputs{rows, columns, group_size, range, dynamic_scales, {}, {}, {}, {}, {}, {}, {}};
+  Inputs<T> inputs{rows, columns, group_size, range, dynamic_scales, 0, {}, {}, {}, {}, {}, {}, {}};
   inputs.weight = normal<T>(generator, rows * columns);
   inputs.coefficient = normal<T>(generator, columns * columns, 0.5 / std::sqrt(static_cast<double>(columns)));
   for (std::int64_t j = 0; j < columns; ++j) {
@@ -109,13 +111,17 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, 
   GuardedBuffer<std::int8_t> zero_points(inputs.zero_points);
   GuardedBuffer<std::int8_t> codes(inputs.rows * inputs.columns);
   GuardedBuffer<T> row_loss(inputs.rows);
-  const T factor = 1;
+  std::vector<T> factors = {1};
+  if (inputs.beam_scales > 0) {
+    factors.insert(factors.end(), {T(0.75), T(0.875), T(1.125)});
+  }
   const SweepProblem<T> problem{
       inputs.columns,
       weight.data(),
       {inputs.range, inputs.group_size, groups, scales.data(), zero_points.data(), codes.data(), no_rounding<T>},
       inputs.dynamic_scales,
-      {&factor, 1, nullptr},
+      {factors.data(), static_cast<std::int64_t>(factors.size()), nullptr},
+      inputs.beam_scales,
       steps.data(),
       triangle.data(),
       cut.segment_columns,
@@ -333,6 +339,89 @@ TYPED_TEST(Sweep, BlocksAndSegmentsDoNotChangeACode) {
   });
 }
 
+/// The loss of what the kernel chose, whatever it chose, and how far rounding may take it.
+template <typename T>
+std::pair<Wide<T>, Wide<T>> loss_of(const Inputs<T>& inputs, const Outputs<T>& outputs, std::int64_t row) {
+  const std::int64_t K = inputs.columns;
+  std::vector<Wide<T>> error(at(K));
+  Wide<T> loss = 0;
+  Wide<T> loss_error = 0;
+  for (std::int64_t j = 0; j < K; ++j) {
+    const std::int64_t group = row * inputs.groups() + j / inputs.group_size;
+    const int level = outputs.codes[at(row * K + j)] - outputs.zero_points[at(group)];
+    const Wide<T> dequantized = static_cast<Wide<T>>(level) * outputs.scales[at(group)];
+    Wide<T> target = inputs.weight[at(row * K + j)];
+    Wide<T> magnitude = std::abs(target) + std::abs(dequantized);
+    error[at(j)] = target - dequantized;
+    for (std::int64_t i = 0; i < j; ++i) {
+      const Wide<T> term = error[at(i)] * inputs.coefficient[at(i * K + j)];
+      target += term;
+      magnitude += std::abs(term);
+    }
+    const Wide<T> miss = target - dequantized;
+    const Wide<T> miss_error = static_cast<Wide<T>>(j + 4) * kEps<T> * magnitude;
+    const Wide<T> pivot = inputs.pivot_squared[at(j)];
+    loss += pivot * miss * miss;
+    loss_error += pivot * ((2 * std::abs(miss) + miss_error) * miss_error + 8 * kEps<T> * miss * miss);
+  }
+  return {loss, loss_error + static_cast<Wide<T>>(K) * kEps<T> * loss};
+}
+
+// One group to a row: the search cannot lose to the nearest plane. Numbers of scales and rows that leave a search with
+// room, groups that begin and end anywhere in a strip of the search.
+TYPED_TEST(Sweep, ABeamSearchLosesToNoNearestPlane) {
+  using T = TypeParam;
+  std::mt19937_64 generator(18);
+  for (const std::int64_t columns : {1, 5, 8, 30, 70}) {
+    for (const CodeRange& range : {kSymmetric4, kAsymmetric4}) {
+      for_each_instruction_set<T>([&](const auto& kernel) {
+        Inputs<T> inputs =
+            make_inputs<T>(generator, kernel.tile_rows + 1, columns, columns, range, /*dynamic_scales=*/true);
+        const Cut cut = Cut{columns, 1};
+        Outputs<T> before = run(kernel, inputs, cut, inputs.rows);
+        std::int64_t better = 0;
+        for (const std::int64_t beam_scales : {1, 2, 3, 4}) {
+          SCOPED_TRACE(::testing::Message() << columns << " columns, " << beam_scales << " scales, symmetric "
+                                            << range.symmetric);
+          inputs.beam_scales = beam_scales;
+          const Outputs<T> outputs = run(kernel, inputs, cut, inputs.rows);
+          for (std::int64_t row = 0; row < inputs.rows; ++row) {
+            const auto [loss, loss_error] = loss_of(inputs, outputs, row);
+            ASSERT_LE(std::abs(outputs.row_loss[at(row)] - loss), loss_error) << row;
+            ASSERT_LE(outputs.row_loss[at(row)], before.row_loss[at(row)]) << row;
+            better += outputs.row_loss[at(row)] < before.row_loss[at(row)] ? 1 : 0;
+          }
+          before = outputs;
+        }
+        EXPECT_GE(better, columns < 30 ? 0 : inputs.rows / 2);
+      });
+    }
+  }
+}
+
+TYPED_TEST(Sweep, BeamSearchesGiveTheirLossInEveryGroup) {
+  using T = TypeParam;
+  std::mt19937_64 generator(19);
+  for_each_instruction_set<T>([&](const auto& kernel) {
+    for (const std::int64_t group_size : {1, 7, 13, 64}) {
+      Inputs<T> inputs = make_inputs<T>(generator, 2 * kernel.tile_rows + 3, 131, group_size, kAsymmetric4, true);
+      inputs.beam_scales = 3;
+      const Outputs<T> whole = run(kernel, inputs, Cut{group_size, 2}, inputs.rows);
+      for (std::int64_t row = 0; row < inputs.rows; ++row) {
+        const auto [loss, loss_error] = loss_of(inputs, whole, row);
+        ASSERT_LE(std::abs(whole.row_loss[at(row)] - loss), loss_error) << row << ", group " << group_size;
+      }
+      for (const std::int64_t rows_per_call : {std::int64_t{1}, std::int64_t{5}, kernel.tile_rows}) {
+        const Outputs<T> parts = run(kernel, inputs, Cut{group_size, 1}, rows_per_call);
+        EXPECT_EQ(parts.codes, whole.codes) << rows_per_call;
+        EXPECT_EQ(parts.scales, whole.scales) << rows_per_call;
+        EXPECT_EQ(parts.zero_points, whole.zero_points) << rows_per_call;
+        EXPECT_EQ(parts.row_loss, whole.row_loss) << rows_per_call;
+      }
+    }
+  });
+}
+
 // The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever their vectors'
 // length.
 TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
@@ -341,8 +430,9 @@ TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
     GTEST_SKIP() << "needs a CPU with AVX2 and AVX-512";
   }
   std::mt19937_64 generator(16);
-  for (const bool dynamic_scales : {false, true}) {
-    const Inputs<T> inputs = make_inputs<T>(generator, 100, 130, 32, kAsymmetric4, dynamic_scales);
+  for (const std::int64_t beam_scales : {-1, 0, 1, 3}) {  // -1: static scales
+    Inputs<T> inputs = make_inputs<T>(generator, 100, 130, 32, kAsymmetric4, beam_scales >= 0);
+    inputs.beam_scales = std::max<std::int64_t>(beam_scales, 0);
     const Cut cut = Cut{32, 2};
     const Outputs<T> avx2 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx2)), inputs, cut, 96);
     const Outputs<T> avx512 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx512)), inputs, cut, 96);
@@ -357,11 +447,14 @@ TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
 // tie.
 TEST(SweepFloat64, EveryInstructionSetGivesTheSameCodes) {
   std::mt19937_64 generator(17);
-  const Inputs<double> inputs = make_inputs<double>(generator, 100, 200, 64, kSymmetric4);
-  const Cut cut = Cut{64, 1};
-  const Outputs<double> baseline = run(kernels_for(InstructionSet::kBaseline).f64, inputs, cut, 96);
-  for_each_instruction_set<double>(
-      [&](const auto& kernel) { EXPECT_EQ(run(kernel, inputs, cut, 96).codes, baseline.codes); });
+  for (const std::int64_t beam_scales : {-1, 0, 3}) {  // -1: static scales
+    Inputs<double> inputs = make_inputs<double>(generator, 100, 200, 64, kSymmetric4, beam_scales >= 0);
+    inputs.beam_scales = std::max<std::int64_t>(beam_scales, 0);
+    const Cut cut = Cut{64, 1};
+    const Outputs<double> baseline = run(kernels_for(InstructionSet::kBaseline).f64, inputs, cut, 96);
+    for_each_instruction_set<double>(
+        [&](const auto& kernel) { EXPECT_EQ(run(kernel, inputs, cut, 96).codes, baseline.codes) << beam_scales; });
+  }
 }
 
 }  // namespace

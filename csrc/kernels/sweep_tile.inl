@@ -1,0 +1,185 @@
+// What a sweep works on: a few tiles of rows, as lanes. Arrays are [tile][column][lane].
+
+/// The scales that suit a group best, for each row of a tile, those of least loss first.
+template <typename T>
+struct KeptScales {
+  std::int64_t count;
+  double* loss;   // [count][lane]  infinite where there is no such scale
+  T* scale;       // [count][lane]
+  T* zero_point;  // [count][lane]
+};
+
+/// None; what is read of it in lanes past the last row quantizes their zeros to 0.
+template <typename T>
+MINIQUANT_INLINE void clear(const KeptScales<T>& kept) {
+  for (std::int64_t i = 0; i < kept.count * kTileRows<T>; ++i) {
+    kept.loss[i] = __builtin_inf();
+    kept.scale[i] = T(1);
+    kept.zero_point[i] = T(0);
+  }
+}
+
+/// Keeps a scale of row `lane` if it is among the best.
+template <typename T>
+MINIQUANT_INLINE void keep(const KeptScales<T>& kept, std::int64_t lane, double loss, T scale, T zero_point) {
+  std::int64_t at = (kept.count - 1) * kTileRows<T> + lane;
+  if (loss < kept.loss[at]) {
+    for (; at >= kTileRows<T> && loss < kept.loss[at - kTileRows<T>]; at -= kTileRows<T>) {
+      kept.loss[at] = kept.loss[at - kTileRows<T>];
+      kept.scale[at] = kept.scale[at - kTileRows<T>];
+      kept.zero_point[at] = kept.zero_point[at - kTileRows<T>];
+    }
+    kept.loss[at] = loss;
+    kept.scale[at] = scale;
+    kept.zero_point[at] = zero_point;
+  }
+}
+
+/// Where beam searches work. G = columns of a group.
+template <typename T>
+struct BeamArrays {
+  Choices<T>* error;          // [kBeamsAtOnce][kBeamColumns]
+  Choices<T>* sum;            // [kBeamsAtOnce][G]
+  Choices<T>* level;          // [kBeamsAtOnce][G]
+  ChoiceIntegers<T>* parent;  // [kBeamsAtOnce][G]
+};
+
+/// Where the arrays of a pass lie in the workspace. B = columns of a block.
+template <typename T>
+struct SweepArrays {
+  T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
+  T* sum;                 // [tiles][B][lane]       S
+  T* scratch;             // [B][lane]              of set_dynamic_grid()
+  KeptScales<T> kept;     // of one tile
+  BeamArrays<T> beams;
+  std::int8_t* code;      // [tiles][K][lane]
+  T* scale;               // [tiles][groups][lane]
+  T* zero_point;          // [tiles][groups][lane]
+  double* loss;           // [tiles][lane]
+  std::int64_t elements;  // of the workspace, in T
+};
+
+template <typename T>
+MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t tiles, T* workspace) {
+  const std::int64_t lanes = tiles * kTileRows<T>;
+  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
+  constexpr std::int64_t align = 64 / static_cast<std::int64_t>(sizeof(T));
+  std::int64_t used = 0;
+  const auto take = [&](std::int64_t count) {
+    T* const at = workspace + used;
+    used += (count + align - 1) / align * align;
+    return at;
+  };
+  SweepArrays<T> arrays = {};
+  arrays.error = take(lanes * problem.columns);
+  arrays.sum = take(lanes * block);
+  if (problem.dynamic_scales) {
+    arrays.scratch = take(kTileRows<T> * block);
+    arrays.kept.count = problem.beam_scales > 1 ? problem.beam_scales : 1;
+    const std::int64_t kept = arrays.kept.count * kTileRows<T>;
+    arrays.kept.loss = reinterpret_cast<double*>(take(kept * kElementsPerDouble<T>));
+    arrays.kept.scale = take(kept);
+    arrays.kept.zero_point = take(kept);
+  }
+  if (problem.beam_scales > 0) {
+    const std::int64_t choices = kBeamsAtOnce * kBeamLanes<T>;
+    arrays.beams.error = reinterpret_cast<Choices<T>*>(take(choices * kBeamColumns));
+    arrays.beams.sum = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
+    arrays.beams.level = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
+    arrays.beams.parent = reinterpret_cast<ChoiceIntegers<T>*>(take(choices * problem.segment_columns));
+  }
+  arrays.code =
+      reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
+  arrays.scale = take(lanes * problem.grid.groups);
+  arrays.zero_point = take(lanes * problem.grid.groups);
+  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
+  arrays.elements = used;
+  return arrays;
+}
+
+/// One tile of rows of the pass.
+template <typename T>
+struct SweepTile {
+  std::int64_t row;   // first row
+  std::int64_t rows;  // valid lanes
+  T* error;           // [K][lane]
+  T* sum;             // [B][lane], of the current block
+  T* scratch;         // [B][lane], of the current group
+  KeptScales<T> kept;
+  BeamArrays<T> beams;
+  std::int8_t* code;  // [K][lane]
+  T* scale;           // [groups][lane]
+  T* zero_point;      // [groups][lane]
+  double* loss;       // [lane]
+};
+
+template <typename T>
+MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const SweepArrays<T>& arrays,
+                                      std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
+  const std::int64_t row = row_begin + tile * kTileRows<T>;
+  const std::int64_t lanes = tile * kTileRows<T>;
+  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
+  return {row,
+          row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
+          arrays.error + lanes * problem.columns,
+          arrays.sum + lanes * block,
+          arrays.scratch,
+          arrays.kept,
+          arrays.beams,
+          arrays.code + lanes * problem.columns,
+          arrays.scale + lanes * problem.grid.groups,
+          arrays.zero_point + lanes * problem.grid.groups,
+          arrays.loss + lanes};
+}
+
+/// Lanes past the last row get scale 1, so that they quantize their zeros to 0.
+template <typename T>
+MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t group) {
+  T* const scale = tile.scale + group * kTileRows<T>;
+  T* const zero_point = tile.zero_point + group * kTileRows<T>;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
+    scale[lane] = lane < tile.rows ? problem.grid.scales[at] : T(1);
+    zero_point[lane] = lane < tile.rows ? static_cast<T>(problem.grid.zero_points[at]) : T(0);
+  }
+}
+
+/// E = W, in the order of the sweep; lanes past the last row get 0.
+template <typename T>
+MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      const T* const row = problem.weight + (tile.row + lane) * problem.columns;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        tile.error[j * kTileRows<T> + lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
+      }
+    }
+  }
+}
+
+/// Copies the codes to their rows.
+template <typename T>
+MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        codes[problem.steps[j].column] = tile.code[j * kTileRows<T> + lane];
+      }
+    }
+  }
+}
+
+/// Copies the scale and zero point of the group `columns` to their rows.
+template <typename T>
+MINIQUANT_INLINE void write_group_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns) {
+  const std::int64_t group = problem.steps[columns.begin].group;
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
+    problem.grid.scales[at] = tile.scale[group * kTileRows<T> + lane];
+    problem.grid.zero_points[at] =
+        static_cast<std::int8_t>(static_cast<std::int32_t>(tile.zero_point[group * kTileRows<T> + lane]));
+  }
+}
