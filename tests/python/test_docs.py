@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts_as_modules import load
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,6 +35,21 @@ def test_the_diagram_names_what_the_loop_names() -> None:
         assert any(re.search(rf"\b{name}\b", line) for line in diagram("docs/algorithm.md")), (
             f"no {name} in the diagram"
         )
+
+
+def test_a_part_of_readme_is_one_pair_of_markers() -> None:
+    readme = load("scripts/readme.py")
+    page = "<!-- begin results -->\na\n<!-- end -->\nbetween\n<!-- begin file x y.py -->\nb\n<!-- end -->\nafter\n"
+    parts = [(part["kind"], part["argument"], part["body"]) for part in readme.parts_of(page)]
+    assert parts == [("results", None, "a\n"), ("file", "x y.py", "b\n")]
+    for broken in (
+        page.replace("<!-- end -->", "", 1),
+        page + "<!-- end -->\n",
+        page + "<!-- begin results -->\n",
+        page.replace(" -->", "-->", 1),
+    ):
+        with pytest.raises(ValueError, match="parts have"):
+            readme.parts_of(broken)
 
 
 @pytest.mark.slow
