@@ -111,12 +111,12 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
 /// Where the columns of a segment, from its first on, are quantized to.
 template <typename T>
 struct QuantizedSegment {
-  T* error;             // [columns][lane]
-  std::int8_t* code;    // [columns][lane]; a trial has none
-  double* loss;         // [lane], added to
-  const T* scale;       // [lane] of a trial; else the grid of the tile counts
-  const T* reciprocal;  // [lane] of a trial: 1 / scale
-  const T* zero_point;  // [lane] of a trial
+  T* error;                       // [columns][lane]
+  double* loss;                   // [lane], added to
+  std::int8_t* code = nullptr;    // [columns][lane]; a trial has none
+  const T* scale = nullptr;       // [lane] of a trial; else the grid of the tile counts
+  const T* reciprocal = nullptr;  // [lane] of a trial: 1 / scale
+  const T* zero_point = nullptr;  // [lane] of a trial
 };
 
 /// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
@@ -250,7 +250,8 @@ MINIQUANT_INLINE void choose_grid(const SweepProblem<T>& problem, const SweepTil
       reciprocal[lane] = T(1) / scale[lane];
       zero_point[lane] = static_cast<T>(stored_zero_point[lane]);
     }
-    const QuantizedSegment<T> trial = {tile.scratch, nullptr, loss, scale, reciprocal, zero_point};
+    const QuantizedSegment<T> trial = {
+        .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
     // Columns only add to a loss, so that a trial ends where it has lost in every row.
     for (std::int64_t first = columns.begin; first < columns.end && (factor == 0 || !lost(tile, loss, least));
          first += kStripColumns) {
@@ -319,7 +320,7 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
     }
     quantize_segment(
         problem, tile, block.begin, segment,
-        {tile.error + begin * kTileRows<T>, tile.code + begin * kTileRows<T>, tile.loss, nullptr, nullptr, nullptr});
+        {.error = tile.error + begin * kTileRows<T>, .loss = tile.loss, .code = tile.code + begin * kTileRows<T>});
   }
 }
 
