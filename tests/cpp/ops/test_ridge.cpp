@@ -1,6 +1,3 @@
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/allclose.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
@@ -19,31 +16,6 @@ HessianAccumulator accumulate(const at::Tensor& inputs) {
   HessianAccumulator accumulator(inputs.size(1), at::kDouble, Halves::kApart);
   accumulator.update(inputs);
   return accumulator;
-}
-
-TEST(Ridge, HalvesAreSumsOfTheirOwn) {
-  const at::Tensor inputs = testing::normal({21, 7}, 1);
-  HessianAccumulator accumulator(7, at::kDouble, Halves::kApart);
-  accumulator.update(inputs.narrow(0, 0, 10));  // cut 5 + 5
-  accumulator.update(inputs.narrow(0, 10, 3));  // to the first half
-  accumulator.update(inputs.narrow(0, 13, 4));  // to the second
-  accumulator.update(inputs.narrow(0, 17, 4));  // to the first
-  EXPECT_EQ(accumulator.tokens(), 21);
-  const at::Tensor first = at::cat({inputs.narrow(0, 0, 5), inputs.narrow(0, 10, 3), inputs.narrow(0, 17, 4)});
-  const at::Tensor second = at::cat({inputs.narrow(0, 5, 5), inputs.narrow(0, 13, 4)});
-  EXPECT_TRUE(at::allclose(accumulator.half(0), first.mT().matmul(first) / 12));
-  EXPECT_TRUE(at::allclose(accumulator.half(1), second.mT().matmul(second) / 9));
-  EXPECT_TRUE(at::allclose(accumulator.hessian(), inputs.mT().matmul(inputs) / 21));
-}
-
-TEST(Ridge, HalvesNameWhatTheyWant) {
-  HessianAccumulator accumulator(3, at::kDouble, Halves::kApart);
-  EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half(0); }),
-            "HessianAccumulator: expected at least one token in either half, but got 0 in all");
-  EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half(2); }),
-            "HessianAccumulator: expected half to be 0 or 1, but got 2");
-  EXPECT_EQ(message_of<c10::ValueError>([&] { return HessianAccumulator(3).half(0); }),
-            "HessianAccumulator: expected halves that are kept apart (Halves::kApart), but they are not");
 }
 
 TEST(Ridge, TheChoiceIsWhatWasJudgedBest) {
