@@ -206,9 +206,10 @@ def gptq_reference(
 
     ``err = (w_k - q_k) / Hinv[k, k]``,  ``W[:, k:] -= outer(err, Hinv[k, k:])``
 
-    Written on PyTorch's own operations, for any device; slow, and what :func:`gptq` is tested against. The two agree code for code but where a target lies on a rounding tie to within the precision of the
-    arithmetic. Arguments, result and errors are those of :func:`gptq`, but that ``scale_method="loss"`` and ``refine``
-    are left to it, and that other methods than "absmax" need the CPU.
+    Written on PyTorch's own operations, for any device; slow, and what :func:`gptq` is tested against. The two agree
+    code for code but where a target lies on a rounding tie to within the precision of the arithmetic. Arguments, result
+    and errors are those of :func:`gptq`, but that ``scale_method="loss"`` and ``refine`` are left to it, and that other
+    methods than "absmax" need the CPU.
     """
     return GptqResult(
         *torch.ops.miniquant.gptq_reference(
