@@ -9,6 +9,7 @@
 #include <numeric>
 #include <utility>
 
+#include "driver/error.h"
 #include "driver/sha256.h"
 
 namespace miniquant::driver {
@@ -29,10 +30,21 @@ std::vector<double> to_vector(const at::Tensor& values) {
 // In row order, so that the sum does not depend on the number of threads.
 double sum(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0); }
 
-at::Tensor hessian_of(const at::Tensor& inputs, at::ScalarType dtype) {
-  HessianAccumulator accumulator(inputs.size(-1), dtype);
+at::Tensor hessian_of(const at::Tensor& inputs, HessianAccumulator& accumulator) {
   accumulator.update(inputs);
   return accumulator.hessian();
+}
+
+// GPTQ with the ridge of the options, or with one from the data, which is put in its place.
+GptqResult quantize(const at::Tensor& weight, const HessianAccumulator& accumulator, const at::Tensor& hessian,
+                    bool ridge_from_data, GptqOptions& options, std::optional<RidgeFigures>& ridge_choice) {
+  if (!ridge_from_data) return gptq(weight, hessian, options);
+  AutoGptqResult automatic = gptq_auto(weight, accumulator, options);
+  options.ridge = automatic.ridge;
+  ridge_choice = RidgeFigures{.choice = std::move(automatic.choice),
+                              .half_tokens = {accumulator.half_tokens(0), accumulator.half_tokens(1)},
+                              .failed = std::move(automatic.failed)};
+  return static_cast<const GptqResult&>(automatic);
 }
 
 // What codes and scales stand for, without rounding it to a half-precision weight's dtype.
@@ -168,28 +180,36 @@ std::size_t stage_count(const Problem& problem, bool check) {
   return 5U + (problem.fresh_inputs ? 2U : 0U) + (check ? 1U : 0U);
 }
 
-Comparison compare(const Problem& problem, const GptqOptions& options, bool check, Stages& stages) {
+Comparison compare(const Problem& problem, const Options& options, Stages& stages) {
+  if (options.ridge_from_data && problem.inputs.size(0) < 2) {
+    throw InputError("--ridge: expected at least 2 calibration tokens with auto, which judges by halves, but got " +
+                     std::to_string(problem.inputs.size(0)));
+  }
   const at::ScalarType dtype = compute_type(problem.weight);
   const at::Tensor weight = problem.weight.to(dtype);
-
-  const at::Tensor hessian = stages.run("hessian", [&] { return hessian_of(problem.inputs, dtype); });
-  const QuantizedWeight nearest = stages.run("rtn", [&] { return rtn(problem.weight, rtn_options(options)); });
-  const GptqResult corrected = stages.run("gptq", [&] { return gptq(problem.weight, hessian, options); });
-  const GptqResult best = stages.run("best", [&] { return gptq(problem.weight, hessian, best_options(options)); });
-
+  HessianAccumulator accumulator(weight.size(1), dtype, options.ridge_from_data ? Halves::kApart : Halves::kTogether);
+  GptqOptions used = options.gptq;
   Comparison result;
+
+  const at::Tensor hessian = stages.run("hessian", [&] { return hessian_of(problem.inputs, accumulator); });
+  const QuantizedWeight nearest = stages.run("rtn", [&] { return rtn(problem.weight, rtn_options(used)); });
+  const GptqResult corrected = stages.run("gptq", [&] {
+    return quantize(problem.weight, accumulator, hessian, options.ridge_from_data, used, result.ridge_choice);
+  });
+  const GptqResult best = stages.run("best", [&] { return gptq(problem.weight, hessian, best_options(used)); });
+
   struct Scheme {
     SchemeFigures& figures;
     at::Tensor codes;
     at::Tensor value;
   };
   const auto scheme = [&](SchemeFigures& figures, const QuantizedWeight& quantized) {
-    return Scheme{
-        .figures = figures, .codes = quantized.codes, .value = value_of(quantized, options.group_size, dtype)};
+    return Scheme{.figures = figures, .codes = quantized.codes, .value = value_of(quantized, used.group_size, dtype)};
   };
   const std::array<Scheme, 3> schemes = {scheme(result.rtn, nearest), scheme(result.gptq, corrected),
                                          scheme(result.best, best)};
-  result.ridge_added = options.ridge * mean_diagonal(hessian);
+  result.ridge = used.ridge;
+  result.ridge_added = used.ridge * mean_diagonal(hessian);
   const at::Tensor hessian_damped = hessian.clone();
   hessian_damped.diagonal().add_(result.ridge_added);
   const std::vector<double> row_energy = stages.run("loss", [&] {
@@ -205,7 +225,10 @@ Comparison compare(const Problem& problem, const GptqOptions& options, bool chec
   }
 
   if (problem.fresh_inputs) {
-    const at::Tensor fresh = stages.run("fresh_hessian", [&] { return hessian_of(*problem.fresh_inputs, dtype); });
+    const at::Tensor fresh = stages.run("fresh_hessian", [&] {
+      HessianAccumulator fresh_accumulator(weight.size(1), dtype);
+      return hessian_of(*problem.fresh_inputs, fresh_accumulator);
+    });
     const std::vector<double> losses = stages.run("fresh_loss", [&] {
       std::vector<double> list;
       list.reserve(schemes.size());
@@ -223,7 +246,7 @@ Comparison compare(const Problem& problem, const GptqOptions& options, bool chec
   result.top_rows_absolute = top_rows_absolute(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
   result.top_rows_relative = top_rows_relative(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
 
-  if (check) result.check = stages.run("check", [&] { return run_check(problem, hessian, options); });
+  if (options.check) result.check = stages.run("check", [&] { return run_check(problem, hessian, used); });
   return result;
 }
 

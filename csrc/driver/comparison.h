@@ -3,7 +3,9 @@
 #include <ATen/core/Tensor.h>
 #include <miniquant/gptq.h>
 #include <miniquant/grid.h>
+#include <miniquant/ridge.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -52,12 +54,23 @@ struct CheckFigures {
 /// codes of that row from there on, and its loss by some percent. An error in either changes every row.
 inline constexpr double kMaxLossDifference = 1e-3;
 
+/// How a ridge was found in the calibration tokens.
+struct RidgeFigures {
+  RidgeChoice choice;
+  std::array<int64_t, 2> half_tokens = {0, 0};  ///< calibration tokens that quantized for the others and measured them
+  std::vector<double> failed;                   ///< ridges, ascending, with which H was not positive definite
+  /// The choice is the last of its ridges: no other did better than rounding to nearest.
+  [[nodiscard]] bool rounds_to_nearest() const { return choice.ridge == choice.ridges.back(); }
+};
+
 /// RTN, GPTQ and GPTQ with the best preset side by side on one layer.
 struct Comparison {
   SchemeFigures rtn;
   SchemeFigures gptq;
   SchemeFigures best;
-  double ridge_added = 0.0;  ///< ridge * mean(diag H), what was added to the diagonal
+  double ridge = 0.0;                        ///< of H, the same for every scheme
+  double ridge_added = 0.0;                  ///< ridge * mean(diag H), what was added to the diagonal
+  std::optional<RidgeFigures> ridge_choice;  ///< where the ridge is from the data
   int64_t n_grid_changes = 0;
   double grid_change_share = 0.0;
   int64_t rows_improved = 0;  ///< rows whose loss is lower with GPTQ
@@ -98,8 +111,11 @@ struct Comparison {
 
 /// Quantizes the layer in all three ways and judges each on its calibration and its fresh inputs.
 ///
+/// A ridge from the data is chosen once: it depends on the weight, the inputs and the grid's bits, group size and
+/// symmetry, which GPTQ and best share, and one H measures all three ways. InputError with fewer than two tokens.
+///
 /// Computes in float64 for a float64 weight, else in float32 (losses accumulate in float64); every figure is the same
 /// for any number of threads.
-[[nodiscard]] Comparison compare(const Problem& problem, const GptqOptions& options, bool check, Stages& stages);
+[[nodiscard]] Comparison compare(const Problem& problem, const Options& options, Stages& stages);
 
 }  // namespace miniquant::driver

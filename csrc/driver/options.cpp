@@ -26,6 +26,8 @@ constexpr std::string_view kExamples = R"(Examples:
       the lab: W 768 x 768, 128 calibration tokens, 4 bits, groups of 64, seed 42
   gptq_toy --rows 256 --columns 1024 --bits 3 --group-size 128 --distribution normal --output run3
       another layer on a coarser grid; the two files go into the folder run3
+  gptq_toy --ridge auto
+      the lab with a ridge from the data, each run's own
   gptq_toy --preset fast --check
       GPTQ with the options of a preset; also compares with the textbook implementation
   gptq_toy --column-order group --group-scales dynamic --scale-method loss
@@ -61,15 +63,22 @@ CLI::Validator group_size() {
   return {check, "", "group size"};
 }
 
-CLI::Validator non_negative_number() {
+constexpr std::string_view kFromData = "auto";
+
+// The number, or nothing where the text is not one that a ridge may be.
+std::optional<double> ridge_in(std::string_view text) {
+  double value = 0.0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const bool whole = error == std::errc() && end == text.data() + text.size();
+  return whole && std::isfinite(value) && value >= 0.0 ? std::optional(value) : std::nullopt;
+}
+
+CLI::Validator ridge() {
   const auto check = [](std::string& text) -> std::string {
-    double value = 0.0;
-    const char* last = text.data() + text.size();
-    const auto [end, error] = std::from_chars(text.data(), last, value);
-    if (error == std::errc() && end == last && std::isfinite(value) && value >= 0.0) return {};
-    return "expected a finite number of at least 0, but got '" + text + "'";
+    if (text == kFromData || ridge_in(text)) return {};
+    return "expected a finite number of at least 0, or auto, but got '" + text + "'";
   };
-  return {check, "", "number"};
+  return {check, "", "ridge"};
 }
 
 CLI::Validator not_empty() {
@@ -190,7 +199,7 @@ Choices<T> named(const std::vector<T>& values) {
   return choices;
 }
 
-void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
+void add_quantization_options(CLI::App& app, GptqOptions& gptq, bool& ridge_from_data) {
   const std::string group = "Quantization";
   app.add_option("--bits", gptq.bits, "per weight, 2 to 8")
       ->type_name("INT")
@@ -205,11 +214,16 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq) {
   app.add_flag("--symmetric,!--no-symmetric,!--asymmetric", gptq.symmetric,
                "zero points at 0 (the default), or --asymmetric: zero points of their own")
       ->group(group);
-  app.add_option("--ridge", gptq.ridge, "added to diag(H), relative to its mean")
-      ->type_name("FLOAT")
+  const auto assign_ridge = [&gptq, &ridge_from_data](const std::string& text) {
+    ridge_from_data = text == kFromData;
+    gptq.ridge = ridge_in(text).value_or(gptq.ridge);
+  };
+  app.add_option_function<std::string>("--ridge", assign_ridge,
+                                       "added to diag(H), relative to its mean; auto: chosen from the tokens")
+      ->type_name("FLOAT|auto")
       ->default_str("0.01")
       ->group(group)
-      ->check(non_negative_number());
+      ->check(ridge());
   app.add_option("--block-size", gptq.block_size, "columns per block of the sweep; changes time only")
       ->type_name("INT")
       ->capture_default_str()
@@ -340,7 +354,7 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   add_layer_options(app, parsed.synthetic);
   add_file_options(app, parsed.file);
   GptqOptions terms;
-  add_quantization_options(app, terms);
+  add_quantization_options(app, terms, parsed.options.ridge_from_data);
   add_gptq_options(app, parsed.options.preset, parsed.overrides);
   app.add_option("--output", parsed.options.output, "folder for results.json and manifest.json; made if missing")
       ->type_name("DIR")

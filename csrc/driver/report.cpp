@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <variant>
@@ -15,8 +16,9 @@ namespace {
 
 using json = nlohmann::ordered_json;
 
-// results.json's: 2 added the best preset and the options of GPTQ that presets set.
-constexpr int kResultsVersion = 2;
+// results.json's: 2 added the best preset and the options of GPTQ that presets set; with 3 setup.ridge may be "auto",
+// and a run has its own ridge and how that was found.
+constexpr int kResultsVersion = 3;
 constexpr int kManifestVersion = 1;
 
 json or_null(const std::optional<double>& value) { return value ? json(*value) : json(nullptr); }
@@ -46,7 +48,10 @@ json units() {
           {"n_grid_changes", "weights"},
           {"grid_change_share", none},
           {"rows_improved", "rows"},
+          {"ridge", none},
           {"ridge_added", "squared input, mean over tokens"},
+          {"ridge_choice.held_out", none},
+          {"ridge_choice.half_tokens", "tokens"},
           {"row_loss_rtn", row_loss},
           {"row_loss_gptq", row_loss},
           {"row_loss_best", row_loss},
@@ -76,6 +81,14 @@ json definitions() {
       {"n_grid_changes", "weights whose GPTQ code differs from their RTN code"},
       {"grid_change_share", "n_grid_changes / (N * K)"},
       {"rows_improved", "rows whose row_loss is lower with GPTQ than with RTN"},
+      {"ridge", "of H, for gptq and best alike: setup.ridge, or where that is auto the one that ridge_choice led to"},
+      {"ridge_choice",
+       "null unless setup.ridge is auto; ridges: those judged, with the last GPTQ rounds to nearest; held_out: for "
+       "each "
+       "the loss of some rows of W with the codes of one half of the tokens and H of the other half, both ways round, "
+       "relative to that of the last, null where H was not positive definite; half_tokens: tokens of either half; "
+       "chosen: the ridge of least held_out, and reason says whether it gains on rounding to nearest; failed: the "
+       "ridges with which H of all tokens was not positive definite, each followed by one ten times larger"},
       {"ridge_added", "ridge * mean(diag(X X^T / n)), what the ridge adds to every diagonal element"},
       {"top_rows_absolute", "rows with the largest gain = loss_rtn - loss_gptq, largest first"},
       {"top_rows_relative", "rows with the largest gain = 1 - loss_gptq / loss_rtn, largest first"},
@@ -121,7 +134,7 @@ json setup_json(const Options& options, const Problem& problem) {
                 {"bits", gptq.bits},
                 {"group_size", gptq.group_size},
                 {"symmetric", gptq.symmetric},
-                {"ridge", gptq.ridge},
+                {"ridge", options.ridge_from_data ? json("auto") : json(gptq.ridge)},
                 {"block_size", gptq.block_size},
                 {"preset", name_of(options.preset)}};
   setup.update(preset_json(gptq));
@@ -137,6 +150,18 @@ json rows_json(const std::vector<RowGain>& rows) {
     list.push_back({{"row", row.row}, {"loss_rtn", row.loss_rtn}, {"loss_gptq", row.loss_gptq}, {"gain", row.gain}});
   }
   return list;
+}
+
+json ridge_choice_json(const std::optional<RidgeFigures>& figures) {
+  if (!figures) return nullptr;
+  json held_out = json::array();
+  for (const double loss : figures->choice.held_out) held_out.push_back(std::isfinite(loss) ? json(loss) : nullptr);
+  return {{"ridges", figures->choice.ridges},
+          {"held_out", held_out},
+          {"half_tokens", figures->half_tokens},
+          {"chosen", figures->choice.ridge},
+          {"reason", figures->rounds_to_nearest() ? "none gains on rounding to nearest" : "least held-out loss"},
+          {"failed", figures->failed}};
 }
 
 json run_json(const Run& run) {
@@ -163,7 +188,9 @@ json run_json(const Run& run) {
           {"n_grid_changes", figures.n_grid_changes},
           {"grid_change_share", figures.grid_change_share},
           {"rows_improved", figures.rows_improved},
+          {"ridge", figures.ridge},
           {"ridge_added", figures.ridge_added},
+          {"ridge_choice", ridge_choice_json(figures.ridge_choice)},
           {"codes_sha256_rtn", rtn.codes_sha256},
           {"codes_sha256_gptq", gptq.codes_sha256},
           {"codes_sha256_best", best.codes_sha256},

@@ -69,7 +69,7 @@ std::vector<Run> run_all(const Options& options, std::ostream& error, bool progr
       line.emplace(error, progress, all.size() * (stage_count(run.problem, options.check) + 1U));
       line->step(name + ": inputs");
     }
-    run.comparison = compare(run.problem, options.gptq, options.check, stages);
+    run.comparison = compare(run.problem, options, stages);
     run.seconds = stages.seconds();
     release_data(run.problem);
     runs.push_back(std::move(run));

@@ -1,6 +1,7 @@
 #include "driver/table.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <optional>
@@ -37,6 +38,7 @@ std::string figure(const std::optional<double>& value) { return value ? figure(*
 std::string short_figure(double value) { return printed("%.4g", value); }
 std::string short_figure(const std::optional<double>& value) { return value ? short_figure(*value) : "-"; }
 std::string percent(double share) { return printed("%.2f%%", 100.0 * share); }
+std::string held_out_text(double value) { return std::isfinite(value) ? printed("%.4f", value) : "-"; }
 std::string seconds_text(double value) { return printed("%.4f", value); }
 
 std::string dimensions(const Problem& problem) {
@@ -70,8 +72,9 @@ std::string heading(const Options& options, const Problem& problem) {
          dimensions(problem) + ", " + source_text(options, problem) + "\n" + "  inputs  " +
          std::to_string(problem.inputs.size(0)) + " calibration tokens, " + fresh + "\n" + "  grid    " +
          std::to_string(gptq.bits) + " bits, " + (gptq.symmetric ? "symmetric" : "asymmetric") + ", " + groups +
-         "; ridge " + short_figure(gptq.ridge) + ", blocks of " + std::to_string(gptq.block_size) + "\n" +
-         "  GPTQ    " + scheme_text(gptq) + "\n" + "  best    " + scheme_text(best_options(gptq)) + "\n";
+         "; ridge " + (options.ridge_from_data ? "from the data" : short_figure(gptq.ridge)) + ", blocks of " +
+         std::to_string(gptq.block_size) + "\n" + "  GPTQ    " + scheme_text(gptq) + "\n" + "  best    " +
+         scheme_text(best_options(gptq)) + "\n";
 }
 
 class Grid {
@@ -153,6 +156,40 @@ void add_figures(Grid& grid) {
   });
 }
 
+// What every run's ridge was chosen from; runs with a ridge from the data have as many.
+void add_ridges(Grid& grid, const std::vector<Run>& runs) {
+  if (!runs.front().comparison.ridge_choice) return;
+  grid.blank();
+  grid.line("ridge, from the data", [](const Run&) { return Cells{"ridge", "held out", ""}; });
+  for (std::size_t i = 0; i < runs.front().comparison.ridge_choice->choice.ridges.size(); ++i) {
+    grid.line("", [&](const Run& run) {
+      const RidgeChoice& choice = run.comparison.ridge_choice.value().choice;
+      const double ridge = choice.ridges.at(i);
+      return Cells{short_figure(ridge), held_out_text(choice.held_out.at(i)), ridge == choice.ridge ? "chosen" : ""};
+    });
+  }
+}
+
+// Why the ridge of a run is what it is.
+std::string ridge_text(const Run& run) {
+  const Comparison& c = run.comparison;
+  if (!c.ridge_choice) return "";
+  const RidgeFigures& figures = *c.ridge_choice;
+  const std::string judged = "judged by halves of " + std::to_string(figures.half_tokens[0]) + " and " +
+                             std::to_string(figures.half_tokens[1]) + " tokens";
+  std::string text = "\nridge of '" + run.problem.name + "': " + short_figure(figures.choice.ridge);
+  if (figures.rounds_to_nearest()) {
+    text += "; " + judged + ", no smaller one gains on rounding to nearest.";
+    text += "\nWith it H is nearly all ridge, and so is the calibration loss.";
+  } else {
+    text += ", of least loss as " + judged + ".";
+  }
+  if (!figures.failed.empty()) {
+    text += "\nH was not positive definite with it: " + short_figure(c.ridge) + " was used.";
+  }
+  return text + "\n";
+}
+
 void add_top_rows(Grid& grid, const std::string& title, std::vector<RowGain> Comparison::* rows,
                   std::string (*gain_text)(double)) {
   grid.blank();
@@ -187,13 +224,16 @@ std::string check_text(const std::string& name, const CheckFigures& check) {
 }
 
 // What the figures of a run must not be read without.
-std::string note(const Run& run) {
+std::string note(const Options& options, const Run& run) {
   const Comparison& c = run.comparison;
   const std::optional<double> gptq = ratio(c.gptq.fresh_loss, c.rtn.fresh_loss);
   const std::optional<double> best = ratio(c.best.fresh_loss, c.rtn.fresh_loss);
   std::string which;
-  if (gptq && *gptq > 1.0) which = " GPTQ's loss is " + short_figure(*gptq);
-  if (best && *best > 1.0) which += (which.empty() ? " best's loss is " : ", best's ") + short_figure(*best);
+  const auto above_rtn = [](const std::optional<double>& loss) {
+    return loss && *loss > 1.0 && short_figure(loss) != short_figure(1.0);
+  };
+  if (above_rtn(gptq)) which = " GPTQ's loss is " + short_figure(gptq);
+  if (above_rtn(best)) which += (which.empty() ? " best's loss is " : ", best's ") + short_figure(best);
   if (which.empty()) return "";
   std::string text = "\nnote: on the fresh inputs of '" + run.problem.name + "'" + which + " times that of RTN.";
   const int64_t tokens = run.problem.inputs.size(0);
@@ -204,7 +244,8 @@ std::string note(const Run& run) {
         .append(" tokens do not determine ")
         .append(std::to_string(columns));
     text.append(" input features: GPTQ moves its error to where they say nothing.\n");
-    text.append("More tokens or a larger --ridge help.");
+    text.append(options.ridge_from_data ? "More tokens help."
+                                        : "More tokens or a larger --ridge help; so does --ridge auto.");
   }
   return text + "\n";
 }
@@ -215,11 +256,12 @@ std::string table(const Options& options, const std::vector<Run>& runs) {
   Grid grid(runs);
   grid.blank();
   add_figures(grid);
+  add_ridges(grid, runs);
   add_top_rows(grid, "largest gain, absolute", &Comparison::top_rows_absolute, short_figure);
   add_top_rows(grid, "largest gain, relative", &Comparison::top_rows_relative, percent);
   add_seconds(grid, runs);
   std::string text = heading(options, runs.front().problem) + grid.text();
-  for (const Run& run : runs) text += note(run);
+  for (const Run& run : runs) text += ridge_text(run) + note(options, run);
   for (const Run& run : runs) {
     if (const auto& check = run.comparison.check) text += check_text(run.problem.name, *check);
   }

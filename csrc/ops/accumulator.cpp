@@ -54,12 +54,16 @@ at::Tensor HessianAccumulator::hessian() const {
 }
 
 at::Tensor HessianAccumulator::half(int64_t index) const {
+  TORCH_CHECK_VALUE(half_tokens(index) > 0, "HessianAccumulator: expected at least one token in either half, but got ",
+                    tokens(), " in all");
+  return sum_[index] / tokens_[index];
+}
+
+int64_t HessianAccumulator::half_tokens(int64_t index) const {
   TORCH_CHECK_VALUE(index == 0 || index == 1, "HessianAccumulator: expected half to be 0 or 1, but got ", index);
   TORCH_CHECK_VALUE(sum_[1].defined(),
                     "HessianAccumulator: expected halves that are kept apart (Halves::kApart), but they are not");
-  TORCH_CHECK_VALUE(tokens_[index] > 0, "HessianAccumulator: expected at least one token in either half, but got ",
-                    tokens(), " in all");
-  return sum_[index] / tokens_[index];
+  return tokens_[index];
 }
 
 }  // namespace miniquant

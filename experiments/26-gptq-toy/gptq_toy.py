@@ -3,6 +3,7 @@
     python experiments/26-gptq-toy/gptq_toy.py                        # the lab: normal inputs, then Cauchy inputs
     python experiments/26-gptq-toy/gptq_toy.py --check results.json   # the same, compared with the driver's figures
     python experiments/26-gptq-toy/gptq_toy.py --preset fast          # GPTQ with other options
+    python experiments/26-gptq-toy/gptq_toy.py --ridge auto           # each run with a ridge from its inputs
 
 Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from
 the default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)),
@@ -14,7 +15,7 @@ of a row,
 Fresh inputs, drawn right after X, measure every scheme on inputs that none has seen; their H has no ridge.
 
 The schemes: RTN on the plain grid; GPTQ with the setup's options, by default the lab's; best, which is GPTQ with
-miniquant.preset("best").
+miniquant.preset("best"). With the ridge "auto" miniquant.gptq_auto finds one for every run, which best then has too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -43,6 +44,8 @@ ops = torch.ops.miniquant
 DISTRIBUTIONS = ("normal", "cauchy")
 WEIGHT_DEVIATION = 0.02
 TOP_ROWS = 10
+LEAST_LOSS = "least held-out loss"
+ROUNDS_TO_NEAREST = "none gains on rounding to nearest"
 PRESET_OPTIONS = ("column_order", "group_scales", "scale_method", "full_range", "refine")
 
 
@@ -57,7 +60,7 @@ class Setup:
     bits: int = 4
     group_size: int = 64
     symmetric: bool = True
-    ridge: float = 0.01
+    ridge: float | Literal["auto"] = 0.01
     block_size: int = 128
     group_scales: str = "static"
     column_order: str = "natural"
@@ -119,7 +122,9 @@ class Comparison:
     rtn: Scheme
     gptq: Scheme
     best: Scheme
+    ridge: float
     ridge_added: float
+    ridge_choice: dict[str, Any] | None  # how the ridge was found, as results.json has it
 
     def figures(self) -> dict[str, Any]:
         """The run as results.json has it."""
@@ -143,7 +148,9 @@ class Comparison:
             "fresh_best_ratio": ratio(fresh["best"], fresh["gptq"]),
             **each("worst_row_perplexity_proxy", {name: scheme.proxy for name, scheme in schemes.items()}),
             "rows_improved": sum(gptq < rtn for rtn, gptq in zip(rows["rtn"], rows["gptq"], strict=True)),
+            "ridge": self.ridge,
             "ridge_added": self.ridge_added,
+            "ridge_choice": self.ridge_choice,
             **each("codes_sha256", {name: sha256(scheme.codes) for name, scheme in schemes.items()}),
             "top_rows_absolute": top_rows(rows["rtn"], rows["gptq"], relative=False),
             "top_rows_relative": top_rows(rows["rtn"], rows["gptq"], relative=True),
@@ -223,26 +230,46 @@ def sha256(codes: torch.Tensor) -> str:
     return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
+def options_of(setup: Setup) -> dict[str, Any]:
+    """The setup's options of GPTQ, but the ridge."""
+    return {name: getattr(setup, name) for name in ("bits", "group_size", "symmetric", "block_size", *PRESET_OPTIONS)}
+
+
 def quantize(
     operator: Callable[..., tuple[torch.Tensor, ...]], weight: torch.Tensor, hessian: torch.Tensor, setup: Setup
 ) -> tuple[torch.Tensor, ...]:
     """Runs ops.gptq or ops.gptq_reference with the setup's options: codes, scales, zero points and loss per row."""
-    return operator(
-        weight,
-        hessian,
-        bits=setup.bits,
-        group_size=setup.group_size,
-        symmetric=setup.symmetric,
-        ridge=setup.ridge,
-        block_size=setup.block_size,
-        **{option: getattr(setup, option) for option in PRESET_OPTIONS},
-    )
+    return operator(weight, hessian, ridge=setup.ridge, **options_of(setup))
+
+
+def ridge_choice(accumulator: miniquant.HessianAccumulator, automatic: miniquant.AutoGptqResult) -> dict[str, Any]:
+    """How a ridge was found in the data, as results.json has it."""
+    choice = automatic.choice
+    return {
+        "ridges": list(choice.ridges),
+        "held_out": [loss if math.isfinite(loss) else None for loss in choice.held_out],
+        "half_tokens": [accumulator.half_tokens(0), accumulator.half_tokens(1)],
+        "chosen": choice.ridge,
+        "reason": ROUNDS_TO_NEAREST if choice.ridge == choice.ridges[-1] else LEAST_LOSS,
+        "failed": list(automatic.failed),
+    }
 
 
 def compare(problem: Problem, setup: Setup) -> Comparison:
     """Quantizes the weight with every scheme and measures what each loses."""
-    weight, hessian, fresh = problem.weight, problem.hessian, problem.fresh_hessian
-    with_ridge = damped(hessian, setup.ridge)
+    weight, fresh = problem.weight, problem.fresh_hessian
+    choice: dict[str, Any] | None = None
+    if setup.ridge != "auto":
+        ridge, hessian = setup.ridge, problem.hessian
+        gptq = quantize(ops.gptq, weight, hessian, setup)
+    else:
+        accumulator = miniquant.HessianAccumulator(setup.columns, halves=True)
+        accumulator.update(problem.inputs.t())
+        automatic = miniquant.gptq_auto(weight, accumulator, **options_of(setup))
+        ridge, hessian, gptq = automatic.ridge, accumulator.hessian(), automatic.result
+        choice = ridge_choice(accumulator, automatic)
+    best = quantize(ops.gptq, weight, hessian, dataclasses.replace(setup.with_preset("best"), ridge=ridge))
+    with_ridge = damped(hessian, ridge)
     # w H w^T per row: the loss of a weight that is all zeros.
     energy = ops.quantization_loss(weight, torch.zeros_like(weight), with_ridge)
 
@@ -253,9 +280,7 @@ def compare(problem: Problem, setup: Setup) -> Comparison:
         return Scheme(codes, dequantized, row_loss, fresh_loss, worst_row_perplexity_proxy(row_loss, energy))
 
     rtn = ops.rtn(weight, bits=setup.bits, group_size=setup.group_size, symmetric=setup.symmetric)
-    gptq = quantize(ops.gptq, weight, hessian, setup)
-    best = quantize(ops.gptq, weight, hessian, setup.with_preset("best"))
-    return Comparison(scheme(*rtn), scheme(*gptq), scheme(*best), ridge_added(hessian, setup.ridge))
+    return Comparison(scheme(*rtn), scheme(*gptq), scheme(*best), ridge, ridge_added(hessian, ridge), choice)
 
 
 def report(distribution: str, comparison: Comparison) -> str:
@@ -274,7 +299,7 @@ def report(distribution: str, comparison: Comparison) -> str:
 
     return "\n".join(
         [
-            f"X ~ {distribution}",
+            f"X ~ {distribution}, ridge {comparison.ridge:g}",
             "  loss per row [RTN; GPTQ; best]:",
             *("  " + text for text in str(losses).splitlines()),
             f"  {'':28}{'RTN':>12}{'GPTQ':>12}{'best':>12}{'GPTQ / RTN':>12}{'best / GPTQ':>13}",
@@ -320,6 +345,19 @@ def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tol
     return problems
 
 
+def ridge_in(text: str) -> float | Literal["auto"]:
+    """A ridge of the command line."""
+    if text == "auto":
+        return "auto"
+    try:
+        ridge = float(text)
+    except ValueError:
+        ridge = math.nan
+    if not 0 <= ridge < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, or auto, but got '{text}'")
+    return ridge
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; those of the setup are None where they are not given."""
     parser = argparse.ArgumentParser(
@@ -332,6 +370,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.add_argument(
                 "--" + field.name.replace("_", "-"), type=kinds[str(field.type)], help=f"default: {field.default}"
             )
+    parser.add_argument(
+        "--ridge",
+        type=ridge_in,
+        metavar="FLOAT|auto",
+        help=f"relative to the mean of diag(H), or chosen from the inputs (default: {Setup.ridge})",
+    )
     parser.add_argument(
         "--preset",
         choices=get_args(Preset),

@@ -381,12 +381,20 @@ class HessianAccumulator:
         Raises:
             ValueError: where halves are not kept, for another index than 0 and 1, or while that half has no token.
         """
-        if index not in (0, 1):
-            raise ValueError(f"HessianAccumulator: expected half to be 0 or 1, but got {index}")
-        if len(self._sums) == 1:
-            raise ValueError("HessianAccumulator: expected halves that are kept apart (halves=True), but they are not")
-        if self._tokens[index] == 0:
+        if self.half_tokens(index) == 0:
             raise ValueError(
                 f"HessianAccumulator: expected at least one token in either half, but got {self.tokens} in all"
             )
         return self._sums[index] / self._tokens[index]
+
+    def half_tokens(self, index: int) -> int:
+        """Tokens of the first or the second half so far.
+
+        Raises:
+            ValueError: where halves are not kept, or for another index than 0 and 1.
+        """
+        if index not in (0, 1):
+            raise ValueError(f"HessianAccumulator: expected half to be 0 or 1, but got {index}")
+        if len(self._sums) == 1:
+            raise ValueError("HessianAccumulator: expected halves that are kept apart (halves=True), but they are not")
+        return self._tokens[index]

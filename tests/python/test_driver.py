@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -146,7 +147,7 @@ def test_schemas_refuse_what_is_missing_or_unknown(lab: Path) -> None:
         jsonschema.validate(document, schema)
     del document["runs"]["normal"]["seconds"]
     jsonschema.validate(document, schema)
-    for missing in ("n_grid_changes", "loss_best", "codes_sha256_best", "fresh_best_ratio"):
+    for missing in ("n_grid_changes", "loss_best", "codes_sha256_best", "fresh_best_ratio", "ridge", "ridge_choice"):
         without = copy.deepcopy(document)
         del without["runs"]["normal"][missing]
         with pytest.raises(jsonschema.ValidationError, match=missing):
@@ -156,9 +157,10 @@ def test_schemas_refuse_what_is_missing_or_unknown(lab: Path) -> None:
         del without["setup"][missing]
         with pytest.raises(jsonschema.ValidationError, match=missing):
             jsonschema.validate(without, schema)
-    document["schema_version"] = 1
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document, schema)
+    for version in (1, 2):
+        document["schema_version"] = version
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(document, schema)
 
 
 def test_manifest(lab: Path) -> None:
@@ -195,6 +197,117 @@ def test_check_says_how_far_the_textbook_form_is(driver: Driver, tmp_path: Path)
 def test_the_textbook_form_checks_what_it_has(driver: Driver, tmp_path: Path, options: list[str]) -> None:
     result = driver(*SMALL, *options, "--check", "--output", tmp_path)
     assert result.stdout.count(": passed") == 2
+
+
+@pytest.fixture(scope="session")
+def automatic(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The lab with a ridge from the data: the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("automatic")
+    return folder, driver("--ridge", "auto", "--check", "--output", folder).stdout
+
+
+def test_a_ridge_from_the_data_does_the_lab_no_harm(automatic: tuple[Path, str], lab: Path) -> None:
+    folder, _ = automatic
+    validate(folder)
+    document = load(folder / "results.json")
+    assert document["setup"]["ridge"] == "auto"
+    # 128 tokens of white inputs say nothing of others. RTN's loss, where GPTQ with the lab's ridge has 1.88 times that.
+    normal = document["runs"]["normal"]
+    assert normal["fresh_loss_ratio"] == pytest.approx(1.0, abs=0.01)
+    assert load(lab / "results.json")["runs"]["normal"]["fresh_loss_ratio"] > 1.8
+    assert normal["ridge_choice"]["reason"] == "none gains on rounding to nearest"
+    # A ridge of 0.01 costs 11 times RTN's loss with Cauchy inputs.
+    assert document["runs"]["cauchy"]["fresh_loss_ratio"] < 1.01
+
+
+def test_a_ridge_from_the_data_is_the_library_s(automatic: tuple[Path, str]) -> None:
+    folder, _ = automatic
+    torch.manual_seed(42)
+    weight = torch.randn(768, 768) * 0.02
+    accumulator = miniquant.HessianAccumulator(768, halves=True)
+    accumulator.update(torch.randn(768, 128).T)
+    quantized = miniquant.gptq_auto(weight, accumulator)
+    run = load(folder / "results.json")["runs"]["normal"]
+    assert run["ridge"] == quantized.ridge
+    assert run["ridge_choice"] == {
+        "ridges": list(quantized.choice.ridges),
+        "held_out": list(quantized.choice.held_out),
+        "half_tokens": [64, 64],
+        "chosen": quantized.choice.ridge,
+        "reason": "none gains on rounding to nearest",
+        "failed": [],
+    }
+    assert run["codes_sha256_gptq"] == hashlib.sha256(quantized.result.codes.numpy().tobytes()).hexdigest()
+    # best has the same ridge: it shares all that a ridge is chosen by.
+    best = miniquant.gptq(weight, accumulator.hessian(), ridge=quantized.ridge, **miniquant.preset("best"))
+    assert run["codes_sha256_best"] == hashlib.sha256(best.codes.numpy().tobytes()).hexdigest()
+
+
+def test_a_ridge_from_the_data_is_explained_and_checked(automatic: tuple[Path, str]) -> None:
+    folder, printed = automatic
+    for name, run in load(folder / "results.json")["runs"].items():
+        choice = run["ridge_choice"]
+        assert choice["held_out"].index(min(choice["held_out"])) == choice["ridges"].index(choice["chosen"])
+        assert f"\nridge of '{name}': {choice['chosen']:.4g}" in printed
+        assert f"check, {name}: passed" in printed
+    assert printed.count("judged by halves of 64 and 64 tokens") == 2
+
+
+def test_documented_ridge_from_the_data_is_what_is_printed(automatic: tuple[Path, str]) -> None:
+    page = (ROOT / "docs" / "driver.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    lines = iter(automatic[1].splitlines())
+
+    def same(shown: str, printed: str) -> bool:
+        pairs = list(itertools.zip_longest(shown.split(), printed.split(), fillvalue=""))
+        return all(
+            a == b or (is_number(a) and is_number(b) and float(a) == pytest.approx(float(b), rel=0.01))
+            for a, b in pairs
+        )
+
+    # In this order, with others between them.
+    for shown in block.splitlines():
+        assert any(same(shown, printed) for printed in lines), f"the driver does not print {shown!r} there"
+
+
+def is_number(word: str) -> bool:
+    return re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", word) is not None
+
+
+def test_a_ridge_from_the_data_does_not_depend_on_threads(
+    driver: Driver, automatic: tuple[Path, str], tmp_path: Path
+) -> None:
+    expected = (automatic[0] / "results.json").read_bytes()
+    for threads in ("1", "2"):
+        folder = tmp_path / threads
+        driver("--ridge", "auto", "--output", folder, "--threads", threads, "--quiet")
+        assert (folder / "results.json").read_bytes() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_ridge_from_the_data_of_files(driver: Driver, tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = (torch.randn(24, 80, generator=generator) * 0.05).to(dtype)
+    mix = torch.randn(8, 80, generator=generator)
+    tokens = torch.randn(3000, 8, generator=generator) @ mix + 0.1 * torch.randn(3000, 80, generator=generator)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    save_file({"x": tokens[:401].to(dtype)}, tmp_path / "x.safetensors")
+    save_file({"x": tokens[401:].to(dtype)}, tmp_path / "y.safetensors")
+    files = ["--weights", "w", "--inputs", "x", "--fresh-inputs", "y"]
+    files = [str(tmp_path / f"{name}.safetensors") if index % 2 else name for index, name in enumerate(files)]
+    driver(*files, "--ridge", "auto", "--check", "--output", tmp_path)
+    validate(tmp_path)
+    run = load(tmp_path / "results.json")["runs"]["file"]
+    accumulator = miniquant.HessianAccumulator(
+        80, torch.float64 if dtype == torch.float64 else torch.float32, halves=True
+    )
+    accumulator.update(tokens[:401].to(dtype))
+    assert run["ridge"] == miniquant.choose_ridge(weight, accumulator).ridge
+    assert run["ridge_choice"]["half_tokens"] == [201, 200]
+    assert run["ridge_choice"]["reason"] == "least held-out loss"
+    # Inputs that resemble one another teach something of others.
+    assert run["fresh_loss_ratio"] < 0.5
+    assert run["fresh_loss_best"] < 0.5 * run["fresh_loss_rtn"]
 
 
 def gptq_arguments(setup: dict[str, Any]) -> dict[str, Any]:
@@ -358,7 +471,9 @@ def test_bad_files_end_with_two_and_write_nothing(
     [
         (["--bits", "1"], "--bits: expected an integer from 2 to 8, but got '1'"),
         (["--group-size", "0"], "--group-size: expected a positive integer, or -1 for one group per row, but got '0'"),
-        (["--ridge", "-1"], "--ridge: expected a finite number of at least 0, but got '-1'"),
+        (["--ridge", "-1"], "--ridge: expected a finite number of at least 0, or auto, but got '-1'"),
+        (["--ridge", "foo"], "--ridge: expected a finite number of at least 0, or auto, but got 'foo'"),
+        (["--ridge", "auto", "--tokens", "1"], "--ridge: expected at least 2 calibration tokens with auto"),
         (["--colunm-order", "natural"], "--colunm-order"),
         (
             ["--group-scales", "dynamic", "--column-order", "activation"],

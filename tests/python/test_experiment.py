@@ -78,6 +78,10 @@ SETUPS = {
     "asymmetric": ["--rows", "48", "--columns", "128", "--asymmetric", "--fresh-tokens", "100"],
     "3 bits, one group per row": ["--rows", "48", "--columns", "100", "--bits", "3", "--group-size", "-1"],
     "activation order": ["--rows", "48", "--columns", "256", "--column-order", "activation", "--ridge", "0.1"],
+    "ridge from the data": ["--rows", "150", "--columns", "96", "--ridge", "auto", "--fresh-tokens", "100"],
+    "ridge from an odd number of tokens": [
+        *("--rows", "20", "--columns", "64", "--tokens", "201", "--ridge", "auto", "--bits", "3", "--asymmetric"),
+    ],
     "dynamic scales": ["--rows", "48", "--columns", "256", "--group-scales", "dynamic", "--block-size", "32"],
     "fast": ["--rows", "48", "--columns", "200", "--preset", "fast"],
     "best": ["--rows", "48", "--columns", "200", "--preset", "best"],
@@ -106,8 +110,17 @@ def test_driver_and_script_agree(
     # The same options on the script's command line mean the same setup, and best has the options that are stated.
     parsed = lab.setup_of(lab.parse_arguments(options), lab.Setup())
     assert parsed == setup
+    assert all((figures["ridge_choice"] is not None) == ("auto" in options) for figures in runs.values())
     best = setup.with_preset("best")
     assert {option: getattr(best, option) for option in lab.PRESET_OPTIONS} == results["setup"]["best"]
+
+
+def test_a_ridge_that_is_none_is_named(lab: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("foo", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            lab.parse_arguments([f"--ridge={text}"])
+        message = f"--ridge: expected a finite number of at least 0, or auto, but got '{text}'"
+        assert message in capsys.readouterr().err
 
 
 def test_script_stands_alone(driver: Path, tmp_path: Path, run: Callable[..., str]) -> None:
@@ -132,6 +145,8 @@ def test_script_stands_alone(driver: Path, tmp_path: Path, run: Callable[..., st
         ("fresh_loss_rtn", None),
         ("row_loss_rtn", [1.0]),
         ("top_rows_absolute", []),
+        ("ridge", 0.011),
+        ("ridge_choice", {"chosen": 0.01}),
     ],
 )
 def test_check_finds_a_wrong_figure(figure: str, value: object, lab: ModuleType, committed: dict[str, Any]) -> None:

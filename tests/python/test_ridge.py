@@ -57,6 +57,7 @@ def test_halves_are_sums_of_their_own() -> None:
     torch.testing.assert_close(accumulator.half(1), hessian_of(inputs[6:]))
     torch.testing.assert_close(accumulator.hessian(), hessian_of(inputs))
     assert accumulator.tokens == 11
+    assert [accumulator.half_tokens(0), accumulator.half_tokens(1)] == [6, 5]
 
 
 def test_later_batches_stay_whole_and_go_where_fewer_tokens_are() -> None:
@@ -82,6 +83,9 @@ def test_the_halves_name_what_they_want() -> None:
         accumulator.half(1)
     with pytest.raises(ValueError, match="expected half to be 0 or 1, but got 2"):
         accumulator.half(2)
+    assert accumulator.half_tokens(1) == 0
+    with pytest.raises(ValueError, match="expected half to be 0 or 1, but got -1"):
+        accumulator.half_tokens(-1)
     with pytest.raises(ValueError, match="expected halves that are kept apart"):
         HessianAccumulator(4).half(0)
     with pytest.raises(ValueError, match=r"expected inputs to have shape \[\.\.\., K\] = \[\.\.\., 4\]"):

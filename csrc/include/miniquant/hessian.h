@@ -48,6 +48,9 @@ class MINIQUANT_API HessianAccumulator {
   /// another index, where the halves are not kept apart, or that half has no token yet.
   [[nodiscard]] at::Tensor half(int64_t index) const;
 
+  /// Tokens of the first or the second half so far. Throws c10::ValueError where the halves are not kept apart.
+  [[nodiscard]] int64_t half_tokens(int64_t index) const;
+
  private:
   void add(int64_t index, const at::Tensor& inputs);
 

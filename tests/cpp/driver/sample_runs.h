@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cmath>
 #include <vector>
 
 #include "driver/report.h"
@@ -36,6 +37,7 @@ inline std::vector<Run> sample_runs() {
                   .fresh_loss = 4.5,
                   .worst_row_perplexity_proxy = 1.125,
                   .codes_sha256 = std::string(64, 'c')};
+  figures.ridge = 0.01;
   figures.ridge_added = 0.125;
   figures.n_grid_changes = 60;
   figures.grid_change_share = 0.1;
@@ -53,6 +55,22 @@ inline std::vector<Run> sample_runs() {
   cauchy.comparison.rtn.worst_row_perplexity_proxy = std::nullopt;
   cauchy.problem.fresh_input_origin.reset();
   return {normal, cauchy};
+}
+
+/// The same with a ridge from the data: raised once in the first run, and rounding to nearest in the second.
+inline std::vector<Run> sample_runs_with_ridges() {
+  std::vector<Run> runs = sample_runs();
+  runs[0].comparison.ridge = 20.0;
+  runs[0].comparison.ridge_choice =
+      RidgeFigures{.choice = {.ridge = 2.0, .ridges = {1.0, 2.0, 1e6}, .held_out = {INFINITY, 0.75, 1.0}},
+                   .half_tokens = {26, 24},
+                   .failed = {2.0}};
+  runs[1].comparison.ridge = 1e6;
+  runs[1].comparison.ridge_choice =
+      RidgeFigures{.choice = {.ridge = 1e6, .ridges = {1.0, 2.0, 1e6}, .held_out = {1.5, 1.25, 1.0}},
+                   .half_tokens = {26, 24},
+                   .failed = {}};
+  return runs;
 }
 
 }  // namespace miniquant::driver

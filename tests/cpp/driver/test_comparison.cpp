@@ -1,5 +1,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cumsum.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
@@ -11,6 +12,7 @@
 #include <cmath>
 
 #include "driver/comparison.h"
+#include "driver/error.h"
 #include "driver/sha256.h"
 
 namespace miniquant::driver {
@@ -22,9 +24,16 @@ Stages quiet_stages() {
   return Stages([](std::string_view) {});
 }
 
-Comparison compared(const Problem& problem, const GptqOptions& options = {}, bool check = false) {
+Comparison compared(const Problem& problem, const Options& options) {
   Stages stages = quiet_stages();
-  return compare(problem, options, check, stages);
+  return compare(problem, options, stages);
+}
+
+Comparison compared(const Problem& problem, const GptqOptions& gptq = {}, bool check = false) {
+  Options options;
+  options.gptq = gptq;
+  options.check = check;
+  return compared(problem, options);
 }
 
 // More columns than tokens and a last group that is shorter.
@@ -282,7 +291,9 @@ TEST(Comparison, StagesAreCounted) {
       Problem problem = small_problem();
       if (!fresh) problem.fresh_inputs.reset();
       Stages stages = quiet_stages();
-      static_cast<void>(compare(problem, {}, check, stages));
+      Options options;
+      options.check = check;
+      static_cast<void>(compare(problem, options, stages));
       EXPECT_EQ(stages.seconds().size(), stage_count(problem, check));
     }
   }
@@ -302,6 +313,60 @@ TEST(Comparison, CheckComparesWithTheReference) {
   Problem problem = small_problem();
   problem.weight = problem.weight.to(at::kDouble);
   EXPECT_EQ(compared(problem, {}, true).check->agreements.size(), 1U);
+}
+
+// What the library finds, for both schemes; the figures are those of the same ridge given as a number.
+TEST(Comparison, ARidgeFromTheDataIsOneForTheRun) {
+  Problem problem = small_problem();
+  problem.inputs = at::cumsum(problem.inputs, 1);  // correlated, so that there is something to gain
+  problem.fresh_inputs = at::cumsum(*problem.fresh_inputs, 1);
+  Options options;
+  options.gptq.bits = 3;
+  options.gptq.ridge = 0.5;
+  options.ridge_from_data = true;
+  options.check = true;
+  const Comparison result = compared(problem, options);
+
+  HessianAccumulator accumulator(80, at::kFloat, Halves::kApart);
+  accumulator.update(problem.inputs);
+  const RidgeChoice choice = choose_ridge(problem.weight, accumulator, options.gptq);
+  ASSERT_TRUE(result.ridge_choice.has_value());
+  EXPECT_EQ(result.ridge_choice->choice.ridge, choice.ridge);
+  EXPECT_EQ(result.ridge_choice->choice.ridges, choice.ridges);
+  EXPECT_EQ(result.ridge_choice->choice.held_out, choice.held_out);
+  EXPECT_THAT(result.ridge_choice->half_tokens, ElementsAre(15, 15));
+  EXPECT_TRUE(result.ridge_choice->failed.empty());
+  EXPECT_FALSE(result.ridge_choice->rounds_to_nearest());
+  EXPECT_EQ(result.ridge, choice.ridge);
+  EXPECT_NE(result.ridge, 0.5);
+
+  options.ridge_from_data = false;
+  options.gptq.ridge = choice.ridge;
+  const Comparison given = compared(problem, options);
+  EXPECT_FALSE(given.ridge_choice.has_value());
+  EXPECT_EQ(given.ridge, choice.ridge);
+  // The sums of the two halves are added last, so that H differs in its last bits.
+  EXPECT_NEAR(result.ridge_added, given.ridge_added, 1e-5 * given.ridge_added);
+  EXPECT_NEAR(result.rtn.loss, given.rtn.loss, 1e-5 * given.rtn.loss);
+  EXPECT_NEAR(result.gptq.loss, given.gptq.loss, 0.02 * given.gptq.loss);
+  EXPECT_NEAR(result.best.loss, given.best.loss, 0.02 * given.best.loss);
+  EXPECT_TRUE(result.check.value().passed);
+}
+
+TEST(Comparison, ARidgeFromTheDataWantsATokenInEitherHalf) {
+  Problem problem = small_problem();
+  Options options;
+  options.ridge_from_data = true;
+  problem.inputs = problem.inputs.narrow(0, 0, 2);
+  EXPECT_THAT(compared(problem, options).ridge_choice.value().half_tokens, ElementsAre(1, 1));
+  problem.inputs = problem.inputs.narrow(0, 0, 1);
+  try {
+    static_cast<void>(compared(problem, options));
+    ADD_FAILURE() << "one token was accepted";
+  } catch (const InputError& error) {
+    EXPECT_STREQ(error.what(),
+                 "--ridge: expected at least 2 calibration tokens with auto, which judges by halves, but got 1");
+  }
 }
 
 // The lab, against the figures of a float64 computation (see docs/driver.md for what they mean).

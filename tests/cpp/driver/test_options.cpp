@@ -37,6 +37,7 @@ TEST(Options, DefaultsAreTheLab) {
   EXPECT_EQ(options.gptq.group_size, 64);
   EXPECT_TRUE(options.gptq.symmetric);
   EXPECT_EQ(options.gptq.ridge, 0.01);
+  EXPECT_FALSE(options.ridge_from_data);
   EXPECT_EQ(options.gptq.block_size, 128);
   EXPECT_EQ(options.gptq.column_order, ColumnOrder::kNatural);
   EXPECT_EQ(options.gptq.group_scales, GroupScales::kStatic);
@@ -160,6 +161,14 @@ TEST(Options, EachOptionGoesOverThePreset) {
   expect({"--refine", "3"}, lab);
 }
 
+TEST(Options, ARidgeIsANumberOrFromTheData) {
+  EXPECT_TRUE(parsed({"--ridge", "auto"}).ridge_from_data);
+  EXPECT_TRUE(parsed({"--preset", "best", "--ridge=auto"}).ridge_from_data);
+  const Options number = parsed({"--ridge", "0"});
+  EXPECT_FALSE(number.ridge_from_data);
+  EXPECT_EQ(number.gptq.ridge, 0.0);
+}
+
 TEST(Options, AnAsymmetricGridHasNoFullRange) {
   GptqOptions best = options_of(Preset::kBest);
   best.full_range = false;
@@ -200,10 +209,13 @@ TEST(Options, BadValuesAreNamed) {
       {{"--seed", "-1"}, "--seed: expected an integer from 0 to 9223372036854775807, but got '-1'"},
       {{"--group-size", "0"}, "--group-size: expected a positive integer, or -1 for one group per row, but got '0'"},
       {{"--group-size", "-2"}, "--group-size: expected a positive integer, or -1 for one group per row, but got '-2'"},
-      {{"--ridge", "-0.1"}, "--ridge: expected a finite number of at least 0, but got '-0.1'"},
-      {{"--ridge", "nan"}, "--ridge: expected a finite number of at least 0, but got 'nan'"},
-      {{"--ridge", "inf"}, "--ridge: expected a finite number of at least 0, but got 'inf'"},
-      {{"--ridge", "1e-2x"}, "--ridge: expected a finite number of at least 0, but got '1e-2x'"},
+      {{"--ridge", "-0.1"}, "--ridge: expected a finite number of at least 0, or auto, but got '-0.1'"},
+      {{"--ridge", "nan"}, "--ridge: expected a finite number of at least 0, or auto, but got 'nan'"},
+      {{"--ridge", "inf"}, "--ridge: expected a finite number of at least 0, or auto, but got 'inf'"},
+      {{"--ridge", "1e-2x"}, "--ridge: expected a finite number of at least 0, or auto, but got '1e-2x'"},
+      {{"--ridge", "foo"}, "--ridge: expected a finite number of at least 0, or auto, but got 'foo'"},
+      {{"--ridge", "Auto"}, "--ridge: expected a finite number of at least 0, or auto, but got 'Auto'"},
+      {{"--ridge", ""}, "--ridge: expected a finite number of at least 0, or auto, but got ''"},
       {{"--block-size", "0"}, "--block-size: expected an integer from 1 to 16777216, but got '0'"},
       {{"--column-order", "random"}, "--column-order: expected one of natural, activation, group, but got 'random'"},
       {{"--group-scales", "Static"}, "--group-scales: expected one of static, dynamic, but got 'Static'"},

@@ -27,7 +27,7 @@ std::string manifest_of(const std::vector<Run>& runs, const std::vector<std::str
 
 TEST(Report, ResultsHoldTheFigures) {
   const json document = json::parse(results_of(sample_runs()));
-  EXPECT_EQ(document["schema_version"], 2);
+  EXPECT_EQ(document["schema_version"], 3);
   EXPECT_EQ(document["setup"]["rows"], 3);
   EXPECT_EQ(document["setup"]["columns"], 200);
   EXPECT_EQ(document["setup"]["tokens"], 50);
@@ -86,6 +86,31 @@ TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
   options.gptq.symmetric = false;
   setup = json::parse(results_json(options, sample_runs()))["setup"];
   EXPECT_EQ(setup["best"]["full_range"], false);
+}
+
+TEST(Report, ARidgeOfTheCommandLineIsThatOfEveryRun) {
+  const json document = json::parse(results_of(sample_runs()));
+  for (const char* run : {"normal", "cauchy"}) {
+    EXPECT_EQ(document["runs"][run]["ridge"], 0.01);
+    EXPECT_TRUE(document["runs"][run]["ridge_choice"].is_null());
+  }
+}
+
+TEST(Report, ARidgeFromTheDataSaysHowItWasFound) {
+  Options options;
+  options.ridge_from_data = true;
+  const json document = json::parse(results_json(options, sample_runs_with_ridges()));
+  EXPECT_EQ(document["setup"]["ridge"], "auto");
+  const json& normal = document["runs"]["normal"];
+  EXPECT_EQ(normal["ridge"], 20.0);
+  const json expected = {{"ridges", {1.0, 2.0, 1e6}},       {"held_out", {nullptr, 0.75, 1.0}},
+                         {"half_tokens", {26, 24}},         {"chosen", 2.0},
+                         {"reason", "least held-out loss"}, {"failed", {2.0}}};
+  EXPECT_EQ(normal["ridge_choice"], expected);
+  const json& cauchy = document["runs"]["cauchy"];
+  EXPECT_EQ(cauchy["ridge"], 1e6);
+  EXPECT_EQ(cauchy["ridge_choice"]["reason"], "none gains on rounding to nearest");
+  EXPECT_EQ(cauchy["ridge_choice"]["failed"], json::array());
 }
 
 TEST(Report, EveryUnitIsOfAFigureThatExists) {

@@ -69,6 +69,11 @@ TEST_F(Session, TheSameCommandGivesTheSameResults) {
   EXPECT_EQ(folder_.read("out/results.json"), first);
   ASSERT_EQ(run_small({"--threads", "2", "--check", "--quiet"}), 0);
   EXPECT_EQ(folder_.read("out/results.json"), first);
+  ASSERT_EQ(run_small({"--ridge", "auto", "--threads", "1"}), 0);
+  const std::string automatic = folder_.read("out/results.json");
+  ASSERT_EQ(run_small({"--ridge", "auto", "--threads", "2", "--check"}), 0);
+  EXPECT_EQ(folder_.read("out/results.json"), automatic);
+  EXPECT_NE(automatic, first);
   ASSERT_EQ(run_small({"--seed", "43"}), 0);
   EXPECT_NE(folder_.read("out/results.json"), first);
 }
@@ -101,6 +106,7 @@ TEST_F(Session, EveryQuantizationOptionReachesTheOperators) {
                                                                                       {"--group-size", "-1"},
                                                                                       {"--asymmetric"},
                                                                                       {"--ridge", "0.5"},
+                                                                                      {"--ridge", "auto"},
                                                                                       {"--preset", "fast"},
                                                                                       {"--preset", "best"},
                                                                                       {"--column-order", "activation"},
@@ -200,6 +206,13 @@ TEST_F(Session, ALayerFromFiles) {
   EXPECT_EQ(results["setup"]["weight_source"]["tensor"], "fc");
   EXPECT_LE(results["runs"]["file"]["loss_ratio"], 1.0);
   EXPECT_TRUE(results["runs"]["file"]["fresh_loss_gptq"].is_null());
+  EXPECT_EQ(run({"--weights", w, "--inputs", x, "--group-size", "8", "--ridge", "auto", "--check"}), 0) << error_;
+  const json automatic = json::parse(folder_.read("out/results.json"));
+  EXPECT_EQ(automatic["setup"]["ridge"], "auto");
+  EXPECT_EQ(automatic["runs"]["file"]["ridge"], automatic["runs"]["file"]["ridge_choice"]["chosen"]);
+  EXPECT_EQ(automatic["runs"]["file"]["ridge_choice"]["half_tokens"], json({32, 32}));
+  EXPECT_THAT(out_, HasSubstr("ridge of 'file': "));
+  EXPECT_THAT(out_, HasSubstr("check, file: passed"));
 }
 
 }  // namespace

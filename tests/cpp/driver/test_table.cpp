@@ -60,8 +60,27 @@ TEST(Table, TheHeadingSaysWhatGptqWasGiven) {
   EXPECT_EQ(line_with(text, "  best "), "  best    group order, dynamic scales by loss, 1 round of refinement");
 }
 
+TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {
+  EXPECT_THAT(shown(sample_runs()), Not(HasSubstr("ridge, from the data")));
+  Options options;
+  options.ridge_from_data = true;
+  const std::string text = table(options, sample_runs_with_ridges());
+  EXPECT_THAT(text, HasSubstr("groups of 64; ridge from the data, blocks of 128"));
+  EXPECT_THAT(line_with(text, "ridge, from"), testing::MatchesRegex("ridge, from the data( +ridge +held out){2}"));
+  const std::string judged = text.substr(text.find("ridge, from"));
+  EXPECT_THAT(line_with(judged, "     "), testing::MatchesRegex(" +1 +- +1 +1.5000"));
+  EXPECT_THAT(judged,
+              testing::ContainsRegex(" +2 +0.7500 +chosen +2 +1.2500\n +1e\\+06 +1.0000 +1e\\+06 +1.0000 +chosen"));
+  EXPECT_THAT(text, HasSubstr("ridge of 'normal': 2, of least loss as judged by halves of 26 and 24 tokens.\n"
+                              "H was not positive definite with it: 20 was used.\n"));
+  EXPECT_THAT(text, HasSubstr("ridge of 'cauchy': 1e+06; judged by halves of 26 and 24 tokens, no smaller one gains on "
+                              "rounding to nearest.\nWith it H is nearly all ridge"));
+}
+
 TEST(Table, FitsATerminalAndIsPlain) {
-  const std::string text = shown(sample_runs());
+  Options options;
+  options.ridge_from_data = true;
+  const std::string text = shown(sample_runs()) + table(options, sample_runs_with_ridges());
   EXPECT_EQ(text.back(), '\n');
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
@@ -80,8 +99,17 @@ TEST(Table, AFreshLossAboveRtnIsPointedOut) {
   EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' GPTQ's loss is 1.5, best's 1.25 times that of RTN.\n"));
   runs[0].comparison.gptq.fresh_loss = 3.0;
   EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' best's loss is 1.25 times that of RTN.\n"));
+  runs[0].comparison.best.fresh_loss = 6.0001;  // as printed, 1 times
+  EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));
   runs[0].comparison.best.fresh_loss = 6.0;
   EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));
+}
+
+TEST(Table, AdviceOnTheRidgeIsForWhoGaveOne) {
+  EXPECT_THAT(shown(sample_runs()), HasSubstr("\nMore tokens or a larger --ridge help; so does --ridge auto.\n"));
+  Options options;
+  options.ridge_from_data = true;
+  EXPECT_THAT(table(options, sample_runs_with_ridges()), HasSubstr("\nMore tokens help.\n"));
 }
 
 TEST(Table, ShowsTheCheck) {
