@@ -24,7 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PART = re.compile(r"(<!-- begin (?P<kind>\w+)(?: (?P<argument>.+?))? -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+BEGIN = "<!-- begin "
+END = "<!-- end -->"
+PART = re.compile(rf"({BEGIN}(?P<kind>\w+)(?: (?P<argument>[^\n]+?))? -->\n)(?P<body>.*?)({END})", re.DOTALL)
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".txt": "text"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Results are compared to this; lines that state seconds, to nothing.
@@ -91,6 +93,19 @@ def remade(part: re.Match[str]) -> str:
     return f"{part[1]}{MAKERS[part['kind']](part['argument'] or '')}{part[5]}"
 
 
+def parts_of(text: str) -> list[re.Match[str]]:
+    """The parts of a page, from first to last.
+
+    Raises:
+        ValueError: where a marker does not belong to exactly one part.
+    """
+    parts = list(PART.finditer(text))
+    markers = (text.count(BEGIN), text.count(END))
+    if markers != (len(parts), len(parts)):
+        raise ValueError(f"{len(parts)} parts have {markers[0]} begins and {markers[1]} ends")
+    return parts
+
+
 def agree(old: str, new: str) -> bool:
     """Whether two outputs differ only in what depends on the machine."""
     old_lines, new_lines = old.splitlines(), new.splitlines()
@@ -114,11 +129,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where README.md is not true")
     check = parser.parse_args().check
     text = README.read_text()
+    parts = parts_of(text)
     if not check:
         README.write_text(PART.sub(remade, text))
         return 0
     stale = []
-    for part in PART.finditer(text):
+    for part in parts:
         made = remade(part)
         same = agree(part[0], made) if part["kind"] == "output" else part[0] == made
         if not same:

@@ -5,7 +5,7 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
-#include <map>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <utility>
@@ -87,6 +87,17 @@ CLI::Validator not_empty() {
   };
   return {check, "", "name"};
 }
+
+// CLI11 marks names that turn a flag off by "{false}" behind them.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  std::string make_option_name(const CLI::Option* option, bool is_positional) const override {
+    constexpr std::string_view kMark = "{false}";
+    std::string name = CLI::Formatter::make_option_name(option, is_positional);
+    for (size_t at = name.find(kMark); at != std::string::npos; at = name.find(kMark)) name.erase(at, kMark.size());
+    return name;
+  }
+};
 
 template <typename T>
 using Choices = std::vector<std::pair<std::string, T>>;
@@ -347,7 +358,9 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   Parsed parsed;
   CLI::App app{std::string(kDescription), "gptq_toy"};
   app.footer(std::string(kExamples));
-  app.get_formatter()->column_width(34);
+  const auto formatter = std::make_shared<HelpFormatter>();
+  formatter->column_width(34);
+  app.formatter(formatter);
   app.set_version_flag("--version", "gptq_toy " + build_info().miniquant + " (torch " + build_info().torch + ")");
   add_layer_options(app, parsed.synthetic);
   add_file_options(app, parsed.file);

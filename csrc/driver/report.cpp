@@ -66,8 +66,8 @@ json definitions() {
        "tokens; m: fresh tokens; H = X X^T / n + ridge * mean(diag(X X^T / n)) * I"},
       {"schemes",
        "rtn: round to nearest on the plain grid, each scale just holding its group's range; gptq: GPTQ with the "
-       "options "
-       "of setup; best: GPTQ with the best preset, that is with setup.best in place of setup's options of that name"},
+       "options of setup; best: GPTQ with the best preset, that is with setup.best in place of setup's options of that "
+       "name"},
       {"loss", "tr(E H E^T), the sum of row_loss"},
       {"row_loss", "e_r H e_r^T for every row r, in row order"},
       {"loss_ratio", "loss_gptq / loss_rtn; null where loss_rtn is 0"},

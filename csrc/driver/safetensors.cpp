@@ -128,7 +128,7 @@ SafetensorsFile::Entry parse_entry(const std::string& name, const json& value, u
   for (const json& size : shape) {
     if (!size.is_number_unsigned() ||
         size.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
-      refuse("expected shape to hold sizes of at least 0, but got " + abbreviated(shape));
+      refuse("expected shape to hold integers from 0 to 2^63 - 1, but got " + abbreviated(shape));
     }
     entry.shape.push_back(size.get<int64_t>());
     too_large = too_large || __builtin_mul_overflow(reach, std::max<int64_t>(entry.shape.back(), 1), &reach);
@@ -139,7 +139,7 @@ SafetensorsFile::Entry parse_entry(const std::string& name, const json& value, u
   const json& offsets = value["data_offsets"];
   if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
       !offsets[1].is_number_unsigned()) {
-    refuse("expected data_offsets to be two offsets of at least 0, but got " + abbreviated(offsets));
+    refuse("expected data_offsets to be two integers of at least 0, but got " + abbreviated(offsets));
   }
   entry.begin = offsets[0].get<uint64_t>();
   entry.end = offsets[1].get<uint64_t>();
@@ -179,14 +179,14 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
       throw HeaderError("tensors " + in_quotes(previous->first) + " and " + in_quotes(item->first) + " overlap");
     }
     if (item->second.begin > position) {
-      throw HeaderError(bytes(item->second.begin - position) + " before tensor " + in_quotes(item->first) +
-                        " belong to no tensor");
+      throw HeaderError("the data have " + bytes(item->second.begin - position) + " before tensor " +
+                        in_quotes(item->first) + " that no tensor has");
     }
     position = item->second.end;
     previous = item;
   }
   if (position != data_bytes) {
-    throw HeaderError(bytes(data_bytes - position) + " at the end of the file belong to no tensor");
+    throw HeaderError("the data have " + bytes(data_bytes - position) + " at the end of the file that no tensor has");
   }
 }
 

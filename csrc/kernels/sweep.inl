@@ -31,9 +31,9 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
 /// Where the columns of a segment, from its first on, are quantized to.
 template <typename T>
 struct QuantizedSegment {
-  T* error;             // [columns][lane]
-  std::int8_t* code;    // [columns][lane]; a trial has none
-  double* loss;         // [lane], added to
+  T* error;                       // [columns][lane]
+  double* loss;                   // [lane], added to
+  std::int8_t* code = nullptr;    // [columns][lane]; a trial has none
   const T* scale = nullptr;       // [lane] of a trial; else the grid of the tile counts
   const T* reciprocal = nullptr;  // [lane] of a trial: 1 / scale
   const T* zero_point = nullptr;  // [lane] of a trial
@@ -170,12 +170,8 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
       reciprocal[lane] = T(1) / scale[lane];
       zero_point[lane] = static_cast<T>(stored_zero_point[lane]);
     }
-    const QuantizedSegment<T> trial = {.error = tile.scratch,
-                                       .code = nullptr,
-                                       .loss = loss,
-                                       .scale = scale,
-                                       .reciprocal = reciprocal,
-                                       .zero_point = zero_point};
+    const QuantizedSegment<T> trial = {
+        .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
     // Columns only add to a loss, so that a trial ends where it has lost in every row.
     for (std::int64_t first = columns.begin; first < columns.end && !lost(tile, loss);
          first += kStripColumns) {
@@ -215,7 +211,7 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
     }
     quantize_segment(
         problem, tile, block.begin, segment,
-        {.error = tile.error + begin * kTileRows<T>, .code = tile.code + begin * kTileRows<T>, .loss = tile.loss});
+        {.error = tile.error + begin * kTileRows<T>, .loss = tile.loss, .code = tile.code + begin * kTileRows<T>});
     if (problem.beam_scales > 0) {
       search_beams(problem, tile, block.begin, segment);
     }

@@ -1,6 +1,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include "miniquant/hessian.h"
@@ -11,7 +12,8 @@ HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype
   TORCH_CHECK_VALUE(in_features >= 0, "HessianAccumulator: expected in_features to be at least 0, but got ",
                     in_features);
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "HessianAccumulator: expected dtype to be float32 or float64, but got ", dtype);
+                   "HessianAccumulator: expected dtype to be float32 or float64, but got ",
+                   c10::getDtypeNames(dtype).first);
   sum_[0] = at::zeros({in_features, in_features}, at::TensorOptions().dtype(dtype));
   if (halves == Halves::kApart) {
     sum_[1] = at::zeros_like(sum_[0]);

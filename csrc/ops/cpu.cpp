@@ -1,4 +1,6 @@
 #include <ATen/core/grad_mode.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -20,12 +22,20 @@
 namespace miniquant::ops {
 namespace {
 
+/// For one scope ATen's operations record nothing for autograd and compute in the dtype they are given: under autocast
+/// products would be bfloat16.
+class PlainOperations {
+ private:
+  at::NoGradGuard no_grad_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+};
+
 using Algorithm = GptqResult (*)(const at::Tensor&, const at::Tensor&, const GptqOptions&);
 
 QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
                    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points,
                    bool full_range, std::string_view scale_method) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
   const GridOptions options = check_rtn_arguments("rtn", weight, grid);
   check_rtn_values("rtn", weight, grid);
@@ -35,12 +45,12 @@ QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, b
 
 GptqTuple run_gptq(const char* op, Algorithm algorithm, const at::Tensor& weight, const at::Tensor& hessian,
                    const GridArguments& grid, const GptqOptions& options) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   check_gptq_values(op, weight, hessian, grid);
   const GptqResult result = algorithm(weight, hessian, options);
   TORCH_CHECK_VALUE(result.row_loss.isfinite().all().item<bool>(), op,
-                    ": expected weight and hessian whose products are finite in ", result.row_loss.dtype(),
-                    ", but got a row loss that is not");
+                    ": expected weight and hessian whose products are finite in ",
+                    c10::getDtypeNames(result.row_loss.scalar_type()).first, ", but got a row loss that is not");
   return {result.codes, result.scales, result.zero_points, result.row_loss};
 }
 
@@ -67,7 +77,7 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
 
 RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
                         int64_t bits, int64_t group_size, bool symmetric) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   const GridOptions options = check_choose_ridge_arguments(
       weight, first, second, tokens, {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax"});
   check_choose_ridge_values(weight, first, second);
@@ -77,7 +87,7 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
 }
 
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   check_hessian_update_arguments(hessian, inputs);
   check_hessian_update_values(inputs);
   algorithms::hessian_update(hessian, inputs);
@@ -86,14 +96,14 @@ void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   check_quantization_loss_arguments(weight, dequantized, hessian);
   return algorithms::quantization_loss(weight, dequantized, hessian);
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                       int64_t group_size) {
-  const at::NoGradGuard no_grad;
+  const PlainOperations plain;
   check_dequantize_arguments(codes, scales, zero_points, group_size);
   return algorithms::dequantize(codes, scales, zero_points, group_size);
 }

@@ -211,10 +211,10 @@ def gptq_reference(
 
     ``err = (w_k - q_k) / Hinv[k, k]``,  ``W[:, k:] -= outer(err, Hinv[k, k:])``
 
-    Written on PyTorch's own operations, for any device and float32 or float64; slow, and what :func:`gptq` is tested
-    against. The two agree code for code but where a target lies on a rounding tie to within the precision of the
-    arithmetic. Arguments, result and errors are those of :func:`gptq`, but that ``scale_method="loss"``,
-    ``beam_scales`` and ``refine`` are left to it.
+    Written on PyTorch's own operations, for any device; slow, and what :func:`gptq` is tested against. The two agree
+    code for code but where a target lies on a rounding tie to within the precision of the arithmetic. Arguments, result
+    and errors are those of :func:`gptq`, but that ``scale_method="loss"``, ``beam_scales`` and ``refine`` are left to
+    it, and that other methods than "absmax" need the CPU.
     """
     return GptqResult(
         *torch.ops.miniquant.gptq_reference(
@@ -242,7 +242,7 @@ def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
 
     Args:
         hessian: [K, K], float32 or float64; changed and returned.
-        inputs: [..., K], any floating dtype; cast to the Hessian's before the product.
+        inputs: [..., K], float32, float64, bfloat16 or float16; cast to the Hessian's dtype before the product.
 
     Raises:
         ValueError, TypeError: for a bad argument.

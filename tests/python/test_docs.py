@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts_as_modules import load
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "csrc/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
 
 
 def diagram(path: str) -> list[str]:
@@ -33,6 +36,48 @@ def test_the_diagram_names_what_the_loop_names() -> None:
         assert any(re.search(rf"\b{name}\b", line) for line in diagram("docs/algorithm.md")), (
             f"no {name} in the diagram"
         )
+
+
+def test_a_part_of_readme_is_one_pair_of_markers() -> None:
+    readme = load("scripts/readme.py")
+    page = "<!-- begin results -->\na\n<!-- end -->\nbetween\n<!-- begin file x y.py -->\nb\n<!-- end -->\nafter\n"
+    parts = [(part["kind"], part["argument"], part["body"]) for part in readme.parts_of(page)]
+    assert parts == [("results", None, "a\n"), ("file", "x y.py", "b\n")]
+    for broken in (
+        page.replace("<!-- end -->", "", 1),
+        page + "<!-- end -->\n",
+        page + "<!-- begin results -->\n",
+        page.replace(" -->", "-->", 1),
+    ):
+        with pytest.raises(ValueError, match="parts have"):
+            readme.parts_of(broken)
+
+
+def test_readme_maps_every_folder() -> None:
+    listing = subprocess.run(["git", "ls-files"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    folders = {path.split("/")[0] for path in listing.splitlines() if "/" in path and not path.startswith(".")}
+    table = (ROOT / "README.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    mapped = {path.split("/")[0] for path in re.findall(r"^\| `([^`]+/)` \|", table, re.MULTILINE)}
+    assert mapped == folders
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in PAGES))
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page} links to {link}"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
+
+from scripts_as_modules import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,29 +35,19 @@ EXPECTED = {
 EXPECTED_FRESH = {"fresh_loss_rtn": 2.7304, "fresh_loss_gptq": 5.1410, "fresh_loss_ratio": 1.883}
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def lab() -> ModuleType:
-    return load(LAB / "gptq_toy.py")
+    return load("experiments/26-gptq-toy/gptq_toy.py")
 
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    return load(ROOT / "scripts" / "lab_readme.py")
+    return load("scripts/lab_readme.py")
 
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    return load(ROOT / "scripts" / "lab_plot.py")
+    return load("scripts/lab_plot.py")
 
 
 @pytest.fixture(scope="session")

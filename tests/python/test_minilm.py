@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from scripts_as_modules import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,13 +28,7 @@ TOKENS = 2048
 
 @pytest.fixture(scope="module")
 def minilm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("minilm_layer", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts/minilm_layer.py")
 
 
 @pytest.fixture(scope="session")

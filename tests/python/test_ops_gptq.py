@@ -330,6 +330,27 @@ def test_nothing_is_recorded_for_autograd(gptq: Any) -> None:
         assert oracle.same_bits(gptq(weight + 0, hessian), expected)
 
 
+def test_autocast_lowers_no_precision() -> None:
+    weight, hessian = oracle.layer(64, 128, 300, dtype=torch.float32)
+    inputs = torch.randn(300, 128)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        nearest = miniquant.rtn(weight)
+        values = miniquant.dequantize(*nearest, group_size=64)
+        return (
+            *nearest,
+            *miniquant.gptq(weight, hessian),
+            *miniquant.gptq_reference(weight, hessian),
+            miniquant.quantization_loss(weight, values, hessian),
+            miniquant.hessian_update_(torch.zeros(128, 128), inputs),
+            *torch.ops.miniquant.choose_ridge(weight, hessian, hessian + torch.eye(128), 300),
+        )
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert oracle.same_bits(results(), expected)
+
+
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("column_order", ["natural", "activation"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 import miniquant
+from scripts_as_modules import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +30,7 @@ ORDERED_GROUPS = "groups of ordered columns"
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("benchmarks/quality.py")
 
 
 @pytest.fixture(scope="module")

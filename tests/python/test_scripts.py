@@ -1,6 +1,7 @@
 """The commands of scripts/: what they refuse, and that the checks they run can fail."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,24 @@ def test_help_and_unknown_argument(root: Path, name: str) -> None:
     status, text = ended(root / "scripts" / name, "nonsense")
     assert status == 1
     assert "unknown argument 'nonsense'" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "script"),
+    [
+        ("scripts/minilm", "scripts/minilm_layer.py"),
+        ("benchmarks/quality", "benchmarks/quality.py"),
+        ("benchmarks/compare_peers", "benchmarks/compare_peers.py"),
+    ],
+)
+def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, script: str) -> None:
+    # Setting up would end here.
+    status, text = ended(root / command, "--help", env={"PYTHON": str(tmp_path / "python3")})
+    assert status == 0, text
+    assert text.startswith(f"Usage: {command}")
+    status, help_text = ended(sys.executable, root / script, "--help")
+    assert status == 0, help_text
+    assert set(re.findall(r"--[a-z][a-z-]+", help_text)) <= set(re.findall(r"--[a-z][a-z-]+", text))
 
 
 def test_setup_refuses_an_old_python(root: Path, tmp_path: Path) -> None:

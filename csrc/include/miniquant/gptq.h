@@ -65,7 +65,8 @@ struct GptqResult : QuantizedWeight {
 MINIQUANT_API GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options = {});
 
 /// The textbook form of the same: the loop over blocks, groups and columns with the Cholesky factor of H^-1, on ATen
-/// operations, for any device and float32 or float64. Slow; it is what `gptq` is tested against.
+/// operations, for any device. Slow; it is what `gptq` is tested against. Arguments, result and errors as `gptq`, but
+/// that ScaleMethod::kLoss and `refine` are left to it, and other scale methods than kAbsmax need the CPU.
 MINIQUANT_API GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian,
                                         const GptqOptions& options = {});
 

@@ -48,8 +48,8 @@ struct GridOptions {
 /// A weight on its grid.
 struct QuantizedWeight {
   at::Tensor codes;        ///< int8 [N, K]
-  at::Tensor scales;       ///< [N, ceil(K / group_size)], the weight's dtype
-  at::Tensor zero_points;  ///< int8 [N, ceil(K / group_size)]; all 0 for a symmetric grid
+  at::Tensor scales;       ///< [N, G], the weight's dtype; G = ceil(K / group_size), or 1 for group_size = -1
+  at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
 };
 
 /// Rounds every weight to the nearest point of its group's grid (RTN), ties to even.
@@ -60,7 +60,9 @@ MINIQUANT_API QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& o
 
 /// (codes - zero_points) * scales, each group with its own: [N, K] in the dtype of `scales`.
 ///
-/// codes: int8 [N, K]; scales: [N, G]; zero_points: int8 [N, G], with G = ceil(K / group_size).
+/// codes: int8 [N, K]; scales: [N, G], float32, float64, bfloat16 or float16; zero_points: int8 [N, G], with
+/// G = ceil(K / group_size), or 1 for group_size = -1.
+/// Throws c10::ValueError / c10::TypeError on a wrong shape, dtype or device.
 MINIQUANT_API at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                                     int64_t group_size);
 

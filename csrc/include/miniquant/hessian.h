@@ -11,7 +11,10 @@ namespace miniquant {
 
 /// hessian += X^T X for a batch of inputs, in place.
 ///
-/// hessian: [K, K], float32 or float64. inputs: [..., K], any floating dtype; cast to the Hessian's before the product.
+/// hessian: [K, K], float32 or float64, any strides; returned. inputs: [..., K], float32, float64, bfloat16 or float16;
+/// cast to the Hessian's dtype before the product.
+/// Throws c10::ValueError / c10::TypeError on bad arguments, values that are not finite among them; hessian is then as
+/// it was.
 MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs);
 
 /// Which tokens an accumulator keeps apart.
@@ -27,11 +30,12 @@ enum class Halves {
 /// result by rounding only.
 class MINIQUANT_API HessianAccumulator {
  public:
-  /// in_features: K. dtype: of the sum, kFloat or kDouble.
+  /// in_features: K, at least 0. dtype: of the sum, kFloat or kDouble. Throws c10::ValueError / c10::TypeError
+  /// otherwise.
   explicit HessianAccumulator(int64_t in_features, at::ScalarType dtype = at::kFloat,
                               Halves halves = Halves::kTogether);
 
-  /// Adds a batch [..., K]; its leading dimensions are tokens.
+  /// Adds a batch [..., K]; its leading dimensions are tokens. Dtypes and errors as hessian_update_.
   void update(const at::Tensor& inputs);
 
   /// Tokens seen so far.
@@ -40,8 +44,8 @@ class MINIQUANT_API HessianAccumulator {
   /// A new tensor [K, K]: X X^T / tokens. Throws c10::ValueError before the first token.
   [[nodiscard]] at::Tensor hessian() const;
 
-  /// X X^T / tokens of the first or the second half, a new tensor [K, K]. Throws c10::ValueError where the halves are
-  /// not kept apart, or that half has no token yet.
+  /// X X^T / tokens of the first or the second half (index 0 or 1), a new tensor [K, K]. Throws c10::ValueError for
+  /// another index, where the halves are not kept apart, or that half has no token yet.
   [[nodiscard]] at::Tensor half(int64_t index) const;
 
   /// Tokens of the first or the second half so far. Throws c10::ValueError where the halves are not kept apart.

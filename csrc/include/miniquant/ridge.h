@@ -20,8 +20,10 @@ struct RidgeChoice {
 /// in a half than columns none below (128 / tokens)^0.7 is: see docs/algorithm.md, "The ridge from the data".
 ///
 /// accumulator: one that keeps its halves apart (Halves::kApart), with a token in either.
-/// grid: of GPTQ as it is judged; scales must not be given.
-/// Costs twelve factorizations of H, and no more than twelve sweeps over 128 rows.
+/// grid: its bits, group_size and symmetric are those of GPTQ as it is judged, on the plain grid; scales must not be
+/// given.
+/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs twelve factorizations of H, and no more than twelve
+/// sweeps over 128 rows.
 MINIQUANT_API RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GridOptions& grid = {});
 
@@ -32,8 +34,9 @@ struct AutoGptqResult : GptqResult {
   std::vector<double> failed;  ///< ridges, ascending, with which H was not positive definite
 };
 
-/// gptq() with the ridge that choose_ridge() finds; options.ridge is not read. Where H is not positive definite with
-/// it, a ridge ten times larger is tried, three times at most, and reported; then c10::LinAlgError is thrown.
+/// gptq() with the ridge that choose_ridge() finds; options.ridge is not read, options.scales must not be given. Where
+/// H is not positive definite with it, a ridge ten times larger is tried, three times at most, and reported; then
+/// c10::LinAlgError is thrown.
 MINIQUANT_API AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GptqOptions& options = {});
 

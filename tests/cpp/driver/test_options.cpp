@@ -287,6 +287,7 @@ TEST(Options, HelpAndVersion) {
         "Exit codes:"}) {
     EXPECT_THAT(help, HasSubstr(option));
   }
+  EXPECT_THAT(help, testing::Not(HasSubstr("{false}")));
   EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,
               testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\.13\\..*\\)\n"));
 }

@@ -1,5 +1,4 @@
 #include <ATen/ops/equal.h>
-#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 #include <miniquant/miniquant.h>
 
@@ -10,8 +9,6 @@
 
 namespace miniquant {
 namespace {
-
-using testing::message_of;
 
 TEST(Api, DefaultsAreThoseOfTheSchema) {
   const auto schema = testing::find_operator("gptq").schema();
@@ -70,50 +67,6 @@ TEST(Api, EveryOptionReachesTheOperator) {
 TEST(Api, PackedCodesComeBack) {
   const QuantizedWeight quantized = rtn(testing::normal({5, 33}, 3));
   EXPECT_TRUE(at::equal(unpack_int4(pack_int4(quantized.codes), 33), quantized.codes));
-}
-
-TEST(HessianAccumulator, IsTheMeanOverAllTokensOfAnySplit) {
-  const at::Tensor inputs = testing::normal({60, 12}, 4);
-  const at::Tensor expected = inputs.mT().matmul(inputs) / 60;
-  HessianAccumulator whole(12, at::kDouble);
-  whole.update(inputs);
-  EXPECT_EQ(whole.tokens(), 60);
-  EXPECT_LE((whole.hessian() - expected).abs().max().item<double>(), 1e-14);
-  HessianAccumulator parts(12, at::kDouble);
-  parts.update(inputs.slice(0, 0, 24).view({2, 3, 4, 12}));
-  parts.update(inputs[24]);
-  parts.update(inputs.slice(0, 25, 25));
-  parts.update(inputs.slice(0, 25));
-  EXPECT_EQ(parts.tokens(), 60);
-  EXPECT_LE((parts.hessian() - whole.hessian()).abs().max().item<double>(), 1e-14);
-}
-
-TEST(HessianAccumulator, GivesATensorOfItsOwn) {
-  HessianAccumulator accumulator(3);
-  accumulator.update(testing::normal({5, 3}, 5));
-  EXPECT_EQ(accumulator.hessian().scalar_type(), at::kFloat);
-  const at::Tensor before = accumulator.hessian();
-  accumulator.hessian().zero_();
-  EXPECT_TRUE(at::equal(accumulator.hessian(), before));
-}
-
-TEST(HessianAccumulator, ABadBatchCountsNothing) {
-  HessianAccumulator accumulator(3);
-  accumulator.update(testing::normal({5, 3}, 6));
-  const at::Tensor before = accumulator.hessian();
-  EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(at::zeros({2, 4})); }),
-            "hessian_update_: expected inputs to have shape [..., K] = [..., 3], but got shape [2, 4]");
-  EXPECT_EQ(accumulator.tokens(), 5);
-  EXPECT_TRUE(at::equal(accumulator.hessian(), before));
-}
-
-TEST(HessianAccumulator, SaysWhatIsWrong) {
-  EXPECT_EQ(message_of<c10::ValueError>([] { HessianAccumulator(-1); }),
-            "HessianAccumulator: expected in_features to be at least 0, but got -1");
-  EXPECT_EQ(message_of<c10::TypeError>([] { HessianAccumulator(3, at::kHalf); }),
-            "HessianAccumulator: expected dtype to be float32 or float64, but got Half");
-  EXPECT_EQ(message_of<c10::ValueError>([] { (void)HessianAccumulator(3).hessian(); }),
-            "HessianAccumulator: expected at least one token before hessian(), but got none");
 }
 
 }  // namespace

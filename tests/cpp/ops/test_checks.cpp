@@ -363,7 +363,7 @@ TEST(Checks, ProductsThatOverflow) {
   for (const testing::NamedAlgorithm& form : testing::kForms) {
     EXPECT_EQ(message_of<c10::ValueError>([&] { form.run(weight, at::eye(4), {}); }),
               std::string(form.name) +
-                  ": expected weight and hessian whose products are finite in float, but got a row loss that is not");
+                  ": expected weight and hessian whose products are finite in float32, but got a row loss that is not");
   }
 }
 
