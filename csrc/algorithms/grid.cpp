@@ -112,7 +112,9 @@ std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method
     for (int step = 1; step <= 4; ++step) {
       factors.push_back(T(1) + static_cast<T>(step) / 40);
     }
-    if (method != ScaleMethod::kLoss && range.symmetric && -range.code_min > range.code_max) {
+    // In a sweep the other sign pays where the level that it moves is one of few.
+    const bool few_levels = range.code_max < 7;
+    if (range.symmetric && -range.code_min > range.code_max && (method != ScaleMethod::kLoss || few_levels)) {
       const size_t count = factors.size();
       for (size_t i = 0; i < count; ++i) {
         factors.push_back(-factors[i]);

@@ -11,109 +11,157 @@
 // A vector holds the choices for as many scales as it has room for, four lanes each, so that every instruction set
 // chooses alike. Start reading at search_beams().
 
-/// One search: its scales, and the choices kept so far.
+/// Searches that run side by side, so that one computes while the others wait for their own results. What they share
+/// lies in their structures of arrays, and every step below is taken by one after the other. Weights, sums and errors
+/// are multiples of the scale, and losses of its square.
 template <typename T>
-struct BeamSearch {
-  const T* weight;            // the row's, stored order
-  Choices<T> scale;           // of the choice's search
-  Choices<T> reciprocal;      // 1 / scale
-  Choices<T> low;             // lowest level
-  Choices<T> high;            // highest level
-  Choices<T> loss;            // infinite where there is no such choice
-  ChoiceIntegers<T> origin;   // the number that the choice's ancestor had before the current strip
-  Choices<T>* error;          // [kBeamColumns]  E of the current strip's columns
-  Choices<T>* sum;            // [B]  S of the columns from the current strip on
-  Choices<T>* level;          // [B]  of the choices that were kept at each column
-  ChoiceIntegers<T>* parent;  // [B]  and what number their ancestor had before it
+struct BeamSearches {
+  const T* weight[kBeamsAtOnce];            // the row's, stored order
+  Choices<T> scale[kBeamsAtOnce];           // of the choice
+  Choices<T> reciprocal[kBeamsAtOnce];      // 1 / scale
+  Choices<T> low[kBeamsAtOnce];             // lowest level
+  Choices<T> high[kBeamsAtOnce];            // highest level
+  Choices<T> loss[kBeamsAtOnce];            // infinite where there is no such choice
+  Choices<T>* sum[kBeamsAtOnce];            // [B]  S of the columns from the current strip on
+  Choices<T>* level[kBeamsAtOnce];          // [B]  of the choices that were kept at each column
+  ChoiceIntegers<T>* parent[kBeamsAtOnce];  // [B]  and what number their ancestor had before it
 };
 
-/// Takes one more column. `done` of the strip's columns were taken before it.
+/// The columns of a strip in one search.
 template <typename T>
-MINIQUANT_INLINE void take_column(const SweepProblem<T>& problem, std::int64_t begin, std::int64_t j, std::int64_t done,
-                                  BeamSearch<T>& search) {
-  const SweepStep<T>& step = problem.steps[j];
-  const T* const coefficient = entry(problem.triangle, {problem.columns}, j, j - done);
-  Choices<T> sum = permute<T>(search.sum[j - begin], search.origin);
-#pragma GCC unroll 8
-  for (std::int64_t i = 0; i < done; ++i) {
-    sum = multiply_add_choices<T>(for_each_choice<T>(coefficient[i]), search.error[i], sum);
-  }
-  const T weight = search.weight[step.column];
-  const Choices<T> target = weight + sum * step.inverse_pivot;
-  const Choices<T> wanted = target * search.reciprocal;
-  const Choices<T> near = clamp_and_round<T, Choices<T>>(wanted, search.low, search.high);
-  const Choices<T> one = for_each_choice<T>(T(1));
-  const Choices<T> far = near + (wanted > near ? one : -one);
+struct BeamStrip {
+  Choices<T> sum[kBeamColumns];    // S of the columns not yet taken
+  Choices<T> error[kBeamColumns];  // E of those taken, in the numbering of when they were
+};
 
+/// Takes the strip's column number `taken`, number `at` of the group. `triangle` is L from the strip's first row and
+/// column on.
+template <typename T>
+MINIQUANT_INLINE void take_column(const SweepStep<T>& step, const T* triangle, std::int64_t at, std::int64_t taken,
+                                  std::int64_t width, BeamSearches<T>& searches, BeamStrip<T> (&strips)[kBeamsAtOnce]) {
+  const Choices<T> inverse_pivot = for_each_choice<T>(step.inverse_pivot);
   const Choices<T> pivot_squared = for_each_choice<T>(step.pivot_squared);
-  const Choices<T> near_miss = target - near * search.scale;
-  const Choices<T> far_miss = target - far * search.scale;
-  const Choices<T> near_loss = multiply_add_choices<T>(pivot_squared, near_miss * near_miss, search.loss);
-  const Choices<T> possible = multiply_add_choices<T>(pivot_squared, far_miss * far_miss, search.loss);
   const Choices<T> impossible = for_each_choice<T>(static_cast<T>(__builtin_inf()));
-  const Choices<T> below_top = far > search.high ? impossible : possible;
-  const Choices<T> far_loss = far < search.low ? impossible : below_top;
-
-  const ChoiceIntegers<T> near_keys = sort<true, T>(key_of<T>(near_loss, by_number<T>(0, 1, 2, 3)));
-  const ChoiceIntegers<T> far_keys = sort<false, T>(key_of<T>(far_loss, by_number<T>(4, 5, 6, 7)));
-  const ChoiceIntegers<T> kept = near_keys < far_keys ? near_keys : far_keys;
-  const ChoiceIntegers<T> parent = kept & (kBeamWidth - 1);
-  const auto is_far = (kept & kBeamWidth) != 0;
-  const Choices<T> level = is_far ? permute<T>(far, parent) : permute<T>(near, parent);
-  search.loss = is_far ? permute<T>(far_loss, parent) : permute<T>(near_loss, parent);
-  search.origin = reinterpret_cast<ChoiceIntegers<T>>(
-      permute<T>(reinterpret_cast<Choices<T>>(search.origin), parent));
+  Choices<T> weight[kBeamsAtOnce];
+  Choices<T> near[kBeamsAtOnce];
+  Choices<T> far[kBeamsAtOnce];
+  Choices<T> near_loss[kBeamsAtOnce];
+  Choices<T> far_loss[kBeamsAtOnce];
+  ChoiceIntegers<T> near_keys[kBeamsAtOnce];
+  ChoiceIntegers<T> far_keys[kBeamsAtOnce];
 #pragma GCC unroll 8
-  for (std::int64_t i = 0; i < done; ++i) {
-    search.error[i] = permute<T>(search.error[i], parent);
+  for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+    weight[s] = searches.weight[s][step.column] * searches.reciprocal[s];
+    const Choices<T> target = multiply_add_choices<T>(strips[s].sum[taken], inverse_pivot, weight[s]);
+    near[s] = clamp_and_round<T, Choices<T>>(target, searches.low[s], searches.high[s]);
+    const Choices<T> near_miss = target - near[s];
+    const Choices<T> other_side = one_with_sign_of<T>(near_miss);
+    const Choices<T> far_miss = near_miss - other_side;
+    far[s] = near[s] + other_side;
+    near_loss[s] = multiply_add_choices<T>(pivot_squared, near_miss * near_miss, searches.loss[s]);
+    far_loss[s] = multiply_add_choices<T>(pivot_squared, far_miss * far_miss, searches.loss[s]);
+    far_loss[s] = far[s] > searches.high[s] ? impossible : far_loss[s];
+    far_loss[s] = far[s] < searches.low[s] ? impossible : far_loss[s];
   }
-  search.error[done] = weight - level * search.scale;
-  search.level[j - begin] = level;
-  search.parent[j - begin] = parent;
+#pragma GCC unroll 8
+  for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+    near_keys[s] = sort<true, T>(key_of<T>(near_loss[s], by_number<T>(0, 1, 2, 3)));
+    far_keys[s] = sort<false, T>(key_of<T>(far_loss[s], by_number<T>(4, 5, 6, 7)));
+  }
+#pragma GCC unroll 8
+  for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+    // Of two sorted fours, one ascending and one descending, the four smallest.
+    const ChoiceIntegers<T> kept = near_keys[s] < far_keys[s] ? near_keys[s] : far_keys[s];
+    const ChoiceIntegers<T> parent = kept & (kBeamWidth - 1);
+    const auto is_far = (kept & kBeamWidth) != 0;
+    const Choices<T> level = is_far ? permute<T>(far[s], parent) : permute<T>(near[s], parent);
+    searches.loss[s] = is_far ? permute<T>(far_loss[s], parent) : permute<T>(near_loss[s], parent);
+    searches.level[s][at] = level;
+    searches.parent[s][at] = parent;
+    const Choices<T> error = weight[s] - level;
+    strips[s].error[taken] = error;
+#pragma GCC unroll 8
+    for (std::int64_t c = taken + 1; c < kBeamColumns; ++c) {
+      if (c < width) {
+        const Choices<T> coefficient = for_each_choice<T>(triangle[c * kPanelColumns + taken]);
+        strips[s].sum[c] = multiply_add_choices<T>(coefficient, error, permute<T>(strips[s].sum[c], parent));
+      }
+    }
+  }
 }
 
-/// S of column j, after a strip, for the choices kept: += E R of the strip's `width` columns.
+/// S of the columns after a strip of one search: += E R of the strip's, for the choices that were kept. `parent` and
+/// `sum` are those of the strip's first column and after, `triangle` is L from the strip's first row and column on.
 template <typename T>
-MINIQUANT_INLINE void carry_errors(const T* coefficient, std::int64_t width, const BeamSearch<T>& search,
-                                   Choices<T>& at) {
-  Choices<T> sum = permute<T>(at, search.origin);
+MINIQUANT_INLINE void carry_errors(const T* triangle, std::int64_t width, std::int64_t columns,
+                                   const ChoiceIntegers<T>* parent, const BeamStrip<T>& strip, Choices<T>* sum) {
+  // From the last column back: where among the choices of that time each of today's has its ancestor.
+  ChoiceIntegers<T> ancestor = by_number<T>(0, 1, 2, 3);
+  Choices<T> error[kBeamColumns];
 #pragma GCC unroll 8
-  for (std::int64_t i = 0; i < width; ++i) {
-    sum = multiply_add_choices<T>(for_each_choice<T>(coefficient[i]), search.error[i], sum);
+  for (std::int64_t c = kBeamColumns - 1; c >= 0; --c) {
+    error[c] = Choices<T>{};
+    if (c < width) {
+      error[c] = permute<T>(strip.error[c], ancestor);
+      ancestor = reinterpret_cast<ChoiceIntegers<T>>(permute<T>(reinterpret_cast<Choices<T>>(parent[c]), ancestor));
+    }
   }
-  at = sum;
+  const auto carry = [&](std::int64_t terms) {
+    for (std::int64_t j = width; j < columns; ++j) {
+      const T* const coefficient = triangle + j * kPanelColumns;
+      Choices<T> total = permute<T>(sum[j], ancestor);
+#pragma GCC unroll 8
+      for (std::int64_t c = 0; c < kBeamColumns; ++c) {
+        if (c < terms) {
+          total = multiply_add_choices<T>(for_each_choice<T>(coefficient[c]), error[c], total);
+        }
+      }
+      sum[j] = total;
+    }
+  };
+  if (width == kBeamColumns) {
+    carry(kBeamColumns);
+  } else {
+    carry(width);
+  }
 }
 
 /// Takes the columns of a group in all searches, which begin with S in `sum`.
 template <typename T>
-MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns, BeamSearch<T> (&searches)[kBeamsAtOnce]) {
-  const ChoiceIntegers<T> itself = by_number<T>(0, 1, 2, 3);
+MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns, BeamSearches<T>& searches) {
+  BeamStrip<T> strips[kBeamsAtOnce];
   Span strip;
   for (std::int64_t first = columns.begin; first < columns.end; first = strip.end) {
     strip = span_of(first, kBeamColumns - first % kBeamColumns, columns.end);
-    for (BeamSearch<T>& search : searches) {
-      search.origin = itself;
+    const T* const triangle = entry(problem.triangle, {problem.columns}, first, first);
+    for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+      for (std::int64_t j = strip.begin; j < strip.end; ++j) {
+        strips[s].sum[j - first] = searches.sum[s][j - columns.begin];
+      }
     }
 #pragma GCC unroll 8
-    for (std::int64_t done = 0; done < kBeamColumns; ++done) {
-      if (first + done < strip.end) {
-        for (BeamSearch<T>& search : searches) {
-          take_column(problem, columns.begin, first + done, done, search);
-        }
+    for (std::int64_t taken = 0; taken < kBeamColumns; ++taken) {
+      if (first + taken < strip.end) {
+        take_column(problem.steps[first + taken], triangle, first + taken - columns.begin, taken, strip.end - first,
+                    searches, strips);
       }
     }
-    for (std::int64_t j = strip.end; j < columns.end; ++j) {
-      const T* const coefficient = entry(problem.triangle, {problem.columns}, j, first);
-      for (BeamSearch<T>& search : searches) {
-        Choices<T>& sum = search.sum[j - columns.begin];
-        if (strip.end - first == kBeamColumns) {
-          carry_errors(coefficient, kBeamColumns, search, sum);
-        } else {
-          carry_errors(coefficient, strip.end - first, search, sum);
-        }
-      }
+    for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+      const std::int64_t at = first - columns.begin;
+      carry_errors(triangle, strip.end - first, columns.end - first, searches.parent[s] + at, strips[s],
+                   searches.sum[s] + at);
     }
   }
+}
+
+/// A scale with which the nearest plane loses this many times what it does with the best one is not searched: a search
+/// saves some 5 to 10%.
+constexpr double kWorthSearching = 1.1;
+
+/// Whether the tile's row `lane` has a kept scale of that number that is worth a search.
+template <typename T>
+MINIQUANT_INLINE bool is_worth_searching(const KeptScales<T>& kept, std::int64_t lane, std::int64_t scale) {
+  return scale < kept.count && kept.loss[scale * kTileRows<T> + lane] <= kWorthSearching * kept.loss[lane];
 }
 
 /// What a search is run for: a row of the tile, and the first of the kScalesPerBeam kept scales that it takes.
@@ -124,78 +172,112 @@ struct BeamJob {
 
 template <typename T>
 MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                   Span columns, BeamJob job, BeamSearch<T>& search) {
-  search.weight = problem.weight + (tile.row + job.lane) * problem.columns;
+                                   Span columns, BeamJob job, std::int64_t number, BeamSearches<T>& searches) {
+  searches.weight[number] = problem.weight + (tile.row + job.lane) * problem.columns;
   for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    // A scale too many is searched twice.
+    // Where there is none, the first one is searched again.
     const std::int64_t scale = job.first + lane / kBeamWidth;
-    const std::int64_t at = (scale < tile.kept.count ? scale : job.first) * kTileRows<T> + job.lane;
-    search.scale[lane] = tile.kept.scale[at];
-    search.reciprocal[lane] = T(1) / tile.kept.scale[at];
-    search.low[lane] = static_cast<T>(problem.grid.range.code_min) - tile.kept.zero_point[at];
-    search.high[lane] = static_cast<T>(problem.grid.range.code_max) - tile.kept.zero_point[at];
-    search.loss[lane] = lane % kBeamWidth == 0 ? T(0) : static_cast<T>(__builtin_inf());
+    const std::int64_t at =
+        (is_worth_searching(tile.kept, job.lane, scale) ? scale : job.first) * kTileRows<T> + job.lane;
+    searches.scale[number][lane] = tile.kept.scale[at];
+    searches.reciprocal[number][lane] = T(1) / tile.kept.scale[at];
+    searches.low[number][lane] = static_cast<T>(problem.grid.range.code_min) - tile.kept.zero_point[at];
+    searches.high[number][lane] = static_cast<T>(problem.grid.range.code_max) - tile.kept.zero_point[at];
+    searches.loss[number][lane] = lane % kBeamWidth == 0 ? T(0) : static_cast<T>(__builtin_inf());
   }
   for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-    search.sum[j - columns.begin] = for_each_choice<T>(tile.sum[(j - block_begin) * kTileRows<T> + job.lane]);
+    searches.sum[number][j - columns.begin] =
+        tile.sum[(j - block_begin) * kTileRows<T> + job.lane] * searches.reciprocal[number];
   }
 }
 
-/// Puts the choice in `from`, a lane of a search that has ended, in the place of what the row's group was quantized to.
+/// Puts a choice of a search that has ended, by its lane, in the place of what the row's group was quantized to.
 template <typename T>
 MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
-                                  std::int64_t row_lane, const BeamSearch<T>& search, std::int64_t from) {
-  const T scale = search.scale[from];
-  const T zero_point = static_cast<T>(problem.grid.range.code_min) - search.low[from];
+                                  std::int64_t row_lane, const BeamSearches<T>& searches, std::int64_t number,
+                                  std::int64_t choice) {
+  const T scale = searches.scale[number][choice];
+  const T zero_point = static_cast<T>(problem.grid.range.code_min) - searches.low[number][choice];
   const std::int64_t group = problem.steps[columns.begin].group * kTileRows<T> + row_lane;
   tile.scale[group] = scale;
   tile.zero_point[group] = zero_point;
   for (std::int64_t j = columns.end - 1; j >= columns.begin; --j) {
-    const T level = search.level[j - columns.begin][from];
+    const T level = searches.level[number][j - columns.begin][choice];
     const std::int64_t at = j * kTileRows<T> + row_lane;
-    tile.error[at] = search.weight[problem.steps[j].column] - level * scale;
+    tile.error[at] = searches.weight[number][problem.steps[j].column] - level * scale;
     tile.code[at] = static_cast<std::int8_t>(static_cast<std::int32_t>(level + zero_point));
-    from = from / kBeamWidth * kBeamWidth + search.parent[j - columns.begin][from];
+    choice = choice / kBeamWidth * kBeamWidth + searches.parent[number][j - columns.begin][choice];
   }
 }
 
-/// Searches the group `columns`, quantized to the nearest plane with the first of the kept scales, with all of them, and
-/// takes for each row what adds least to its loss.
+/// The search after this one: of the row's next scales, or of the next row.
+template <typename T>
+MINIQUANT_INLINE BeamJob next_job(const KeptScales<T>& kept, BeamJob job) {
+  const std::int64_t first = job.first + kScalesPerBeam<T>;
+  return is_worth_searching(kept, job.lane, first) ? BeamJob{job.lane, first} : BeamJob{job.lane + 1, 0};
+}
+
+/// What the best choice of a few searches is.
+struct BestChoice {
+  std::int64_t search;
+  std::int64_t choice;
+};
+
+/// Puts the best choice for each row in the place of what the row has so far, where it loses less than `least` [lane].
+template <typename T>
+MINIQUANT_INLINE void take_best(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
+                                const BeamJob* jobs, const BeamSearches<T>& searches, double* least) {
+  for (std::int64_t first = 0; first < kBeamsAtOnce;) {
+    const std::int64_t lane = jobs[first].lane;
+    const double before = least[lane];
+    BestChoice best = {first, 0};
+    std::int64_t s = first;
+    for (; s < kBeamsAtOnce && jobs[s].lane == lane; ++s) {
+      for (std::int64_t choice = 0; choice < kBeamLanes<T>; ++choice) {
+        const double scale = static_cast<double>(searches.scale[s][choice]);
+        const double loss = static_cast<double>(searches.loss[s][choice]) * scale * scale;
+        if (loss < least[lane]) {
+          least[lane] = loss;
+          best = {s, choice};
+        }
+      }
+    }
+    if (least[lane] < before) {
+      take_choice(problem, tile, columns, lane, searches, best.search, best.choice);
+    }
+    first = s;
+  }
+}
+
+/// Searches the group `columns`, quantized to the nearest plane with the first of the kept scales, with all of them,
+/// and takes for each row what adds least to its loss.
 template <typename T>
 MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
                                    Span columns) {
-  const std::int64_t searches_per_row = (tile.kept.count + kScalesPerBeam<T> - 1) / kScalesPerBeam<T>;
-  const std::int64_t count = tile.rows * searches_per_row;
   double least[kTileRows<T>];
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
     least[lane] = tile.kept.loss[lane];
   }
-  BeamSearch<T> searches[kBeamsAtOnce];
+  BeamSearches<T> searches;
   for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
     const std::int64_t at = s * (columns.end - columns.begin);
-    searches[s].error = tile.beams.error + s * kBeamColumns;
-    searches[s].sum = tile.beams.sum + at;
-    searches[s].level = tile.beams.level + at;
-    searches[s].parent = tile.beams.parent + at;
+    searches.sum[s] = tile.beams.sum + at;
+    searches.level[s] = tile.beams.level + at;
+    searches.parent[s] = tile.beams.parent + at;
   }
-  for (std::int64_t next = 0; next < count; next += kBeamsAtOnce) {
+  BeamJob job = {0, 0};
+  while (job.lane < tile.rows) {
     BeamJob jobs[kBeamsAtOnce];
     for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-      // A search too many is the last one again.
-      const std::int64_t number = next + s < count ? next + s : count - 1;
-      jobs[s] = {number / searches_per_row, number % searches_per_row * kScalesPerBeam<T>};
-      begin_search(problem, tile, block_begin, columns, jobs[s], searches[s]);
+      // A search too many is the one before again.
+      jobs[s] = job.lane < tile.rows ? job : jobs[s - 1];
+      begin_search(problem, tile, block_begin, columns, jobs[s], s, searches);
+      job = next_job(tile.kept, jobs[s]);
     }
     run_searches(problem, columns, searches);
-    for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-      for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-        const double loss = static_cast<double>(searches[s].loss[lane]);
-        if (loss < least[jobs[s].lane]) {
-          tile.loss[jobs[s].lane] += loss - least[jobs[s].lane];
-          least[jobs[s].lane] = loss;
-          take_choice(problem, tile, columns, jobs[s].lane, searches[s], lane);
-        }
-      }
-    }
+    take_best(problem, tile, columns, jobs, searches, least);
+  }
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+    tile.loss[lane] += least[lane] - tile.kept.loss[lane];
   }
 }

@@ -9,7 +9,7 @@ constexpr std::int64_t kBeamColumns = 8;
 static_assert(kPanelColumns % kBeamColumns == 0);
 
 /// Searches that run side by side: one computes while the other waits for its own results.
-constexpr std::int64_t kBeamsAtOnce = 2;
+constexpr std::int64_t kBeamsAtOnce = 3;
 
 template <typename T>
 constexpr std::int64_t kBeamLanes = kLanes<T> < kBeamWidth ? kBeamWidth : kLanes<T>;
@@ -44,19 +44,22 @@ MINIQUANT_INLINE Choices<T> for_each_choice(T value) {
 /// a * b + c, fused where the instruction set has it.
 template <typename T>
 MINIQUANT_INLINE Choices<T> multiply_add_choices(Choices<T> a, Choices<T> b, Choices<T> c) {
-#if defined(__FMA__)
-  Choices<T> result;
-  for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-    } else {
-      result[lane] = __builtin_fma(a[lane], b[lane], c[lane]);
-    }
+  if constexpr (kBeamLanes<T> == kLanes<T>) {
+    return reinterpret_cast<Choices<T>>(
+        multiply_add(reinterpret_cast<Vector<T>>(a), reinterpret_cast<Vector<T>>(b), reinterpret_cast<Vector<T>>(c)));
+  } else {
+    return a * b + c;
   }
-  return result;
-#else
-  return a * b + c;
-#endif
+}
+
+/// 1 or -1.
+template <typename T>
+MINIQUANT_INLINE Choices<T> one_with_sign_of(Choices<T> values) {
+  const Choices<T> sign = for_each_choice<T>(T(-0.0));
+  const Choices<T> one = for_each_choice<T>(T(1));
+  return reinterpret_cast<Choices<T>>(
+      (reinterpret_cast<ChoiceIntegers<T>>(values) & reinterpret_cast<ChoiceIntegers<T>>(sign)) |
+      reinterpret_cast<ChoiceIntegers<T>>(one));
 }
 
 /// Of each scale's choices, those numbered `from`, 0 to 3.
@@ -86,8 +89,8 @@ MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
   static_assert(kWith == 1 || kWith == 2);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == sizeof(float)) {
-    return reinterpret_cast<ChoiceIntegers<T>>(
-        _mm512_maskz_shuffle_epi32(0xFFFF, reinterpret_cast<__m512i>(values), kWith == 1 ? _MM_PERM_CDAB : _MM_PERM_BADC));
+    return reinterpret_cast<ChoiceIntegers<T>>(_mm512_maskz_shuffle_epi32(0xFFFF, reinterpret_cast<__m512i>(values),
+                                                                          kWith == 1 ? _MM_PERM_CDAB : _MM_PERM_BADC));
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == sizeof(float)) {

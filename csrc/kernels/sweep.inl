@@ -137,13 +137,13 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// Whether no row of the tile would keep a scale that has lost as much.
+/// Whether no row of the tile has a use for a scale that has lost as much.
 template <typename T>
 MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss) {
   const double* const most = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
   bool all = true;
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    all = all && loss[lane] >= most[lane];
+    all = all && (loss[lane] >= most[lane] || loss[lane] > kWorthSearching * tile.kept.loss[lane]);
   }
   return all;
 }
@@ -173,8 +173,7 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
     const QuantizedSegment<T> trial = {
         .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
     // Columns only add to a loss, so that a trial ends where it has lost in every row.
-    for (std::int64_t first = columns.begin; first < columns.end && !lost(tile, loss);
-         first += kStripColumns) {
+    for (std::int64_t first = columns.begin; first < columns.end && !lost(tile, loss); first += kStripColumns) {
       quantize_strip<true>(problem, tile, block_begin, span_of(first, kStripColumns, columns.end), columns.begin,
                            trial);
     }

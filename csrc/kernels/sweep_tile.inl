@@ -38,7 +38,6 @@ MINIQUANT_INLINE void keep(const KeptScales<T>& kept, std::int64_t lane, double 
 /// Where beam searches work. G = columns of a group.
 template <typename T>
 struct BeamArrays {
-  Choices<T>* error;          // [kBeamsAtOnce][kBeamColumns]
   Choices<T>* sum;            // [kBeamsAtOnce][G]
   Choices<T>* level;          // [kBeamsAtOnce][G]
   ChoiceIntegers<T>* parent;  // [kBeamsAtOnce][G]
@@ -47,10 +46,10 @@ struct BeamArrays {
 /// Where the arrays of a pass lie in the workspace. B = columns of a block.
 template <typename T>
 struct SweepArrays {
-  T* error;               // [tiles][K][lane]       E; W of the columns not yet quantized
-  T* sum;                 // [tiles][B][lane]       S
-  T* scratch;             // [B][lane]              of set_dynamic_grid()
-  KeptScales<T> kept;     // of one tile
+  T* error;            // [tiles][K][lane]       E; W of the columns not yet quantized
+  T* sum;              // [tiles][B][lane]       S
+  T* scratch;          // [B][lane]              of set_dynamic_grid()
+  KeptScales<T> kept;  // of one tile
   BeamArrays<T> beams;
   std::int8_t* code;      // [tiles][K][lane]
   T* scale;               // [tiles][groups][lane]
@@ -83,7 +82,6 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   }
   if (problem.beam_scales > 0) {
     const std::int64_t choices = kBeamsAtOnce * kBeamLanes<T>;
-    arrays.beams.error = reinterpret_cast<Choices<T>*>(take(choices * kBeamColumns));
     arrays.beams.sum = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
     arrays.beams.level = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
     arrays.beams.parent = reinterpret_cast<ChoiceIntegers<T>*>(take(choices * problem.segment_columns));

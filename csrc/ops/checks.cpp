@@ -270,10 +270,11 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
                       ": expected group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the "
                       "sweep), but got 'static'");
   }
-  TORCH_CHECK_VALUE(sweep.beam_scales == 0 || options.scale_method == ScaleMethod::kLoss, op,
-                    ": expected scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that "
-                    "one), but got '",
-                    grid.scale_method, "' and beam_scales ", sweep.beam_scales);
+  TORCH_CHECK_VALUE(
+      sweep.beam_scales == 0 || options.scale_method == ScaleMethod::kLoss, op,
+      ": expected scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that "
+      "one), but got '",
+      grid.scale_method, "' and beam_scales ", sweep.beam_scales);
   return options;
 }
 

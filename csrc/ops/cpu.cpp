@@ -59,8 +59,8 @@ GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits
                const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
                std::string_view scale_method, int64_t refine, int64_t beam_scales) {
   const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
-  const GptqOptions options =
-      check_gptq_arguments("gptq", weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
+  const GptqOptions options = check_gptq_arguments(
+      "gptq", weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
   return run_gptq("gptq", algorithms::gptq, weight, hessian, grid, options);
 }
 
@@ -70,8 +70,8 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, in
                          const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
                          int64_t refine, int64_t beam_scales) {
   const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
-  const GptqOptions options =
-      check_gptq_reference_arguments(weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
+  const GptqOptions options = check_gptq_reference_arguments(
+      weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
   return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian, grid, options);
 }
 

@@ -108,15 +108,26 @@ def test_the_searched_scale_is_the_best_of_its_candidates(method: Any) -> None:
         torch.testing.assert_close(error(result.scales[:, group : group + 1]), least, rtol=1e-12, atol=0.0)
 
 
+def order_within(hessian: Tensor) -> list[int]:
+    """From the last place to the first, each time the column of least variance given those that have theirs."""
+    remaining, behind = list(range(len(hessian))), list[int]()
+    while remaining:
+        known = hessian[behind][:, behind]
+        given = [
+            float(hessian[j, j] - hessian[j, behind] @ torch.linalg.solve(known, hessian[behind, j])) for j in remaining
+        ]
+        behind.insert(0, remaining.pop(given.index(min(given))))
+    return behind
+
+
 @pytest.mark.parametrize("group_size", [1, 16, 64, -1])
 def test_group_order_is_the_natural_order_of_permuted_columns(group_size: int) -> None:
     weight, hessian = problem(20, 128)
-    diagonal = hessian.diagonal()
     size = 128 if group_size == -1 else group_size
-    means = diagonal.reshape(-1, size).mean(1)
+    means = hessian.diagonal().reshape(-1, size).mean(1)
     order = torch.cat(
         [
-            group * size + diagonal[group * size : (group + 1) * size].argsort(descending=True, stable=True)
+            group * size + torch.tensor(order_within(hessian[group * size :, group * size :][:size, :size]))
             for group in means.argsort(descending=True, stable=True).tolist()
         ]
     )
@@ -124,6 +135,14 @@ def test_group_order_is_the_natural_order_of_permuted_columns(group_size: int) -
     result = miniquant.gptq(weight, hessian, group_size=group_size, column_order="group")
     assert torch.equal(result.codes[:, order], permuted.codes)
     torch.testing.assert_close(result.row_loss, permuted.row_loss)
+
+
+def test_columns_of_a_long_group_are_in_the_order_of_their_diagonal() -> None:
+    weight, hessian = problem(3, 513)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    permuted = miniquant.gptq(weight[:, order], hessian[order][:, order], group_size=-1)
+    result = miniquant.gptq(weight, hessian, group_size=-1, column_order="group")
+    assert torch.equal(result.codes[:, order], permuted.codes)
 
 
 @pytest.mark.parametrize("group_scales", ["static", "dynamic"])
@@ -205,7 +224,7 @@ def beam(
     return loss[every, best], level[every, best]
 
 
-@pytest.mark.parametrize(("group_size", "beam_scales"), [(1, 2), (13, 3), (64, 0), (64, 1), (64, 8), (-1, 25)])
+@pytest.mark.parametrize(("group_size", "beam_scales"), [(5, 2), (13, 3), (64, 0), (64, 1), (64, 8), (-1, 25)])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_best_scales_and_codes_are_those_of_a_plain_search(
     grid: dict[str, Any], group_size: int, beam_scales: int
@@ -244,7 +263,8 @@ def test_the_best_scales_and_codes_are_those_of_a_plain_search(
         for best in order[:beam_scales]:
             tried, offset = scales[best, every], zeros[best, every]
             loss, found = beam(own, sums, block, tried, (lowest - offset, highest - offset), 4)
-            better = loss < least * (1 - 1e-12)
+            nearest = losses[best, every]
+            better = (loss < least * (1 - 1e-12)) & (nearest <= 1.1 * losses.amin(0))
             least = torch.where(better, loss, least)
             scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
             level = torch.where(better[:, None], found, level)

@@ -57,7 +57,8 @@ TEST(Table, TheHeadingSaysWhatGptqWasGiven) {
   options.gptq.refine = 3;
   const std::string text = table(options, sample_runs());
   EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    activation order, static scales by hessian, 3 rounds of refinement");
-  EXPECT_EQ(line_with(text, "  best "), "  best    group order, dynamic scales by loss, beam search, 1 round of refinement");
+  EXPECT_EQ(line_with(text, "  best "),
+            "  best    group order, dynamic scales by loss, beam search, 1 round of refinement");
 }
 
 TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {

@@ -381,8 +381,8 @@ TYPED_TEST(Sweep, ABeamSearchLosesToNoNearestPlane) {
         Outputs<T> before = run(kernel, inputs, cut, inputs.rows);
         std::int64_t better = 0;
         for (const std::int64_t beam_scales : {1, 2, 3, 4}) {
-          SCOPED_TRACE(::testing::Message() << columns << " columns, " << beam_scales << " scales, symmetric "
-                                            << range.symmetric);
+          SCOPED_TRACE(::testing::Message()
+                       << columns << " columns, " << beam_scales << " scales, symmetric " << range.symmetric);
           inputs.beam_scales = beam_scales;
           const Outputs<T> outputs = run(kernel, inputs, cut, inputs.rows);
           for (std::int64_t row = 0; row < inputs.rows; ++row) {

@@ -33,10 +33,10 @@ inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at
       find_operator(name)
           .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t, std::string_view,
                         std::string_view, OptionalTensor, OptionalTensor, bool, std::string_view, int64_t, int64_t)>();
-  auto [codes, scales, zero_points, row_loss] = op.call(
-      weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
-      group_scales, column_order, options.scales, options.zero_points, options.full_range, "absmax", options.refine,
-      options.beam_scales);
+  auto [codes, scales, zero_points, row_loss] =
+      op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
+              group_scales, column_order, options.scales, options.zero_points, options.full_range, "absmax",
+              options.refine, options.beam_scales);
   return {{codes, scales, zero_points}, row_loss};
 }
 
