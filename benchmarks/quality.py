@@ -97,7 +97,7 @@ FULL = Plan(
     ridges=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     texts=300,
     timed_columns=4096,
-    timed_group_size=128,
+    timed_group_size=GROUP_SIZE,
     timed_rounds=4,
     peer_grids=((4, True), (3, True), (2, True), (4, False)),
 )

@@ -162,7 +162,7 @@ at::Tensor order_within_groups(const at::Tensor& hessian, int64_t group_columns)
       const int64_t count = std::min(group_columns, columns - begin);
       const at::Tensor group = hessian.narrow(0, begin, count).narrow(1, begin, count).to(at::kDouble, false, true);
       const std::vector<int64_t> place = order_within_group(group.accessor<double, 2>());
-      std::transform(place.begin(), place.end(), to + begin, [&](int64_t column) { return begin + column; });
+      std::ranges::transform(place, to + begin, [&](int64_t column) { return begin + column; });
     }
   });
   return order;

@@ -16,12 +16,12 @@
 /// are multiples of the scale, and losses of its square.
 template <typename T>
 struct BeamSearches {
-  const T* weight[kBeamsAtOnce];            // the row's, stored order
   Choices<T> scale[kBeamsAtOnce];           // of the choice
   Choices<T> reciprocal[kBeamsAtOnce];      // 1 / scale
   Choices<T> low[kBeamsAtOnce];             // lowest level
   Choices<T> high[kBeamsAtOnce];            // highest level
   Choices<T> loss[kBeamsAtOnce];            // infinite where there is no such choice
+  const T* weight[kBeamsAtOnce];            // the row's, stored order
   Choices<T>* sum[kBeamsAtOnce];            // [B]  S of the columns from the current strip on
   Choices<T>* level[kBeamsAtOnce];          // [B]  of the choices that were kept at each column
   ChoiceIntegers<T>* parent[kBeamsAtOnce];  // [B]  and what number their ancestor had before it

@@ -83,7 +83,7 @@ MINIQUANT_INLINE Choices<T> permute(Choices<T> values, ChoiceIntegers<T> from) {
   return result;
 }
 
-/// Of each scale's integers, number lane ^ kWith in every lane.
+/// Each scale's integers with every kWith of them in the place of the next kWith.
 template <std::int64_t kWith, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
   static_assert(kWith == 1 || kWith == 2);
@@ -100,7 +100,7 @@ MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
 #endif
   ChoiceIntegers<T> result;
   for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    result[lane] = values[lane ^ kWith];
+    result[lane] = values[lane / kWith % 2 == 0 ? lane + kWith : lane - kWith];
   }
   return result;
 }
@@ -135,12 +135,12 @@ MINIQUANT_INLINE ChoiceIntegers<T> sort(ChoiceIntegers<T> keys) {
   return compare_exchange<1, T>(keys, by_number<T>(kUp, kDown, kUp, kDown));
 }
 
-/// The number of a choice, within a key.
-constexpr std::int64_t kChoiceBits = 2 * kBeamWidth - 1;
+/// Of a key, the values that number the choices of two vectors.
+constexpr std::int64_t kChoicesPerKey = 2 * kBeamWidth;
 
 /// An integer that orders choices by their losses, which are not negative, and then by their numbers.
 template <typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> key_of(Choices<T> loss, ChoiceIntegers<T> number) {
   using Integer = BeamInteger<T>::type;
-  return (reinterpret_cast<ChoiceIntegers<T>>(loss) & ~static_cast<Integer>(kChoiceBits)) | number;
+  return (reinterpret_cast<ChoiceIntegers<T>>(loss) & static_cast<Integer>(-kChoicesPerKey)) | number;
 }

@@ -149,7 +149,8 @@ def gptq(
         group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
             by every earlier column, when the group is reached (not in activation order, and no given scales).
         column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
-            a shorter last one last, and their columns by descending diag(H). Scales stay with the stored columns.
+            a shorter last one last, and their columns so that from the last on each has the least variance given those
+            behind it. Scales stay with the stored columns.
         scales: [N, G] to use instead of the weight's own; the weight's dtype, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
         full_range: the symmetric grid with one code more (see the module).

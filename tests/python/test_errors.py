@@ -237,8 +237,8 @@ GPTQ = [  # gptq and gptq_reference
     Bad(
         "",
         {"beam_scales": 2, "group_scales": "dynamic"},
-        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got 'absmax' "
-        "and beam_scales 2",
+        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got "
+        "'absmax' and beam_scales 2",
     ),
     Bad(
         "",

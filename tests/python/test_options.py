@@ -334,7 +334,9 @@ def test_refined_codes_are_where_no_single_move_lowers_the_loss() -> None:
         assert bool((change[allowed] >= -1e-10).all())
 
 
-@pytest.mark.parametrize("options", [{"refine": 3}, {**BEST[-1], "refine": 3}, BEAMS[-1], {"scale_method": "mse"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"refine": 3}, {**BEST[-1], "refine": 3}, BEAMS[-1], {"scale_method": "mse"}], ids=str
+)
 def test_neither_threads_nor_rows_change_a_bit(options: dict[str, Any]) -> None:
     weight, hessian = problem(200, 131, torch.float32)
     threads = torch.get_num_threads()

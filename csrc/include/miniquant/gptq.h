@@ -16,8 +16,9 @@ enum class GroupScales {
 enum class ColumnOrder {
   kNatural,     ///< left to right
   kActivation,  ///< descending diag(hessian), ties in stored order
-  /// Whole groups by descending mean of diag(hessian), a shorter last one last; their columns by descending
-  /// diag(hessian).
+  /// Whole groups by descending mean of diag(hessian), a shorter last one last. Of the columns of a group the last is
+  /// that of least diag(hessian), the one before it that of least variance given the last, and so on (by descending
+  /// diag(hessian) in groups of more than 512 columns).
   kGroup,
 };
 
