@@ -313,7 +313,7 @@ def test_a_ridge_from_the_data_of_files(driver: Driver, tmp_path: Path, dtype: t
 def gptq_arguments(setup: dict[str, Any]) -> dict[str, Any]:
     """Of `setup` in results.json, what miniquant.gptq takes."""
     terms = ("bits", "group_size", "symmetric", "ridge", "block_size")
-    choices = ("column_order", "group_scales", "scale_method", "full_range", "refine")
+    choices = ("column_order", "group_scales", "scale_method", "full_range", "beam_scales", "refine")
     return {name: setup[name] for name in (*terms, *choices)}
 
 
@@ -326,7 +326,7 @@ def gptq_arguments(setup: dict[str, Any]) -> dict[str, Any]:
         ["--preset", "best", "--asymmetric", "--bits", "3"],
         ["--preset", "fast", "--no-full-range", "--refine", "2", "--column-order", "group"],
         ["--scale-method", "hessian", "--full-range", "--ridge", "0.5", "--group-size", "-1"],
-        ["--preset", "best", "--scale-method", "absmax", "--group-scales", "static"],
+        ["--preset", "best", "--scale-method", "absmax", "--beam-scales", "0", "--group-scales", "static"],
     ],
     ids=" ".join,
 )
