@@ -158,10 +158,16 @@ MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns,
 /// saves some 5 to 10%.
 constexpr double kWorthSearching = 1.1;
 
-/// Whether the tile's row `lane` has a kept scale of that number that is worth a search.
+/// Whether a scale with which the nearest plane loses that much for the tile's row `lane` is worth a search.
 template <typename T>
-MINIQUANT_INLINE bool is_worth_searching(const KeptScales<T>& kept, std::int64_t lane, std::int64_t scale) {
-  return scale < kept.count && kept.loss[scale * kTileRows<T> + lane] <= kWorthSearching * kept.loss[lane];
+MINIQUANT_INLINE bool is_worth_searching(const KeptScales<T>& kept, std::int64_t lane, double loss) {
+  return loss <= kWorthSearching * kept.loss[lane];
+}
+
+/// Whether the row has a kept scale of that number, and it is.
+template <typename T>
+MINIQUANT_INLINE bool has_scale_to_search(const KeptScales<T>& kept, std::int64_t lane, std::int64_t scale) {
+  return scale < kept.count && is_worth_searching(kept, lane, kept.loss[scale * kTileRows<T> + lane]);
 }
 
 /// What a search is run for: a row of the tile, and the first of the kScalesPerBeam kept scales that it takes.
@@ -178,7 +184,7 @@ MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTi
     // Where there is none, the first one is searched again.
     const std::int64_t scale = job.first + lane / kBeamWidth;
     const std::int64_t at =
-        (is_worth_searching(tile.kept, job.lane, scale) ? scale : job.first) * kTileRows<T> + job.lane;
+        (has_scale_to_search(tile.kept, job.lane, scale) ? scale : job.first) * kTileRows<T> + job.lane;
     searches.scale[number][lane] = tile.kept.scale[at];
     searches.reciprocal[number][lane] = T(1) / tile.kept.scale[at];
     searches.low[number][lane] = static_cast<T>(problem.grid.range.code_min) - tile.kept.zero_point[at];
@@ -214,7 +220,7 @@ MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTil
 template <typename T>
 MINIQUANT_INLINE BeamJob next_job(const KeptScales<T>& kept, BeamJob job) {
   const std::int64_t first = job.first + kScalesPerBeam<T>;
-  return is_worth_searching(kept, job.lane, first) ? BeamJob{job.lane, first} : BeamJob{job.lane + 1, 0};
+  return has_scale_to_search(kept, job.lane, first) ? BeamJob{job.lane, first} : BeamJob{job.lane + 1, 0};
 }
 
 /// What the best choice of a few searches is.

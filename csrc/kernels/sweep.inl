@@ -143,7 +143,7 @@ MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss) {
   const double* const most = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
   bool all = true;
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    all = all && (loss[lane] >= most[lane] || loss[lane] > kWorthSearching * tile.kept.loss[lane]);
+    all = all && (loss[lane] >= most[lane] || !is_worth_searching(tile.kept, lane, loss[lane]));
   }
   return all;
 }

@@ -159,8 +159,8 @@ def gptq(
             sweep adds least to the loss.
         refine: rounds, at most, in which scales are fitted to their codes and codes moved one at a time wherever that
             lowers the loss; stops when nothing changes.
-        beam_scales: of the 25 scales that ``scale_method="loss"`` tries, the number with which each group is quantized
-            once more by a beam search that keeps four partial choices of codes.
+        beam_scales: of the scales that ``scale_method="loss"`` tries, the number, up to 25, with which each group is
+            quantized once more by a beam search that keeps four partial choices of codes.
 
     Raises:
         ValueError, TypeError: for a bad argument.

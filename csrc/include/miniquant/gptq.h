@@ -26,7 +26,7 @@ enum class ColumnOrder {
 MINIQUANT_API std::string_view name_of(GroupScales group_scales);
 MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
 
-/// The number of scales that ScaleMethod::kLoss tries.
+/// The scales that ScaleMethod::kLoss tries; twice as many for a full range of 2 or 3 bits, one of either sign.
 inline constexpr int64_t kMostBeamScales = 25;
 
 struct GptqOptions : GridOptions {
@@ -67,7 +67,8 @@ MINIQUANT_API GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessia
 
 /// The textbook form of the same: the loop over blocks, groups and columns with the Cholesky factor of H^-1, on ATen
 /// operations, for any device. Slow; it is what `gptq` is tested against. Arguments, result and errors as `gptq`, but
-/// that ScaleMethod::kLoss and `refine` are left to it, and other scale methods than kAbsmax need the CPU.
+/// that ScaleMethod::kLoss, `beam_scales` and `refine` are left to it, and other scale methods than kAbsmax need the
+/// CPU.
 MINIQUANT_API GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian,
                                         const GptqOptions& options = {});
 

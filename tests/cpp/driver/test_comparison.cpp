@@ -108,6 +108,7 @@ TEST(Comparison, BestOptionsAreThePresetOnTheSameTerms) {
     EXPECT_EQ(options.scale_method, preset.scale_method);
     EXPECT_EQ(options.group_scales, preset.group_scales);
     EXPECT_EQ(options.column_order, preset.column_order);
+    EXPECT_EQ(options.beam_scales, preset.beam_scales);
     EXPECT_EQ(options.refine, preset.refine);
   }
 }
