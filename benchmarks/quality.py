@@ -82,7 +82,6 @@ class Plan(NamedTuple):
     ridges: tuple[float, ...]
     texts: int
     timed_columns: int
-    timed_group_size: int
     timed_rounds: int
     peer_grids: tuple[tuple[int, bool], ...]  # bits, symmetric
 
@@ -97,7 +96,6 @@ FULL = Plan(
     ridges=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     texts=300,
     timed_columns=4096,
-    timed_group_size=GROUP_SIZE,
     timed_rounds=4,
     peer_grids=((4, True), (3, True), (2, True), (4, False)),
 )
@@ -335,12 +333,12 @@ def measure_seconds(plan: Plan) -> dict[str, Any]:
     steps = [scheme for _ in range(plan.timed_rounds) for scheme in schemes]
     for scheme in tqdm(steps, desc="times", unit="run", disable=None, leave=False):
         start = time.perf_counter()
-        miniquant.gptq(weight, hessian, bits=4, group_size=plan.timed_group_size, **SCHEMES[scheme])
+        miniquant.gptq(weight, hessian, bits=4, group_size=GROUP_SIZE, **SCHEMES[scheme])
         seconds[scheme] = min(seconds[scheme], round(time.perf_counter() - start, 4))
     return {
         "rows": columns,
         "columns": columns,
-        "group_size": plan.timed_group_size,
+        "group_size": GROUP_SIZE,
         "rounds": plan.timed_rounds,
         "threads": torch.get_num_threads(),
         "schemes": seconds,

@@ -84,11 +84,10 @@ json definitions() {
       {"ridge", "of H, for gptq and best alike: setup.ridge, or where that is auto the one that ridge_choice led to"},
       {"ridge_choice",
        "null unless setup.ridge is auto; ridges: those judged, with the last GPTQ rounds to nearest; held_out: for "
-       "each "
-       "the loss of some rows of W with the codes of one half of the tokens and H of the other half, both ways round, "
-       "relative to that of the last, null where H was not positive definite; half_tokens: tokens of either half; "
-       "chosen: the ridge of least held_out, and reason says whether it gains on rounding to nearest; failed: the "
-       "ridges with which H of all tokens was not positive definite, each followed by one ten times larger"},
+       "each the loss of some rows of W with the codes of one half of the tokens and H of the other half, both ways "
+       "round, relative to that of the last, null where H was not positive definite; half_tokens: tokens of either "
+       "half; chosen: the ridge of least held_out, and reason says whether it gains on rounding to nearest; failed: "
+       "the ridges with which H of all tokens was not positive definite, each followed by one ten times larger"},
       {"ridge_added", "ridge * mean(diag(X X^T / n)), what the ridge adds to every diagonal element"},
       {"top_rows_absolute", "rows with the largest gain = loss_rtn - loss_gptq, largest first"},
       {"top_rows_relative", "rows with the largest gain = 1 - loss_gptq / loss_rtn, largest first"},

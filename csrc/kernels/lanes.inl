@@ -12,6 +12,20 @@ constexpr std::int64_t kElementsPerDouble = 1;
 template <>
 constexpr std::int64_t kElementsPerDouble<float> = 2;
 
+/// Cuts a workspace into arrays that are aligned as it is, to 64 bytes. Without one it counts what they need.
+template <typename T>
+struct WorkspaceCutter {
+  T* workspace;
+  std::int64_t used = 0;  // in T
+
+  MINIQUANT_INLINE T* take(std::int64_t count) {
+    constexpr std::int64_t kAlign = 64 / static_cast<std::int64_t>(sizeof(T));
+    T* const at = workspace + used;
+    used += (count + kAlign - 1) / kAlign * kAlign;
+    return at;
+  }
+};
+
 /// Columns [begin, end), in the order of the sweep.
 struct Span {
   std::int64_t begin;

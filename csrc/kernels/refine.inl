@@ -27,20 +27,14 @@ template <typename T>
 MINIQUANT_INLINE RefineArrays<T> lay_out(const RefineProblem<T>& problem, std::int64_t tiles, T* workspace) {
   const std::int64_t lanes = tiles * kTileRows<T>;
   const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
-  const std::int64_t align = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
-  std::int64_t used = 0;
-  const auto take = [&](std::int64_t count) {
-    T* const at = workspace + used;
-    used += (count + align - 1) / align * align;
-    return at;
-  };
+  WorkspaceCutter<T> cutter = {workspace};
   RefineArrays<T> arrays;
-  arrays.error = take(lanes * problem.columns);
-  arrays.level = take(lanes * problem.columns);
-  arrays.gradient = take(lanes * group);
-  arrays.other = take(kTileRows<T> * group);
-  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
-  arrays.elements = used;
+  arrays.error = cutter.take(lanes * problem.columns);
+  arrays.level = cutter.take(lanes * problem.columns);
+  arrays.gradient = cutter.take(lanes * group);
+  arrays.other = cutter.take(kTileRows<T> * group);
+  arrays.loss = reinterpret_cast<double*>(cutter.take(lanes * kElementsPerDouble<T>));
+  arrays.elements = cutter.used;
   return arrays;
 }
 

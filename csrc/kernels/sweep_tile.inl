@@ -62,36 +62,30 @@ template <typename T>
 MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t tiles, T* workspace) {
   const std::int64_t lanes = tiles * kTileRows<T>;
   const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
-  constexpr std::int64_t align = 64 / static_cast<std::int64_t>(sizeof(T));
-  std::int64_t used = 0;
-  const auto take = [&](std::int64_t count) {
-    T* const at = workspace + used;
-    used += (count + align - 1) / align * align;
-    return at;
-  };
+  WorkspaceCutter<T> cutter = {workspace};
   SweepArrays<T> arrays = {};
-  arrays.error = take(lanes * problem.columns);
-  arrays.sum = take(lanes * block);
+  arrays.error = cutter.take(lanes * problem.columns);
+  arrays.sum = cutter.take(lanes * block);
   if (problem.dynamic_scales) {
-    arrays.scratch = take(kTileRows<T> * block);
+    arrays.scratch = cutter.take(kTileRows<T> * block);
     arrays.kept.count = problem.beam_scales > 1 ? problem.beam_scales : 1;
     const std::int64_t kept = arrays.kept.count * kTileRows<T>;
-    arrays.kept.loss = reinterpret_cast<double*>(take(kept * kElementsPerDouble<T>));
-    arrays.kept.scale = take(kept);
-    arrays.kept.zero_point = take(kept);
+    arrays.kept.loss = reinterpret_cast<double*>(cutter.take(kept * kElementsPerDouble<T>));
+    arrays.kept.scale = cutter.take(kept);
+    arrays.kept.zero_point = cutter.take(kept);
   }
   if (problem.beam_scales > 0) {
     const std::int64_t choices = kBeamsAtOnce * kBeamLanes<T>;
-    arrays.beams.sum = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
-    arrays.beams.level = reinterpret_cast<Choices<T>*>(take(choices * problem.segment_columns));
-    arrays.beams.parent = reinterpret_cast<ChoiceIntegers<T>*>(take(choices * problem.segment_columns));
+    arrays.beams.sum = reinterpret_cast<Choices<T>*>(cutter.take(choices * problem.segment_columns));
+    arrays.beams.level = reinterpret_cast<Choices<T>*>(cutter.take(choices * problem.segment_columns));
+    arrays.beams.parent = reinterpret_cast<ChoiceIntegers<T>*>(cutter.take(choices * problem.segment_columns));
   }
   arrays.code =
-      reinterpret_cast<std::int8_t*>(take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
-  arrays.scale = take(lanes * problem.grid.groups);
-  arrays.zero_point = take(lanes * problem.grid.groups);
-  arrays.loss = reinterpret_cast<double*>(take(lanes * kElementsPerDouble<T>));
-  arrays.elements = used;
+      reinterpret_cast<std::int8_t*>(cutter.take(lanes * problem.columns / static_cast<std::int64_t>(sizeof(T)) + 1));
+  arrays.scale = cutter.take(lanes * problem.grid.groups);
+  arrays.zero_point = cutter.take(lanes * problem.grid.groups);
+  arrays.loss = reinterpret_cast<double*>(cutter.take(lanes * kElementsPerDouble<T>));
+  arrays.elements = cutter.used;
   return arrays;
 }
 
