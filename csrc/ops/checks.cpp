@@ -245,8 +245,7 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
   TORCH_CHECK_VALUE(sweep.refine >= 0, op, ": expected refine to be a number of rounds, 0 or more, but got ",
                     sweep.refine);
   TORCH_CHECK_VALUE(sweep.beam_scales >= 0 && sweep.beam_scales <= kMostBeamScales, op,
-                    ": expected beam_scales to be from 0 to ", kMostBeamScales,
-                    ", the number of scales that are tried, but got ", sweep.beam_scales);
+                    ": expected beam_scales to be from 0 to ", kMostBeamScales, ", but got ", sweep.beam_scales);
   options.ridge = sweep.ridge;
   options.block_size = sweep.block_size;
   options.group_scales = group_scales_of(op, sweep.group_scales);
@@ -280,10 +279,12 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
 
 GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::Tensor& hessian,
                                            const GridArguments& grid, const SweepArguments& sweep) {
-  GptqOptions options = check_gptq_arguments("gptq_reference", weight, hessian, grid, sweep);
-  TORCH_CHECK_VALUE(options.scale_method != ScaleMethod::kLoss,
+  TORCH_CHECK_VALUE(grid.scale_method != "loss",
                     "gptq_reference: expected scale_method to be 'absmax', 'mse' or 'hessian', but got 'loss', which "
                     "only gptq has");
+  TORCH_CHECK_VALUE(sweep.beam_scales == 0,
+                    "gptq_reference: expected beam_scales to be 0, as only gptq searches, but got ", sweep.beam_scales);
+  GptqOptions options = check_gptq_arguments("gptq_reference", weight, hessian, grid, sweep);
   TORCH_CHECK_VALUE(options.refine == 0, "gptq_reference: expected refine to be 0, as only gptq refines, but got ",
                     options.refine);
   TORCH_CHECK_VALUE(

@@ -34,7 +34,11 @@ RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& acc
 
 AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator, const GptqOptions& options) {
   AutoGptqResult result;
-  result.choice = choose_ridge(weight, accumulator, options);
+  GridOptions judged;
+  judged.bits = options.bits;
+  judged.group_size = options.group_size;
+  judged.symmetric = options.symmetric;
+  result.choice = choose_ridge(weight, accumulator, judged);
   GptqOptions with_ridge = options;
   with_ridge.ridge = result.choice.ridge;
   const at::Tensor hessian = accumulator.hessian();

@@ -232,19 +232,6 @@ GPTQ = [  # gptq and gptq_reference
     Bad("", {"group_scales": ""}, "group_scales to be 'static' or 'dynamic', but got ''"),
     Bad("", {"column_order": "act"}, "column_order to be 'natural', 'activation' or 'group', but got 'act'"),
     Bad("", {"refine": -1}, "refine to be a number of rounds, 0 or more, but got -1"),
-    Bad("", {"beam_scales": -1}, "beam_scales to be from 0 to 25, the number of scales that are tried, but got -1"),
-    Bad("", {"beam_scales": 26}, "beam_scales to be from 0 to 25, the number of scales that are tried, but got 26"),
-    Bad(
-        "",
-        {"beam_scales": 2, "group_scales": "dynamic"},
-        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got "
-        "'absmax' and beam_scales 2",
-    ),
-    Bad(
-        "",
-        {"scale_method": "loss"},
-        "group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the sweep), but got 'static'",
-    ),
     Bad(
         "",
         {"group_scales": "dynamic", "scale_method": "mse"},
@@ -265,6 +252,26 @@ GPTQ = [  # gptq and gptq_reference
 ]
 
 OTHERS = [
+    Bad("gptq", {"beam_scales": -1}, "beam_scales to be from 0 to 25, but got -1"),
+    Bad("gptq", {"beam_scales": 26}, "beam_scales to be from 0 to 25, but got 26"),
+    Bad(
+        "gptq",
+        {"beam_scales": 2, "group_scales": "dynamic"},
+        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got "
+        "'absmax' and beam_scales 2",
+    ),
+    Bad(
+        "gptq",
+        {"scale_method": "loss"},
+        "group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the sweep), but got 'static'",
+    ),
+    Bad(
+        "gptq_reference",
+        {"scale_method": "loss", "group_scales": "dynamic"},
+        "scale_method to be 'absmax', 'mse' or 'hessian', but got 'loss', which only gptq has",
+    ),
+    Bad("gptq_reference", {"beam_scales": 2}, "beam_scales to be 0, as only gptq searches, but got 2"),
+    Bad("gptq_reference", {"refine": 1}, "refine to be 0, as only gptq refines, but got 1"),
     Bad("choose_ridge", {"tokens": 1}, "tokens to be at least 2, one for either half, but got 1"),
     Bad("choose_ridge", {"bits": 9}, "bits to be 2 to 8, but got 9"),
     Bad("choose_ridge", {"first": full(0, 6)}, "first to be a matrix [K, K], but got shape [6]"),

@@ -34,9 +34,9 @@ struct AutoGptqResult : GptqResult {
   std::vector<double> failed;  ///< ridges, ascending, with which H was not positive definite
 };
 
-/// gptq() with the ridge that choose_ridge() finds; options.ridge is not read, options.scales must not be given. Where
-/// H is not positive definite with it, a ridge ten times larger is tried, three times at most, and reported; then
-/// c10::LinAlgError is thrown.
+/// gptq() with the ridge that choose_ridge() finds for options.bits, group_size and symmetric; options.ridge is not
+/// read. Where H is not positive definite with it, a ridge ten times larger is tried, three times at most, and
+/// reported; then c10::LinAlgError is thrown.
 MINIQUANT_API AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GptqOptions& options = {});
 

@@ -1,4 +1,5 @@
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 #include <miniquant/miniquant.h>
@@ -40,6 +41,16 @@ TEST(Ridge, AutomaticGptqReportsTheRidgeItUses) {
   EXPECT_EQ(automatic.ridge, automatic.choice.ridge);
   options.ridge = automatic.ridge;
   EXPECT_TRUE(at::equal(gptq(weight, accumulator.hessian(), options).codes, automatic.codes));
+}
+
+TEST(Ridge, AutomaticGptqTakesGivenScales) {
+  const at::Tensor weight = testing::normal({20, 64}, 1);
+  const HessianAccumulator accumulator = accumulate(testing::normal({500, 64}, 2).cumsum(1));
+  GptqOptions options;
+  options.scales = at::full({20, 1}, 0.5, at::kDouble);
+  const AutoGptqResult automatic = gptq_auto(weight, accumulator, options);
+  EXPECT_TRUE(at::equal(automatic.scales, *options.scales));
+  EXPECT_EQ(automatic.choice.ridge, choose_ridge(weight, accumulator).ridge);
 }
 
 TEST(Ridge, ScalesAreRefused) {
