@@ -35,6 +35,10 @@ class TilePair {
  public:
   TilePair(const T* h, int64_t columns, int64_t i_begin, int64_t j_begin)
       : rows(std::min(kTile, columns - i_begin)), width(std::min(kTile, columns - j_begin)) {
+    if (width < kTile) {
+      lower.fill(T(0));
+      upper.fill(T(0));
+    }
     for (int64_t i = 0; i < rows; ++i) {
       std::copy_n(h + (i_begin + i) * columns + j_begin, width, lower.data() + i * kTile);
     }
@@ -48,8 +52,8 @@ class TilePair {
 
   int64_t rows;
   int64_t width;
-  std::array<T, kTile * kTile> lower{};  ///< [i][j] of H
-  std::array<T, kTile * kTile> upper{};  ///< [i][j] of H^T
+  std::array<T, kTile * kTile> lower;  ///< [rows][j] of H; 0 from column `width` on
+  std::array<T, kTile * kTile> upper;  ///< [rows][j] of H^T
 };
 
 /// Sets the lower triangle of (H + H^T) / 2.
