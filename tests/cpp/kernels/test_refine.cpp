@@ -154,6 +154,22 @@ TYPED_TEST(Refine, RowsPerCallDoNotChangeABit) {
   });
 }
 
+TYPED_TEST(Refine, Avx2AndAvx512AgreeBitForBit) {
+  using T = TypeParam;
+  if (!is_supported(InstructionSet::kAvx512)) {
+    GTEST_SKIP() << "no AVX-512 on this machine";
+  }
+  std::mt19937_64 generator(24);
+  for (const std::int64_t group_size : {64, 37, 6}) {
+    const Layer<T> layer = make_layer<T>(generator, 100, 150, group_size);
+    const Refined<T> avx2 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx2)), layer, 3, layer.rows);
+    const Refined<T> avx512 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx512)), layer, 3, layer.rows);
+    EXPECT_EQ(avx2.codes, avx512.codes) << "groups of " << group_size;
+    EXPECT_EQ(avx2.scales, avx512.scales) << "groups of " << group_size;
+    EXPECT_EQ(avx2.row_loss, avx512.row_loss) << "groups of " << group_size;
+  }
+}
+
 TYPED_TEST(Refine, EveryInstructionSetFindsTheSameScales) {
   using T = TypeParam;
   std::mt19937_64 generator(23);
