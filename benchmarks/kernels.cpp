@@ -177,7 +177,8 @@ void sweep(State& state) {
       .triangle = triangle.data(),
       .segment_columns = segment_columns,
       .block_columns = std::max<int64_t>(1, 128 / segment_columns) * segment_columns,
-      .row_loss = row_loss.data()};
+      .row_loss = row_loss.data(),
+      .gradient = nullptr};
   f32().compute_grid(problem.grid, problem.weight, layer.columns, 0, layer.rows);
   Workspace workspace(f32().sweep_workspace(problem, layer.rows));
   measure_kernel(state, layer.sweep_flops(), [&] { f32().sweep(problem, 0, layer.rows, workspace.data()); });

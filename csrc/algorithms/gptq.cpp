@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "algorithms/damping.h"
+#include "algorithms/descent.h"
 #include "algorithms/dispatch.h"
 #include "algorithms/factorization.h"
 #include "algorithms/grid.h"
@@ -91,10 +92,11 @@ std::vector<kernels::SweepStep<T>> steps_of_sweep(const SweepFactor& factor, int
   return steps;
 }
 
-/// Sets the grid's codes (and its scales, if they are dynamic) and returns the loss of each row.
+/// Sets the grid's codes (and its scales, if they are dynamic) and `gradient`, if it is defined, to descend()'s.
+/// Returns the loss of each row.
 template <typename T>
-at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const GptqOptions& options,
-                      const Grid& grid) {
+at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const GptqOptions& options, const Grid& grid,
+                      const at::Tensor& gradient) {
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
   const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
@@ -115,7 +117,8 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
       .triangle = factor.triangle.const_data_ptr<T>(),
       .segment_columns = segment_columns,
       .block_columns = std::max<int64_t>(1, block_columns / segment_columns) * segment_columns,
-      .row_loss = row_loss.mutable_data_ptr<T>()};
+      .row_loss = row_loss.mutable_data_ptr<T>(),
+      .gradient = gradient.defined() ? gradient.mutable_data_ptr<T>() : nullptr};
   const auto& kernel = typed_kernels<T>();
   for_row_tiles(rows, kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
     const at::Tensor workspace = at::empty({kernel.sweep_workspace(problem, row_end - row_begin)}, weight.options());
@@ -204,11 +207,16 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
   if (options.group_scales == GroupScales::kStatic && !options.scales.has_value()) {
     compute_scales(grid, values, options.scale_method, hessian);
   }
+  at::Tensor gradient = options.refine > 0 ? room_for_gradient(values) : at::Tensor();
   at::Tensor row_loss;
-  dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid); });
+  dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid, gradient); });
+  factor = {};
   if (options.refine > 0) {
-    factor.triangle.reset();
-    refine(values, hessian, options, grid, row_loss);
+    descend(hessian, options.ridge, grid, gradient, row_loss);
+    gradient.reset();
+  }
+  if (options.refine > 1) {
+    refine(values, hessian, options.ridge, options.refine - 1, grid, row_loss);
   }
   return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }

@@ -68,6 +68,27 @@ void average_triangles(const From* h, kernels::TriangleLayout layout, T* out) {
   });
 }
 
+/// Sets (H + H^T) / 2.
+template <typename From, typename T>
+void average_triangles(const From* h, kernels::SymmetricLayout layout, T* out) {
+  for_lower_tiles(layout.columns, [&](int64_t i_begin, int64_t panel) {
+    const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
+    T* const lower = out + layout.offset(i_begin, panel);
+    T* const upper = out + layout.offset(panel * kTile, i_begin / kTile);
+    for (int64_t i = 0; i < pair.rows; ++i) {
+      for (int64_t j = 0; j < kTile; ++j) {
+        const int64_t at = i * kTile + j;
+        lower[at] = (static_cast<T>(pair.lower[at]) + static_cast<T>(pair.upper[at])) / 2;
+      }
+    }
+    for (int64_t j = 0; j < pair.width; ++j) {
+      for (int64_t i = 0; i < kTile; ++i) {
+        upper[j * kTile + i] = i < pair.rows ? lower[i * kTile + j] : T(0);
+      }
+    }
+  });
+}
+
 /// The same with rows and columns in the order `column`. Each of two passes reads whole rows of H, so that what it
 /// picks out of them comes from the cache.
 template <typename From, typename T>
@@ -154,6 +175,23 @@ at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const
     });
   });
   return triangle;
+}
+
+at::Tensor damped_panels(const at::Tensor& hessian, double added, at::ScalarType dtype) {
+  const int64_t columns = hessian.size(0);
+  const kernels::SymmetricLayout layout{columns};
+  const at::Tensor h = hessian.contiguous();
+  const at::Tensor panels = at::empty({layout.size()}, h.options().dtype(dtype));
+  dispatch_compute(h.scalar_type(), [&]<typename From> {
+    dispatch_compute(dtype, [&]<typename T> {
+      T* const out = panels.mutable_data_ptr<T>();
+      average_triangles(h.const_data_ptr<From>(), layout, out);
+      for (int64_t j = 0; j < columns; ++j) {
+        out[layout.offset(j, j / kTile) + j % kTile] += static_cast<T>(added);
+      }
+    });
+  });
+  return panels;
 }
 
 at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns) {

@@ -13,6 +13,11 @@ namespace miniquant::algorithms {
 /// hessian: [K, K], float32 or float64, on the CPU, any strides.
 at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const at::Tensor& column = {});
 
+/// All of (H + H^T) / 2 with `added` on its diagonal: a tensor of `dtype`, laid out by kernels::SymmetricLayout.
+///
+/// hessian: as above.
+at::Tensor damped_panels(const at::Tensor& hessian, double added, at::ScalarType dtype);
+
 /// A copy of the diagonal, [K], of a triangle of K = `columns` columns.
 at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns);
 

@@ -66,6 +66,7 @@ struct SweepProblem {
   std::int64_t segment_columns;  ///< at least 1; a group's if scales are dynamic
   std::int64_t block_columns;    ///< a multiple of segment_columns
   T* row_loss;                   ///< [N]
+  T* gradient;  ///< [N, SymmetricLayout::padded_columns()] E H, 0 past the last column; null where it is not wanted
 };
 
 /// Per-row quadratic forms e H e^T over the lower triangle of H.
@@ -75,6 +76,17 @@ struct QuadraticFormProblem {
   const T* error;                  ///< [N, K]
   const T* triangle;               ///< H, the diagonal included
   T* form;                         ///< [N]
+};
+
+/// Moves of single codes, scales held: kernels/descent.inl.
+template <typename T>
+struct DescentProblem {
+  std::int64_t columns;  ///< K
+  GridView<T> grid;      ///< codes are changed
+  const T* hessian;      ///< the damped H, laid out by SymmetricLayout{columns}
+  std::int64_t rounds;   ///< over all columns, at most
+  T* gradient;           ///< [N, SymmetricLayout::padded_columns()], E H; overwritten
+  T* row_loss;           ///< [N], e H e^T before and after
 };
 
 /// Rounds of refinement: kernels/refine.inl.
@@ -110,6 +122,12 @@ struct TypedKernels {
 
   /// Quantizes rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
   void (*sweep)(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
+
+  /// Elements of workspace that `descend` needs for as many rows.
+  std::int64_t (*descent_workspace)(const DescentProblem<T>& problem, std::int64_t rows);
+
+  /// Lowers the loss of rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
+  void (*descend)(const DescentProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `refine` needs for as many rows.
   std::int64_t (*refine_workspace)(const RefineProblem<T>& problem, std::int64_t rows);

@@ -35,6 +35,8 @@ namespace {
 //
 #include "kernels/sweep.inl"
 //
+#include "kernels/descent.inl"
+//
 #include "kernels/refine.inl"
 
 template <typename T>
@@ -45,6 +47,8 @@ constexpr TypedKernels<T> kTypedKernels = {
     .round_to_nearest = round_to_nearest<T>,
     .sweep_workspace = sweep_workspace<T>,
     .sweep = sweep<T>,
+    .descent_workspace = descent_workspace<T>,
+    .descend = descend<T>,
     .refine_workspace = refine_workspace<T>,
     .refine = refine<T>,
     .quadratic_form_workspace = quadratic_form_workspace<T>,

@@ -37,6 +37,12 @@ MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64
   return {begin, end - begin < count ? end : begin + count};
 }
 
+/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns, so that a strip
+/// lies in one panel.
+MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {
+  return span_of(first, kStripColumns - first % kStripColumns, end);
+}
+
 /// Columns whose losses are summed in T before they are added in float64: the same for every instruction set.
 constexpr std::int64_t kColumnsPerLoss = 4;
 static_assert(kStripColumns % kColumnsPerLoss == 0);

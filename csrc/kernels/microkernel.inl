@@ -90,6 +90,15 @@ MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coeff
   accumulator = sum;
 }
 
+/// Reads one row of a tile.
+template <typename T>
+MINIQUANT_INLINE void load_lanes(const T* from, Vector<T>* lanes) {
+#pragma GCC unroll 8
+  for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+    lanes[v] = load<T>(from + v * kLanes<T>);
+  }
+}
+
 /// One more term for the accumulators [first, last).
 template <typename T>
 MINIQUANT_INLINE void accumulate_term(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t strip_stride,
@@ -126,6 +135,18 @@ MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layou
 template <typename T>
 MINIQUANT_INLINE const T* entry(const T* triangle, TriangleLayout layout, std::int64_t row, std::int64_t column) {
   return triangle + layout.offset(row, column / kPanelColumns) + column % kPanelColumns;
+}
+
+/// accumulator[c] += sum over i in [begin, end) of L[i, first + c] * lanes[i - begin, :], for begin >= first + c and a
+/// strip that lies in one panel.
+template <typename T>
+MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout layout, std::int64_t first,
+                                            std::int64_t begin, std::int64_t end, const T* lanes,
+                                            TileAccumulator<T>& accumulator) {
+  if (begin < end) {
+    accumulate(accumulator, entry(triangle, layout, begin, first), {kPanelColumns, 1}, lanes, kTileRows<T>,
+               end - begin);
+  }
 }
 
 /// tile[r][lane] of rows[lane][column(r)]: lanes past `rows` get 0.

@@ -114,23 +114,6 @@ MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTi
   }
 }
 
-/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns, so that a strip
-/// lies in one panel.
-MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {
-  return span_of(first, kStripColumns - first % kStripColumns, end);
-}
-
-/// accumulator[c] += sum over i in [begin, end) of H[i, first + c] * lanes[i - begin, :], for first + c <= i.
-template <typename T>
-MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout layout, std::int64_t first,
-                                            std::int64_t begin, std::int64_t end, const T* lanes,
-                                            TileAccumulator<T>& accumulator) {
-  if (begin < end) {
-    accumulate(accumulator, entry(triangle, layout, begin, first), {kPanelColumns, 1}, lanes, kTileRows<T>,
-               end - begin);
-  }
-}
-
 /// to[columns] += values[terms] H[terms, columns] with `terms` on one side of `columns`.
 template <typename T>
 MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* values, Span terms, Span columns, T* to) {
@@ -167,10 +150,7 @@ MINIQUANT_INLINE void add_products_within(const RefineProblem<T>& problem, const
       const std::int64_t i = first + c;
       if (i < strip.end) {
         Vector<T> lanes[kVectorsPerTile];
-#pragma GCC unroll 8
-        for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-          lanes[v] = load<T>(values + (i - group.begin) * kTileRows<T> + v * kLanes<T>);
-        }
+        load_lanes<T>(values + (i - group.begin) * kTileRows<T>, lanes);
         // H[i, first .. i] of row i, then H[i + 1 .., i] of column i
         accumulate_term(accumulator, entry(problem.triangle, layout, i, first), 1, lanes, 0, c + 1);
         accumulate_term(accumulator, entry(problem.triangle, layout, first, i), kPanelColumns, lanes, c + 1,

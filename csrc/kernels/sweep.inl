@@ -10,8 +10,16 @@
 //         E_j      = w_j - dequantize(q_j)
 //         loss    += R_jj^2 (target_j - dequantize(q_j))^2
 //       the same group again, row by row, by a search of its codes   if beam_scales says so: beam.inl
+//   E H = (E R) R^T                                                  if a gradient is wanted
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
+
+template <typename T>
+MINIQUANT_INLINE void clear_sums(const SweepTile<T>& tile, Span block) {
+  for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
+    tile.sum[i] = T(0);
+  }
+}
 
 /// S[columns] += E[errors] R[errors, columns].
 template <typename T>
@@ -198,6 +206,89 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
   }
 }
 
+/// (E R)[segment] = S + E[segment] R[segment, segment].
+template <typename T>
+MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
+                                    Span segment) {
+  for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
+    const Span strip = span_of(first, kStripColumns, segment.end);
+    TileAccumulator<T> sum;
+    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    accumulate_rows_of(problem.triangle, {problem.columns}, first, segment.begin, first,
+                       tile.error + segment.begin * kTileRows<T>, sum);
+#pragma GCC unroll 8
+    for (std::int64_t c = 0; c < kStripColumns; ++c) {
+      const std::int64_t j = first + c;
+      if (j < strip.end) {
+        Vector<T> error[kVectorsPerTile];
+        load_lanes<T>(tile.error + j * kTileRows<T>, error);
+        accumulate_term(sum, entry(problem.triangle, {problem.columns}, first, j), kPanelColumns, error, c,
+                        kStripColumns);
+      }
+    }
+    store(sum, tile.whitened + first * kTileRows<T>, kTileRows<T>, strip.end - first);
+  }
+}
+
+/// tile.sum += (E R)[terms] R[columns, terms]^T, with no term before its column: those past the block, or the block's.
+template <typename T>
+MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block,
+                                      Span terms) {
+  const TriangleLayout layout = {problem.columns};
+  const T* const whitened = tile.whitened;
+  Span strip;
+  for (std::int64_t first = block.begin; first < block.end; first = strip.end) {
+    strip = strip_of(first, block.end);
+    T* const sum = tile.sum + (first - block.begin) * kTileRows<T>;
+    TileAccumulator<T> accumulator;
+    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    const bool within = terms.begin < block.end;
+    if (within) {
+#pragma GCC unroll 8
+      for (std::int64_t c = 0; c < kStripColumns; ++c) {
+        const std::int64_t k = first + c;
+        if (k < strip.end) {
+          Vector<T> lanes[kVectorsPerTile];
+          load_lanes<T>(whitened + k * kTileRows<T>, lanes);
+          accumulate_term(accumulator, entry(problem.triangle, layout, k, first), 1, lanes, 0, c + 1);
+        }
+      }
+    }
+    const std::int64_t begin = within ? strip.end : terms.begin;
+    accumulate_columns_of(problem.triangle, layout, first, begin, terms.end, whitened + begin * kTileRows<T>,
+                          accumulator);
+    store(accumulator, sum, kTileRows<T>, strip.end - first);
+  }
+}
+
+/// Puts E H = (E R) R^T in the place of E R: a block of columns needs those from it on, which the blocks before left.
+template <typename T>
+MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepArrays<T>& arrays, std::int64_t row_begin,
+                                   std::int64_t row_end, std::int64_t tiles) {
+  Span block;
+  for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
+    block = span_of(begin, problem.block_columns, problem.columns);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+      clear_sums(tile, block);
+      add_later_terms(problem, tile, block, block);
+    }
+    Span terms;
+    for (std::int64_t first = block.end; first < problem.columns; first = terms.end) {
+      terms = span_of(first, kDepth<T>, problem.columns);
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        add_later_terms(problem, tile_of(problem, arrays, row_begin, row_end, t), block, terms);
+      }
+    }
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+      for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
+        tile.whitened[block.begin * kTileRows<T> + i] = tile.sum[i];
+      }
+    }
+  }
+}
+
 /// Quantizes a block whose S holds what earlier blocks contribute.
 template <typename T>
 MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block) {
@@ -213,6 +304,9 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
         {.error = tile.error + begin * kTileRows<T>, .loss = tile.loss, .code = tile.code + begin * kTileRows<T>});
     if (problem.beam_scales > 0) {
       search_beams(problem, tile, block.begin, segment);
+    }
+    if (problem.gradient != nullptr) {
+      whiten_errors(problem, tile, block.begin, segment);
     }
     if (problem.dynamic_scales) {
       write_group_grid(problem, tile, segment);
@@ -242,10 +336,7 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
   for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
     block = span_of(begin, problem.block_columns, problem.columns);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
-      for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
-        tile.sum[i] = T(0);
-      }
+      clear_sums(tile_of(problem, arrays, row_begin, row_end, t), block);
     }
     for (std::int64_t earlier = 0; earlier < begin; earlier += kDepth<T>) {
       for (std::int64_t t = 0; t < tiles; ++t) {
@@ -258,9 +349,15 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
     }
   }
 
+  if (problem.gradient != nullptr) {
+    set_gradient(problem, arrays, row_begin, row_end, tiles);
+  }
   for (std::int64_t t = 0; t < tiles; ++t) {
     const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
     write_codes(problem, tile);
+    if (problem.gradient != nullptr) {
+      write_gradient(problem, tile);
+    }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       problem.row_loss[tile.row + lane] = static_cast<T>(tile.loss[lane]);
     }

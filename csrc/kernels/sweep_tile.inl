@@ -48,6 +48,7 @@ template <typename T>
 struct SweepArrays {
   T* error;            // [tiles][K][lane]       E; W of the columns not yet quantized
   T* sum;              // [tiles][B][lane]       S
+  T* whitened;         // [tiles][K][lane]       E R, then E H; if a gradient is wanted
   T* scratch;          // [B][lane]              of set_dynamic_grid()
   KeptScales<T> kept;  // of one tile
   BeamArrays<T> beams;
@@ -66,6 +67,9 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   SweepArrays<T> arrays = {};
   arrays.error = cutter.take(lanes * problem.columns);
   arrays.sum = cutter.take(lanes * block);
+  if (problem.gradient != nullptr) {
+    arrays.whitened = cutter.take(lanes * problem.columns);
+  }
   if (problem.dynamic_scales) {
     arrays.scratch = cutter.take(kTileRows<T> * block);
     arrays.kept.count = problem.beam_scales > 1 ? problem.beam_scales : 1;
@@ -96,6 +100,7 @@ struct SweepTile {
   std::int64_t rows;  // valid lanes
   T* error;           // [K][lane]
   T* sum;             // [B][lane], of the current block
+  T* whitened;        // [K][lane]
   T* scratch;         // [B][lane], of the current group
   KeptScales<T> kept;
   BeamArrays<T> beams;
@@ -115,6 +120,7 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
           row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
           arrays.error + lanes * problem.columns,
           arrays.sum + lanes * block,
+          arrays.whitened + (problem.gradient != nullptr ? lanes * problem.columns : 0),
           arrays.scratch,
           arrays.kept,
           arrays.beams,
@@ -160,6 +166,26 @@ MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTil
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
         codes[problem.steps[j].column] = tile.code[j * kTileRows<T> + lane];
       }
+    }
+  }
+}
+
+/// Copies E H, which has taken the place of E R, to its rows.
+template <typename T>
+MINIQUANT_INLINE void write_gradient(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+  const std::int64_t padded = SymmetricLayout{problem.columns}.padded_columns();
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      T* const gradient = problem.gradient + (tile.row + lane) * padded;
+      for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+        gradient[problem.steps[j].column] = tile.whitened[j * kTileRows<T> + lane];
+      }
+    }
+  }
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+    for (std::int64_t j = problem.columns; j < padded; ++j) {
+      problem.gradient[(tile.row + lane) * padded + j] = T(0);
     }
   }
 }

@@ -33,4 +33,27 @@ struct TriangleLayout {
   }
 };
 
+/// Where all of a symmetric matrix H [K, K] lies: in panels of kPanelColumns columns, one after the other, each row by
+/// row. H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0.
+struct SymmetricLayout {
+  std::int64_t columns;  ///< K
+
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const {
+    return (columns + kPanelColumns - 1) / kPanelColumns;
+  }
+
+  /// The first element of `row` in a panel.
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t offset(std::int64_t row, std::int64_t panel) const {
+    return (panel * columns + row) * kPanelColumns;
+  }
+
+  /// Elements in all.
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t size() const { return offset(0, panels()); }
+
+  /// Columns of a matrix [N, K] that is read by whole panels.
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t padded_columns() const {
+    return panels() * kPanelColumns;
+  }
+};
+
 }  // namespace miniquant::kernels

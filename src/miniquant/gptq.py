@@ -157,8 +157,8 @@ def gptq(
         scale_method: how scales are computed: "absmax"; "mse", the one of least squared error of several; "hessian",
             the same with column j weighted by H_jj; "loss" (dynamic scales only), the one of several with which the
             sweep adds least to the loss.
-        refine: rounds, at most, in which scales are fitted to their codes and codes moved one at a time wherever that
-            lowers the loss; stops when nothing changes.
+        refine: rounds of refinement after the sweep, at most. The first moves single codes, scales held, until hardly
+            any move lowers the loss; further ones fit the scales to their codes as well. Stops when nothing changes.
         beam_scales: of the scales that ``scale_method="loss"`` tries, the number, up to 25, with which each group is
             quantized once more by a beam search that keeps four partial choices of codes.
 

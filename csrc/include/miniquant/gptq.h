@@ -37,8 +37,8 @@ struct GptqOptions : GridOptions {
   /// kDynamic needs an order that reaches a group's columns together (not kActivation) and no given scales.
   GroupScales group_scales = GroupScales::kStatic;
   ColumnOrder column_order = ColumnOrder::kNatural;
-  /// Rounds of refinement after the sweep, at most: scales are fitted to their codes and codes moved one at a time
-  /// wherever that lowers the loss. Stops when nothing changes.
+  /// Rounds of refinement after the sweep, at most. The first moves single codes, scales held, until hardly any move
+  /// lowers the loss; further ones fit the scales to their codes as well. Stops when nothing changes.
   int64_t refine = 0;
   /// Of the scales that ScaleMethod::kLoss tries, the number with which each group is quantized once more by a beam
   /// search that keeps four partial choices of codes: at most kMostBeamScales.

@@ -11,6 +11,7 @@
 
 #include "algorithms/symmetric.h"
 #include "algorithms/triangle_testing.h"
+#include "kernels/triangle.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
@@ -34,6 +35,25 @@ TEST(Symmetric, LowerTriangleIsThatOfTheAverageInTheOrderAskedFor) {
                               average.index_select(0, column).index_select(1, column).tril()))
             << columns << ", " << from << " to " << dtype << ", permuted";
       }
+    }
+  }
+}
+
+TEST(Symmetric, PanelsHoldAllOfTheAverage) {
+  for (const int64_t columns : kSizes) {
+    for (const at::ScalarType from : {at::kFloat, at::kDouble}) {
+      const at::Tensor hessian =
+          (testing::hessian_of_inputs(columns, columns, 1) + at::arange(columns, at::kDouble) * 1e-3).to(from);
+      const at::Tensor wide = hessian.to(at::kDouble);
+      at::Tensor expected = (wide + wide.mT()) / 2;
+      expected.diagonal().add_(0.5);
+      const kernels::SymmetricLayout layout{columns};
+      const at::Tensor padded = damped_panels(hessian, 0.5, at::kDouble)
+                                    .view({layout.panels(), columns, kernels::kPanelColumns})
+                                    .transpose(0, 1)
+                                    .reshape({columns, layout.padded_columns()});
+      EXPECT_TRUE(at::equal(padded.narrow(1, 0, columns), expected)) << columns << ", " << from;
+      EXPECT_FALSE(padded.narrow(1, columns, padded.size(1) - columns).any().item<bool>()) << columns;
     }
   }
 }

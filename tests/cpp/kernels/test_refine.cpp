@@ -12,73 +12,17 @@
 #include <vector>
 
 #include "kernels/kernel_testing.h"
+#include "kernels/layer_testing.h"
 
 namespace miniquant::kernels::testing {
 namespace {
 
 constexpr CodeRange kFullRange4 = {-8, 7, true};
 
-std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
-
-/// A weight, its Hessian, and the grid it starts from.
-template <typename T>
-struct Layer {
-  std::int64_t rows;
-  std::int64_t columns;
-  std::int64_t group_size;
-  std::vector<T> weight;
-  std::vector<T> hessian;  // [K, K]
-
-  [[nodiscard]] std::int64_t groups() const { return (columns + group_size - 1) / group_size; }
-};
-
-template <typename T>
-struct Refined {
-  std::vector<std::int8_t> codes;
-  std::vector<T> scales;
-  std::vector<T> row_loss;
-};
-
-template <typename T>
-Layer<T> make_layer(std::mt19937_64& generator, std::int64_t rows, std::int64_t columns, std::int64_t group_size) {
-  Layer<T> layer{rows, columns, group_size, normal<T>(generator, rows * columns), {}};
-  const std::int64_t tokens = 2 * columns;
-  const std::vector<double> inputs = normal<double>(generator, tokens * columns);
-  layer.hessian.resize(at(columns * columns));
-  for (std::int64_t i = 0; i < columns; ++i) {
-    for (std::int64_t j = 0; j <= i; ++j) {
-      double sum = 0;
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        sum += inputs[at(t * columns + i)] * inputs[at(t * columns + j)];
-      }
-      layer.hessian[at(i * columns + j)] = static_cast<T>(sum / static_cast<double>(tokens));
-      layer.hessian[at(j * columns + i)] = layer.hessian[at(i * columns + j)];
-    }
-  }
-  return layer;
-}
-
-/// e H e^T of a row.
-template <typename T>
-Wide<T> loss_of(const Layer<T>& layer, const std::vector<std::int8_t>& codes, const std::vector<T>& scales,
-                std::int64_t row) {
-  std::vector<Wide<T>> error(at(layer.columns));
-  for (std::int64_t j = 0; j < layer.columns; ++j) {
-    const Wide<T> scale = scales[at(row * layer.groups() + j / layer.group_size)];
-    error[at(j)] = layer.weight[at(row * layer.columns + j)] - codes[at(row * layer.columns + j)] * scale;
-  }
-  Wide<T> loss = 0;
-  for (std::int64_t i = 0; i < layer.columns; ++i) {
-    for (std::int64_t j = 0; j < layer.columns; ++j) {
-      loss += error[at(i)] * static_cast<Wide<T>>(layer.hessian[at(i * layer.columns + j)]) * error[at(j)];
-    }
-  }
-  return loss;
-}
-
 /// Searches scales, rounds to nearest, and refines by `rounds`.
 template <typename T>
-Refined<T> run(const TypedKernels<T>& kernel, const Layer<T>& layer, std::int64_t rounds, std::int64_t rows_per_call) {
+Quantized<T> run(const TypedKernels<T>& kernel, const Layer<T>& layer, std::int64_t rounds,
+                 std::int64_t rows_per_call) {
   const GuardedBuffer<T> weight(layer.weight);
   const GuardedBuffer<T> triangle(panels_of<T>(
       layer.columns, [&](std::int64_t j, std::int64_t i) { return layer.hessian[at(j * layer.columns + i)]; },
@@ -122,9 +66,9 @@ TYPED_TEST(Refine, NeverRaisesTheLossOfARowAndReportsIt) {
     const Layer<T> layer = make_layer<T>(generator, 2 * 48 + 1, c.columns, std::min(c.group_size, c.columns));
     for_each_instruction_set<T>([&](const auto& kernel) {
       SCOPED_TRACE(::testing::Message() << c.columns << " columns, groups of " << c.group_size);
-      Refined<T> before = run(kernel, layer, 0, layer.rows);
+      Quantized<T> before = run(kernel, layer, 0, layer.rows);
       for (const std::int64_t rounds : {1, 3}) {
-        const Refined<T> after = run(kernel, layer, rounds, layer.rows);
+        const Quantized<T> after = run(kernel, layer, rounds, layer.rows);
         for (std::int64_t row = 0; row < layer.rows; ++row) {
           const Wide<T> was = loss_of(layer, before.codes, before.scales, row);
           const Wide<T> is = loss_of(layer, after.codes, after.scales, row);
@@ -144,9 +88,9 @@ TYPED_TEST(Refine, RowsPerCallDoNotChangeABit) {
   std::mt19937_64 generator(22);
   const Layer<T> layer = make_layer<T>(generator, 250, 61, 16);
   for_each_instruction_set<T>([&](const auto& kernel) {
-    const Refined<T> whole = run(kernel, layer, 2, layer.rows);
+    const Quantized<T> whole = run(kernel, layer, 2, layer.rows);
     for (const std::int64_t rows_per_call : {std::int64_t{1}, kernel.tile_rows}) {
-      const Refined<T> parts = run(kernel, layer, 2, rows_per_call);
+      const Quantized<T> parts = run(kernel, layer, 2, rows_per_call);
       EXPECT_EQ(parts.codes, whole.codes);
       EXPECT_EQ(parts.scales, whole.scales);
       EXPECT_EQ(parts.row_loss, whole.row_loss);
@@ -162,8 +106,8 @@ TYPED_TEST(Refine, Avx2AndAvx512AgreeBitForBit) {
   std::mt19937_64 generator(24);
   for (const std::int64_t group_size : {64, 37, 6}) {
     const Layer<T> layer = make_layer<T>(generator, 100, 150, group_size);
-    const Refined<T> avx2 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx2)), layer, 3, layer.rows);
-    const Refined<T> avx512 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx512)), layer, 3, layer.rows);
+    const Quantized<T> avx2 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx2)), layer, 3, layer.rows);
+    const Quantized<T> avx512 = run(typed_kernels<T>(kernels_for(InstructionSet::kAvx512)), layer, 3, layer.rows);
     EXPECT_EQ(avx2.codes, avx512.codes) << "groups of " << group_size;
     EXPECT_EQ(avx2.scales, avx512.scales) << "groups of " << group_size;
     EXPECT_EQ(avx2.row_loss, avx512.row_loss) << "groups of " << group_size;
@@ -174,9 +118,9 @@ TYPED_TEST(Refine, EveryInstructionSetFindsTheSameScales) {
   using T = TypeParam;
   std::mt19937_64 generator(23);
   const Layer<T> layer = make_layer<T>(generator, 30, 100, 37);
-  const Refined<T> baseline = run(typed_kernels<T>(kernels_for(InstructionSet::kBaseline)), layer, 0, layer.rows);
+  const Quantized<T> baseline = run(typed_kernels<T>(kernels_for(InstructionSet::kBaseline)), layer, 0, layer.rows);
   for_each_instruction_set<T>([&](const auto& kernel) {
-    const Refined<T> other = run(kernel, layer, 0, layer.rows);
+    const Quantized<T> other = run(kernel, layer, 0, layer.rows);
     EXPECT_EQ(other.scales, baseline.scales);
     EXPECT_EQ(other.codes, baseline.codes);
   });

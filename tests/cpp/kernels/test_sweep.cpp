@@ -53,6 +53,7 @@ struct Outputs {
   std::vector<T> scales;
   std::vector<std::int8_t> zero_points;
   std::vector<T> row_loss;
+  std::vector<T> gradient;  // [rows][padded columns], where it was asked for
 };
 
 template <typename T>
@@ -91,7 +92,8 @@ Inputs<T> make_inputs(std::mt19937_64& generator, std::int64_t rows, std::int64_
 }
 
 template <typename T>
-Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, std::int64_t rows_per_call) {
+Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, std::int64_t rows_per_call,
+               bool wants_gradient = false) {
   const std::int64_t groups = inputs.groups();
   const GuardedBuffer<T> weight(inputs.weight);
   // What is no part of the triangle is read and has no effect.
@@ -111,6 +113,7 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, 
   GuardedBuffer<std::int8_t> zero_points(inputs.zero_points);
   GuardedBuffer<std::int8_t> codes(inputs.rows * inputs.columns);
   GuardedBuffer<T> row_loss(inputs.rows);
+  GuardedBuffer<T> gradient(wants_gradient ? inputs.rows * SymmetricLayout{inputs.columns}.padded_columns() : 0);
   std::vector<T> factors = {1};
   if (inputs.beam_scales > 0) {
     factors.insert(factors.end(), {T(0.75), T(0.875), T(1.125)});
@@ -126,13 +129,14 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, 
       triangle.data(),
       cut.segment_columns,
       cut.segment_columns * cut.block_segments,
-      row_loss.data()};
+      row_loss.data(),
+      wants_gradient ? gradient.data() : nullptr};
   for (std::int64_t row = 0; row < inputs.rows; row += rows_per_call) {
     const std::int64_t end = std::min(inputs.rows, row + rows_per_call);
     GuardedBuffer<T> workspace(kernel.sweep_workspace(problem, end - row), 64);
     kernel.sweep(problem, row, end, workspace.data());
   }
-  return {codes.values(), scales.values(), zero_points.values(), row_loss.values()};
+  return {codes.values(), scales.values(), zero_points.values(), row_loss.values(), gradient.values()};
 }
 
 /// Checks one result against the recurrence.
@@ -420,6 +424,68 @@ TYPED_TEST(Sweep, BeamSearchesGiveTheirLossInEveryGroup) {
       }
     }
   });
+}
+
+// H = R R^T. Blocks and groups that are no whole strips, an order of columns of its own, codes of searches.
+TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
+  using T = TypeParam;
+  struct Case {
+    std::int64_t columns;
+    Cut cut;
+    std::int64_t beam_scales;  // -1: static scales
+  };
+  std::mt19937_64 generator(20);
+  for (const Case& c : {Case{1, {1, 1}, -1}, Case{45, {16, 1}, -1}, Case{97, {7, 3}, 0}, Case{300, {64, 2}, 2}}) {
+    for_each_instruction_set<T>([&](const auto& kernel) {
+      SCOPED_TRACE(::testing::Message() << c.columns << " columns, " << c.beam_scales << " scales searched");
+      Inputs<T> inputs = make_inputs<T>(generator, 4 * kernel.tile_rows + 3, c.columns, c.cut.segment_columns,
+                                        kAsymmetric4, c.beam_scales >= 0);
+      inputs.beam_scales = std::max<std::int64_t>(c.beam_scales, 0);
+      if (c.beam_scales < 0) {
+        std::shuffle(inputs.column.begin(), inputs.column.end(), generator);
+      }
+      const Outputs<T> outputs = run(kernel, inputs, c.cut, inputs.rows, /*wants_gradient=*/true);
+      const Outputs<T> without = run(kernel, inputs, c.cut, inputs.rows);
+      EXPECT_EQ(outputs.codes, without.codes);
+      EXPECT_EQ(outputs.row_loss, without.row_loss);
+      const std::int64_t K = c.columns;
+      const std::int64_t padded = SymmetricLayout{K}.padded_columns();
+      const auto factor = [&](std::int64_t i, std::int64_t k) {
+        return static_cast<Wide<T>>(inputs.coefficient[at(i * K + k)]) * inputs.pivot[at(k)];
+      };
+      for (const std::int64_t row : {std::int64_t{0}, inputs.rows - 1}) {
+        std::vector<Wide<T>> whitened(at(K), 0);
+        std::vector<Wide<T>> magnitude(at(K), 0);
+        for (std::int64_t i = 0; i < K; ++i) {
+          const std::int64_t stored = inputs.column[at(i)];
+          const std::int64_t group = row * inputs.groups() + stored / inputs.group_size;
+          const Wide<T> error =
+              inputs.weight[at(row * K + stored)] -
+              static_cast<Wide<T>>(outputs.codes[at(row * K + stored)] - outputs.zero_points[at(group)]) *
+                  outputs.scales[at(group)];
+          for (std::int64_t k = i; k < K; ++k) {
+            whitened[at(k)] += error * factor(i, k);
+            magnitude[at(k)] += std::abs(error * factor(i, k)) + std::abs(inputs.weight[at(row * K + stored)]) * 2;
+          }
+        }
+        for (std::int64_t j = 0; j < K; ++j) {
+          Wide<T> expected = 0;
+          Wide<T> size = 0;
+          for (std::int64_t k = j; k < K; ++k) {
+            expected += whitened[at(k)] * factor(j, k);
+            size += magnitude[at(k)] * std::abs(factor(j, k));
+          }
+          // Two sums of up to K terms, one within the other.
+          ASSERT_LE(std::abs(outputs.gradient[at(row * padded + inputs.column[at(j)])] - expected),
+                    static_cast<Wide<T>>(2 * K + 8) * kEps<T> * size)
+              << "row " << row << ", step " << j;
+        }
+        for (std::int64_t j = K; j < padded; ++j) {
+          ASSERT_EQ(outputs.gradient[at(row * padded + j)], T(0));
+        }
+      }
+    });
+  }
 }
 
 // The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever their vectors'

@@ -1,0 +1,106 @@
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+
+#include "algorithms/damping.h"
+#include "algorithms/descent.h"
+#include "algorithms/gptq.h"
+#include "algorithms/loss.h"
+#include "algorithms/rtn.h"
+#include "tensor_testing.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+using testing::differences;
+
+/// A weight rounded to nearest, with its gradient and loss.
+struct Rounded {
+  Grid grid;
+  at::Tensor gradient;
+  at::Tensor row_loss;
+};
+
+at::Tensor values_of(const Grid& grid) {
+  return dequantize(grid.codes, grid.scales, grid.zero_points, grid.group_size);
+}
+
+class Descent : public ::testing::TestWithParam<bool> {
+ protected:
+  Descent() {
+    options_.group_size = 16;
+    options_.bits = 3;
+    options_.symmetric = GetParam();
+  }
+
+  [[nodiscard]] Rounded rounded() const {
+    const QuantizedWeight nearest = algorithms::rtn(weight_, options_);
+    Rounded result{.grid = make_grid(weight_, options_), .gradient = room_for_gradient(weight_), .row_loss = {}};
+    result.grid.codes = nearest.codes;
+    result.grid.scales = nearest.scales.clone();
+    result.grid.zero_points = nearest.zero_points;
+    result.gradient.zero_();
+    result.gradient.narrow(1, 0, weight_.size(1)).copy_((weight_ - values_of(result.grid)).matmul(damped_));
+    result.row_loss = quantization_loss(weight_, values_of(result.grid), damped_);
+    return result;
+  }
+
+  static constexpr double kRidge = 0.1;
+  const at::Tensor weight_ = testing::normal({30, 70}, 1);
+  const at::Tensor hessian_ = testing::hessian_of_inputs(70, 100, 2);
+  const at::Tensor damped_ = damp(hessian_, kRidge, at::kDouble).matrix;
+  GptqOptions options_;
+};
+
+TEST_P(Descent, MovesCodesAloneAndSaysWhatIsLeft) {
+  Rounded rounded = this->rounded();
+  const at::Tensor codes = rounded.grid.codes.clone();
+  const at::Tensor scales = rounded.grid.scales.clone();
+  const at::Tensor loss_before = rounded.row_loss.clone();
+  descend(hessian_, kRidge, rounded.grid, rounded.gradient, rounded.row_loss);
+  EXPECT_GT(differences(rounded.grid.codes, codes), 0);
+  EXPECT_TRUE(at::equal(rounded.grid.scales, scales));
+  EXPECT_TRUE(rounded.row_loss.le(loss_before).all().item<bool>());
+  EXPECT_LT(rounded.row_loss.sum().item<double>(), 0.8 * loss_before.sum().item<double>());
+  const at::Tensor loss = quantization_loss(weight_, values_of(rounded.grid), damped_);
+  EXPECT_LE((rounded.row_loss / loss - 1).abs().max().item<double>(), 1e-12);
+}
+
+TEST_P(Descent, DoesNotDependOnTheNumberOfThreads) {
+  Rounded one = rounded();
+  Rounded two = rounded();
+  {
+    const testing::ScopedThreads threads(1);
+    descend(hessian_, kRidge, one.grid, one.gradient, one.row_loss);
+  }
+  const testing::ScopedThreads threads(2);
+  descend(hessian_, kRidge, two.grid, two.gradient, two.row_loss);
+  EXPECT_TRUE(at::equal(one.grid.codes, two.grid.codes));
+  EXPECT_TRUE(at::equal(one.row_loss, two.row_loss));
+}
+
+// What follows the sweep within gptq, on the gradient that the sweep gives: single moves lower no row's loss.
+TEST_P(Descent, LeavesNoMoveToARowOfGptq) {
+  options_.ridge = kRidge;
+  options_.refine = 1;
+  const GptqResult result = algorithms::gptq(weight_, hessian_, options_);
+  const at::Tensor values = dequantize(result.codes, result.scales, result.zero_points, options_.group_size);
+  const at::Tensor gradient = (weight_ - values).matmul(damped_);
+  const at::Tensor scale = result.scales.repeat_interleave(options_.group_size, 1).narrow(1, 0, weight_.size(1));
+  const kernels::CodeRange range = code_range(options_.bits, options_.symmetric, options_.full_range);
+  for (const int step : {-1, 1}) {
+    const at::Tensor move = scale * step;
+    const at::Tensor change = move.square() * damped_.diagonal() - 2 * move * gradient;
+    const at::Tensor moved = result.codes + step;
+    const at::Tensor allowed = moved.ge(range.code_min).logical_and(moved.le(range.code_max));
+    EXPECT_GE(change.masked_select(allowed).min().item<double>(), -1e-12);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Grids, Descent, ::testing::Bool(),
+                         [](const auto& grid) { return grid.param ? "Symmetric" : "Asymmetric"; });
+
+}  // namespace
+}  // namespace miniquant::algorithms

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "kernels/kernel_testing.h"
+
+// A layer that is quantized already, for the kernels that lower its loss.
+
+namespace miniquant::kernels::testing {
+
+inline std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+/// A weight and its Hessian.
+template <typename T>
+struct Layer {
+  std::int64_t rows;
+  std::int64_t columns;
+  std::int64_t group_size;
+  std::vector<T> weight;
+  std::vector<T> hessian;  // [K, K]
+
+  [[nodiscard]] std::int64_t groups() const { return (columns + group_size - 1) / group_size; }
+};
+
+/// What is left of a layer.
+template <typename T>
+struct Quantized {
+  std::vector<std::int8_t> codes;
+  std::vector<T> scales;
+  std::vector<T> row_loss;
+};
+
+template <typename T>
+Layer<T> make_layer(std::mt19937_64& generator, std::int64_t rows, std::int64_t columns, std::int64_t group_size) {
+  Layer<T> layer{rows, columns, group_size, normal<T>(generator, rows * columns), {}};
+  const std::int64_t tokens = 2 * columns;
+  const std::vector<double> inputs = normal<double>(generator, tokens * columns);
+  layer.hessian.resize(at(columns * columns));
+  for (std::int64_t i = 0; i < columns; ++i) {
+    for (std::int64_t j = 0; j <= i; ++j) {
+      double sum = 0;
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        sum += inputs[at(t * columns + i)] * inputs[at(t * columns + j)];
+      }
+      layer.hessian[at(i * columns + j)] = static_cast<T>(sum / static_cast<double>(tokens));
+      layer.hessian[at(j * columns + i)] = layer.hessian[at(i * columns + j)];
+    }
+  }
+  return layer;
+}
+
+/// e H e^T of a row.
+template <typename T>
+Wide<T> loss_of(const Layer<T>& layer, const std::vector<std::int8_t>& codes, const std::vector<T>& scales,
+                std::int64_t row) {
+  std::vector<Wide<T>> error(at(layer.columns));
+  for (std::int64_t j = 0; j < layer.columns; ++j) {
+    const Wide<T> scale = scales[at(row * layer.groups() + j / layer.group_size)];
+    error[at(j)] = layer.weight[at(row * layer.columns + j)] - codes[at(row * layer.columns + j)] * scale;
+  }
+  Wide<T> loss = 0;
+  for (std::int64_t i = 0; i < layer.columns; ++i) {
+    for (std::int64_t j = 0; j < layer.columns; ++j) {
+      loss += error[at(i)] * static_cast<Wide<T>>(layer.hessian[at(i * layer.columns + j)]) * error[at(j)];
+    }
+  }
+  return loss;
+}
+
+}  // namespace miniquant::kernels::testing
