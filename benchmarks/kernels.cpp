@@ -184,21 +184,26 @@ void sweep(State& state) {
   measure_kernel(state, layer.sweep_flops(), [&] { f32().sweep(problem, 0, layer.rows, workspace.data()); });
 }
 
-// 2 N K^2: one round
+// N K^2: one round
 void refine(State& state) {
   Layer layer(state);
-  const std::vector<float> triangle = unit_triangle(layer.columns);
+  const kernels::SymmetricLayout layout{layer.columns};
+  std::vector<float> hessian(static_cast<std::size_t>(layout.size()), 0.0F);
+  for (int64_t j = 0; j < layer.columns; ++j) {
+    hessian[static_cast<std::size_t>(layout.offset(j, j / kernels::kPanelColumns) + j % kernels::kPanelColumns)] = 1.0F;
+  }
+  std::vector<float> gradient(static_cast<std::size_t>(layer.rows * layout.padded_columns()), 0.0F);
   std::vector<float> row_loss(static_cast<std::size_t>(layer.rows));
   const kernels::RefineProblem<float> problem{.columns = layer.columns,
-                                              .weight = layer.weight.data(),
                                               .grid = layer.grid(),
-                                              .triangle = triangle.data(),
+                                              .hessian = hessian.data(),
+                                              .gradient = gradient.data(),
                                               .rounds = 1,
                                               .row_loss = row_loss.data()};
-  f32().compute_grid(problem.grid, problem.weight, layer.columns, 0, layer.rows);
-  f32().round_to_nearest(problem.grid, problem.weight, layer.columns, 0, layer.rows);
+  f32().compute_grid(problem.grid, layer.weight.data(), layer.columns, 0, layer.rows);
+  f32().round_to_nearest(problem.grid, layer.weight.data(), layer.columns, 0, layer.rows);
   Workspace workspace(f32().refine_workspace(problem, layer.rows));
-  measure_kernel(state, 2 * layer.sweep_flops(), [&] { f32().refine(problem, 0, layer.rows, workspace.data()); });
+  measure_kernel(state, layer.sweep_flops(), [&] { f32().refine(problem, 0, layer.rows, workspace.data()); });
 }
 
 // N K^2: half of the products of e H

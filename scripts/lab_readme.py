@@ -323,7 +323,7 @@ On fresh inputs GPTQ is {fresh} times as bad as RTN: which channels have the out
 BEST = """## With the best preset
 
 The same bits and groups with `miniquant.preset("best")`: groups in the order of activation, each scale chosen by what
-it adds to the loss, every code used, a beam search of the codes, a round of moves of single ones. On the calibration inputs it leaves **{normal_best}** of
+it adds to the loss, every code used, a beam search of the codes, two rounds of refinement. On the calibration inputs it leaves **{normal_best}** of
 GPTQ's loss with normal inputs and **{cauchy_best}** with Cauchy inputs, and all {rows} rows lose less than with GPTQ.
 
 On **fresh inputs** it is {normal_fresh} times as bad as RTN with normal inputs and {cauchy_fresh} times with Cauchy

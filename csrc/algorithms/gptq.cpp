@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "algorithms/damping.h"
-#include "algorithms/descent.h"
 #include "algorithms/dispatch.h"
 #include "algorithms/factorization.h"
 #include "algorithms/grid.h"
@@ -92,7 +91,7 @@ std::vector<kernels::SweepStep<T>> steps_of_sweep(const SweepFactor& factor, int
   return steps;
 }
 
-/// Sets the grid's codes (and its scales, if they are dynamic) and `gradient`, if it is defined, to descend()'s.
+/// Sets the grid's codes (and its scales, if they are dynamic) and `gradient`, if it is defined, to refine()'s.
 /// Returns the loss of each row.
 template <typename T>
 at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const GptqOptions& options, const Grid& grid,
@@ -212,11 +211,7 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
   dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid, gradient); });
   factor = {};
   if (options.refine > 0) {
-    descend(hessian, options.ridge, grid, gradient, row_loss);
-    gradient.reset();
-  }
-  if (options.refine > 1) {
-    refine(values, hessian, options.ridge, options.refine - 1, grid, row_loss);
+    refine(hessian, options.ridge, options.refine, grid, gradient, row_loss);
   }
   return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }

@@ -8,11 +8,16 @@
 
 namespace miniquant::algorithms {
 
-/// Lowers the loss of a quantized weight by at most `rounds` rounds; see kernels/refine.inl.
+/// Room for the gradient E H of a weight [N, K], with the columns that the kernels read past the last.
+at::Tensor room_for_gradient(const at::Tensor& weight);
+
+/// Lowers the loss of a quantized weight by at most `rounds` rounds: the first moves single codes
+/// (kernels/descent.inl), further ones fit scales as well (kernels/refine.inl).
 ///
-/// weight: [N, K], compute dtype, contiguous. hessian: as miniquant::gptq, damped here by `ridge`.
-/// grid: codes and scales are changed; zero points are not. row_loss: [N], e H e^T of the grid as it comes in; changed.
-void refine(const at::Tensor& weight, const at::Tensor& hessian, double ridge, int64_t rounds, Grid& grid,
+/// hessian: as miniquant::gptq, damped here by `ridge`. grid: codes and scales are changed, zero points are not.
+/// gradient: compute dtype, [N, kernels::SymmetricLayout::padded_columns()], E H with E = weight - dequantized and the
+/// damped H, 0 past the last column; overwritten. row_loss: [N], e H e^T of the grid as it comes in; changed.
+void refine(const at::Tensor& hessian, double ridge, int64_t rounds, Grid& grid, at::Tensor& gradient,
             at::Tensor& row_loss);
 
 }  // namespace miniquant::algorithms

@@ -31,9 +31,10 @@ struct DescentArrays {
   T* amount;              // [rows][capacity]     t of the moves, the latest last
   std::int32_t* column;   // [rows][capacity]     and their j
   std::int32_t* moves;    // [rows]               how many there are
-  std::int32_t* applied;  // [rows][P]            and how many of them G[panel] knows of
+  std::int32_t* applied;  // [P][rows]            and how many of them G[panel] knows of
   std::int32_t* idle;     // [rows]               panels without a move since the last one
   std::int32_t* active;   // [rows]               the rows that still move
+  std::int64_t rows;
   std::int64_t capacity;  // of a row's moves
   std::int64_t elements;  // of the workspace, in T
 };
@@ -44,10 +45,11 @@ MINIQUANT_INLINE std::int32_t* take_integers(WorkspaceCutter<T>& cutter, std::in
 }
 
 template <typename T>
-MINIQUANT_INLINE DescentArrays<T> lay_out(const DescentProblem<T>& problem, std::int64_t rows, T* workspace) {
+MINIQUANT_INLINE DescentArrays<T> lay_out_descent(const RefineProblem<T>& problem, std::int64_t rows, T* workspace) {
   const std::int64_t panels = SymmetricLayout{problem.columns}.panels();
   WorkspaceCutter<T> cutter = {workspace};
   DescentArrays<T> arrays;
+  arrays.rows = rows;
   arrays.capacity = problem.columns / 16 + 64;
   arrays.diagonal = cutter.take(panels * kPanelColumns);
   arrays.inverse_diagonal = cutter.take(panels * kPanelColumns);
@@ -75,7 +77,7 @@ struct PanelGradient {
 };
 
 template <typename T>
-MINIQUANT_INLINE T* gradient_at(const DescentProblem<T>& problem, std::int64_t row, std::int64_t panel) {
+MINIQUANT_INLINE T* gradient_at(const RefineProblem<T>& problem, std::int64_t row, std::int64_t panel) {
   return problem.gradient + row * SymmetricLayout{problem.columns}.padded_columns() + panel * kPanelColumns;
 }
 
@@ -97,7 +99,7 @@ MINIQUANT_INLINE void store(const PanelGradient<T>& gradient, T* to) {
 
 /// G[panel] -= t H[j, panel].
 template <typename T>
-MINIQUANT_INLINE void apply_move(const DescentProblem<T>& problem, std::int64_t panel, std::int64_t j, T t,
+MINIQUANT_INLINE void apply_move(const RefineProblem<T>& problem, std::int64_t panel, std::int64_t j, T t,
                                  PanelGradient<T>& gradient) {
   const T* const row = problem.hessian + SymmetricLayout{problem.columns}.offset(j, panel);
   const Vector<T> minus_t = broadcast<T>(-t);
@@ -109,18 +111,18 @@ MINIQUANT_INLINE void apply_move(const DescentProblem<T>& problem, std::int64_t 
 
 /// Applies what the row has moved since it was here last.
 template <typename T>
-MINIQUANT_INLINE void catch_up(const DescentProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t index,
+MINIQUANT_INLINE void catch_up(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t index,
                                std::int64_t panel, PanelGradient<T>& gradient) {
-  std::int32_t& applied = arrays.applied[index * SymmetricLayout{problem.columns}.panels() + panel];
+  std::int32_t& applied = arrays.applied[panel * arrays.rows + index];
   for (; applied < arrays.moves[index]; ++applied) {
     const std::int64_t at = index * arrays.capacity + applied;
     apply_move(problem, panel, arrays.column[at], arrays.amount[at], gradient);
   }
 }
 
-/// Makes room for moves: brings every panel but one, which is up to date, to where the row is.
+/// Forgets a row's moves once every panel but `up_to_date`, which is there already, has been brought to where it is.
 template <typename T>
-MINIQUANT_INLINE void forget_moves(const DescentProblem<T>& problem, const DescentArrays<T>& arrays, DescentRow row,
+MINIQUANT_INLINE void forget_moves(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, DescentRow row,
                                    std::int64_t up_to_date) {
   const std::int64_t panels = SymmetricLayout{problem.columns}.panels();
   for (std::int64_t panel = 0; panel < panels; ++panel) {
@@ -130,7 +132,7 @@ MINIQUANT_INLINE void forget_moves(const DescentProblem<T>& problem, const Desce
       catch_up(problem, arrays, row.index, panel, gradient);
       store(gradient, gradient_at(problem, row.row, panel));
     }
-    arrays.applied[row.index * panels + panel] = 0;
+    arrays.applied[panel * arrays.rows + row.index] = 0;
   }
   arrays.moves[row.index] = 0;
 }
@@ -144,7 +146,7 @@ struct PanelCodes {
 };
 
 template <typename T>
-MINIQUANT_INLINE void read_codes(const DescentProblem<T>& problem, std::int64_t row, Span columns,
+MINIQUANT_INLINE void read_codes(const RefineProblem<T>& problem, std::int64_t row, Span columns,
                                  PanelCodes<T>& codes) {
   const std::int8_t* const from = problem.grid.codes + row * problem.columns + columns.begin;
   const T* const scales = problem.grid.scales + row * problem.grid.groups;
@@ -178,7 +180,7 @@ struct Move {
 
 /// The move within a panel that lowers the loss most, the first of equals; `change` is 0 where none does.
 template <typename T>
-MINIQUANT_INLINE Move<T> best_move(const DescentProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t panel,
+MINIQUANT_INLINE Move<T> best_move(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t panel,
                                    const PanelCodes<T>& codes, const PanelGradient<T>& gradient) {
   const Vector<T> low = broadcast<T>(static_cast<T>(problem.grid.range.code_min));
   const Vector<T> high = broadcast<T>(static_cast<T>(problem.grid.range.code_max));
@@ -212,11 +214,29 @@ MINIQUANT_INLINE Move<T> best_move(const DescentProblem<T>& problem, const Desce
   return {at, code[at], amount[at], lowest};
 }
 
+/// Asks the memory for what the visit of a row will read: a page apart from the row before, no hardware guesses it.
+template <typename T>
+MINIQUANT_INLINE void prefetch(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t row_begin,
+                               std::int64_t index, std::int64_t panel) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t row = row_begin + index;
+  const char* const gradient = reinterpret_cast<const char*>(gradient_at(problem, row, panel));
+  const std::int64_t bytes = kPanelColumns * static_cast<std::int64_t>(sizeof(T));
+#pragma GCC unroll 8
+  for (std::int64_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(gradient + at, 1);
+  }
+  __builtin_prefetch(problem.grid.codes + row * problem.columns + panel * kPanelColumns, 1);
+  __builtin_prefetch(problem.grid.scales + row * problem.grid.groups + panel * kPanelColumns / problem.grid.group_size);
+  const std::int64_t moves = index * arrays.capacity + arrays.applied[panel * arrays.rows + index];
+  __builtin_prefetch(arrays.column + moves);
+  __builtin_prefetch(arrays.amount + moves);
+}
+
 /// Makes the moves of a row within a panel. Returns whether there were any.
 template <typename T>
-MINIQUANT_INLINE bool visit(const DescentProblem<T>& problem, const DescentArrays<T>& arrays, DescentRow row,
+MINIQUANT_INLINE bool visit(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, DescentRow row,
                             std::int64_t panel) {
-  const std::int64_t panels = SymmetricLayout{problem.columns}.panels();
   const Span columns = span_of(panel * kPanelColumns, kPanelColumns, problem.columns);
   std::int8_t* const stored = problem.grid.codes + row.row * problem.columns + columns.begin;
   PanelGradient<T> gradient;
@@ -244,13 +264,13 @@ MINIQUANT_INLINE bool visit(const DescentProblem<T>& problem, const DescentArray
     stored[move.at] = static_cast<std::int8_t>(static_cast<std::int32_t>(move.code));
     apply_move(problem, panel, columns.begin + move.at, move.amount, gradient);
   }
-  arrays.applied[row.index * panels + panel] = moves;
+  arrays.applied[panel * arrays.rows + row.index] = moves;
   store(gradient, gradient_at(problem, row.row, panel));
   return made > 0;
 }
 
 template <typename T>
-MINIQUANT_INLINE void begin_descent(const DescentProblem<T>& problem, const DescentArrays<T>& arrays,
+MINIQUANT_INLINE void begin_descent(const RefineProblem<T>& problem, const DescentArrays<T>& arrays,
                                     std::int64_t row_begin, std::int64_t rows) {
   const SymmetricLayout layout = {problem.columns};
   for (std::int64_t j = 0; j < layout.padded_columns(); ++j) {
@@ -264,17 +284,17 @@ MINIQUANT_INLINE void begin_descent(const DescentProblem<T>& problem, const Desc
     arrays.moves[i] = 0;
     arrays.idle[i] = 0;
     arrays.active[i] = static_cast<std::int32_t>(i);
-    for (std::int64_t panel = 0; panel < layout.panels(); ++panel) {
-      arrays.applied[i * layout.panels() + panel] = 0;
-    }
+  }
+  for (std::int64_t i = 0; i < layout.panels() * rows; ++i) {
+    arrays.applied[i] = 0;
   }
 }
 
 template <typename T>
-void descend(const DescentProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
+void descend(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
   const std::int64_t rows = row_end - row_begin;
   const std::int64_t panels = SymmetricLayout{problem.columns}.panels();
-  const DescentArrays<T> arrays = lay_out(problem, rows, workspace);
+  const DescentArrays<T> arrays = lay_out_descent(problem, rows, workspace);
   begin_descent(problem, arrays, row_begin, rows);
   std::int64_t active = rows;
   for (std::int64_t round = 0; round < problem.rounds && active > 0; ++round) {
@@ -282,6 +302,9 @@ void descend(const DescentProblem<T>& problem, std::int64_t row_begin, std::int6
       std::int64_t still_active = 0;
       for (std::int64_t i = 0; i < active; ++i) {
         const std::int32_t index = arrays.active[i];
+        if (i + 1 < active) {
+          prefetch(problem, arrays, row_begin, arrays.active[i + 1], panel);
+        }
         const bool moved = visit(problem, arrays, {row_begin + index, index}, panel);
         arrays.idle[index] = moved ? 0 : arrays.idle[index] + 1;
         if (arrays.idle[index] < panels) {
@@ -293,11 +316,12 @@ void descend(const DescentProblem<T>& problem, std::int64_t row_begin, std::int6
     }
   }
   for (std::int64_t i = 0; i < rows; ++i) {
+    forget_moves(problem, arrays, {row_begin + i, i}, /*up_to_date=*/-1);
     problem.row_loss[row_begin + i] = static_cast<T>(arrays.loss[i]);
   }
 }
 
 template <typename T>
-std::int64_t descent_workspace(const DescentProblem<T>& problem, std::int64_t rows) {
-  return lay_out<T>(problem, rows, nullptr).elements;
+std::int64_t descent_workspace(const RefineProblem<T>& problem, std::int64_t rows) {
+  return lay_out_descent<T>(problem, rows, nullptr).elements;
 }

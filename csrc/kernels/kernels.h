@@ -78,26 +78,15 @@ struct QuadraticFormProblem {
   T* form;                         ///< [N]
 };
 
-/// Moves of single codes, scales held: kernels/descent.inl.
-template <typename T>
-struct DescentProblem {
-  std::int64_t columns;  ///< K
-  GridView<T> grid;      ///< codes are changed
-  const T* hessian;      ///< the damped H, laid out by SymmetricLayout{columns}
-  std::int64_t rounds;   ///< over all columns, at most
-  T* gradient;           ///< [N, SymmetricLayout::padded_columns()], E H; overwritten
-  T* row_loss;           ///< [N], e H e^T before and after
-};
-
-/// Rounds of refinement: kernels/refine.inl.
+/// What lowers the loss of a quantized weight: kernels/descent.inl and kernels/refine.inl.
 template <typename T>
 struct RefineProblem {
   std::int64_t columns;  ///< K
-  const T* weight;       ///< [N, K]
-  GridView<T> grid;      ///< codes and scales are changed, zero points are not
-  const T* triangle;     ///< the damped H, laid out by TriangleLayout{columns}
-  std::int64_t rounds;
-  T* row_loss;  ///< [N], e H e^T before and after
+  GridView<T> grid;      ///< codes are changed, and by refine() scales; zero points are not
+  const T* hessian;      ///< the damped H, laid out by SymmetricLayout{columns}
+  T* gradient;           ///< [N, SymmetricLayout::padded_columns()], E H before, and after a descent
+  std::int64_t rounds;   ///< at most
+  T* row_loss;           ///< [N], e H e^T before and after
 };
 
 /// The kernels for one element type. A tile is `tile_rows` lanes wide and divides kPanelColumns.
@@ -124,15 +113,15 @@ struct TypedKernels {
   void (*sweep)(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `descend` needs for as many rows.
-  std::int64_t (*descent_workspace)(const DescentProblem<T>& problem, std::int64_t rows);
+  std::int64_t (*descent_workspace)(const RefineProblem<T>& problem, std::int64_t rows);
 
-  /// Lowers the loss of rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
-  void (*descend)(const DescentProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
+  /// Lowers the loss of rows [row_begin, row_end) by moves of codes. `workspace` is aligned to 64 bytes.
+  void (*descend)(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `refine` needs for as many rows.
   std::int64_t (*refine_workspace)(const RefineProblem<T>& problem, std::int64_t rows);
 
-  /// Lowers the loss of rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
+  /// Lowers the loss of rows [row_begin, row_end) by scales and codes. `workspace` is aligned to 64 bytes.
   void (*refine)(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `quadratic_form` needs.

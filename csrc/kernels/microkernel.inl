@@ -137,6 +137,13 @@ MINIQUANT_INLINE const T* entry(const T* triangle, TriangleLayout layout, std::i
   return triangle + layout.offset(row, column / kPanelColumns) + column % kPanelColumns;
 }
 
+/// &H[row, column] of a symmetric matrix.
+template <typename T>
+MINIQUANT_INLINE const T* symmetric_entry(const T* symmetric, SymmetricLayout layout, std::int64_t row,
+                                          std::int64_t column) {
+  return symmetric + layout.offset(row, column / kPanelColumns) + column % kPanelColumns;
+}
+
 /// accumulator[c] += sum over i in [begin, end) of L[i, first + c] * lanes[i - begin, :], for begin >= first + c and a
 /// strip that lies in one panel.
 template <typename T>

@@ -10,18 +10,20 @@
 //       for each column j of the group
 //         move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
 //
-// Rounds alternate in direction, so that the groups ahead of one are as the round before left them when it passed: what
-// they add to G_g is at hand, and every round but the first takes half the product. (A known saving of symmetric
-// Gauss-Seidel iterations: Conrad and Wallach 1979, "Alternating methods for sets of linear equations".)
+// Of G it is given what it is in the beginning, and products are taken of what E has changed by since then. Rounds
+// alternate in direction, so that the groups ahead of one are as the round before left them when it passed: what they
+// add is at hand, and every round takes half a product with H. (A known saving of symmetric Gauss-Seidel iterations:
+// Conrad and Wallach 1979, "Alternating methods for sets of linear equations".)
 //
 // (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
 
 /// Where the arrays of a pass lie in the workspace. B = columns of the longest group.
 template <typename T>
 struct RefineArrays {
-  T* error;               // [tiles][K][lane]  E
+  T* start;               // [tiles][K][lane]  E H in the beginning
+  T* change;              // [tiles][K][lane]  of E since then
   T* level;               // [tiles][K][lane]  code - zero point
-  T* passed;              // [tiles][K][lane]  E H[:, j] over the groups that a round had passed when it came to j
+  T* passed;              // [tiles][K][lane]  change H over the groups that a round had passed when it came to a column
   T* gradient;            // [tiles][B][lane]  G of the group
   T* other;               // [B][lane]         z H_gg, then -t of the columns done
   double* loss;           // [tiles][lane]
@@ -34,7 +36,8 @@ MINIQUANT_INLINE RefineArrays<T> lay_out(const RefineProblem<T>& problem, std::i
   const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
   WorkspaceCutter<T> cutter = {workspace};
   RefineArrays<T> arrays;
-  arrays.error = cutter.take(lanes * problem.columns);
+  arrays.start = cutter.take(lanes * problem.columns);
+  arrays.change = cutter.take(lanes * problem.columns);
   arrays.level = cutter.take(lanes * problem.columns);
   arrays.passed = cutter.take(lanes * problem.columns);
   arrays.gradient = cutter.take(lanes * group);
@@ -49,7 +52,8 @@ template <typename T>
 struct RefineTile {
   std::int64_t row;   // first row
   std::int64_t rows;  // valid lanes
-  T* error;           // [K][lane]
+  T* start;           // [K][lane]
+  T* change;          // [K][lane]
   T* level;           // [K][lane]
   T* passed;          // [K][lane]
   T* gradient;        // [B][lane]
@@ -65,7 +69,8 @@ MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const Re
   const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
   return {row,
           row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
-          arrays.error + lanes * problem.columns,
+          arrays.start + lanes * problem.columns,
+          arrays.change + lanes * problem.columns,
           arrays.level + lanes * problem.columns,
           arrays.passed + lanes * problem.columns,
           arrays.gradient + lanes * group,
@@ -73,24 +78,47 @@ MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const Re
           arrays.loss + lanes};
 }
 
+/// The columns from `first` on that are in one group.
+template <typename T>
+MINIQUANT_INLINE Span group_of(const RefineProblem<T>& problem, std::int64_t first, std::int64_t end) {
+  return span_of(first, problem.grid.group_size - first % problem.grid.group_size, end);
+}
+
+/// Reads a row into its lane.
+template <typename T>
+MINIQUANT_INLINE void read_row(const RefineProblem<T>& problem, const RefineTile<T>& tile, std::int64_t lane,
+                               Span columns) {
+  const std::int64_t row = tile.row + lane;
+  const std::int8_t* const codes = problem.grid.codes + row * problem.columns;
+  const std::int8_t* const zero_points = problem.grid.zero_points + row * problem.grid.groups;
+  const T* const gradient = problem.gradient + row * SymmetricLayout{problem.columns}.padded_columns();
+  Span group;
+  for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
+    group = group_of(problem, begin, columns.end);
+    const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
+    for (std::int64_t j = begin; j < group.end; ++j) {
+      tile.level[j * kTileRows<T> + lane] = static_cast<T>(codes[j] - zero_point);
+      tile.start[j * kTileRows<T> + lane] = gradient[j];
+    }
+  }
+}
+
 /// Lanes past the last row are all 0, which nothing moves.
 template <typename T>
 MINIQUANT_INLINE void read_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
+  for (std::int64_t i = 0; i < problem.columns * kTileRows<T>; ++i) {
+    tile.change[i] = T(0);
+    tile.passed[i] = T(0);
+  }
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
-    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-      const std::int64_t at = (tile.row + lane) * problem.columns;
-      const std::int64_t grid_at = (tile.row + lane) * problem.grid.groups;
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      read_row(problem, tile, lane, columns);
+    }
+    for (std::int64_t lane = tile.rows; lane < kTileRows<T>; ++lane) {
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        T level = T(0);
-        T error = T(0);
-        if (lane < tile.rows) {
-          const std::int64_t group = grid_at + j / problem.grid.group_size;
-          level = static_cast<T>(problem.grid.codes[at + j]) - static_cast<T>(problem.grid.zero_points[group]);
-          error = problem.weight[at + j] - level * problem.grid.scales[group];
-        }
-        tile.level[j * kTileRows<T> + lane] = level;
-        tile.error[j * kTileRows<T> + lane] = error;
+        tile.level[j * kTileRows<T> + lane] = T(0);
+        tile.start[j * kTileRows<T> + lane] = T(0);
       }
     }
   }
@@ -100,65 +128,45 @@ MINIQUANT_INLINE void read_rows(const RefineProblem<T>& problem, const RefineTil
 }
 
 template <typename T>
-MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
-  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    const std::int64_t at = (tile.row + lane) * problem.columns;
-    const std::int8_t* const zero_points = problem.grid.zero_points + (tile.row + lane) * problem.grid.groups;
-    for (std::int64_t j = 0; j < problem.columns; ++j) {
-      const std::int64_t group = j / problem.grid.group_size;
-      const T zero_point = static_cast<T>(zero_points[group]);
-      problem.grid.codes[at + j] =
-          static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane] + zero_point));
+MINIQUANT_INLINE void write_row(const RefineProblem<T>& problem, const RefineTile<T>& tile, std::int64_t lane,
+                                Span columns) {
+  const std::int64_t row = tile.row + lane;
+  std::int8_t* const codes = problem.grid.codes + row * problem.columns;
+  const std::int8_t* const zero_points = problem.grid.zero_points + row * problem.grid.groups;
+  Span group;
+  for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
+    group = group_of(problem, begin, columns.end);
+    const std::int32_t zero_point = zero_points[begin / problem.grid.group_size];
+    for (std::int64_t j = begin; j < group.end; ++j) {
+      codes[j] = static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane]) + zero_point);
     }
+  }
+}
+
+template <typename T>
+MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
+  for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
+    const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
+      write_row(problem, tile, lane, columns);
+    }
+  }
+  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
     problem.row_loss[tile.row + lane] = static_cast<T>(tile.loss[lane]);
   }
 }
 
-/// to[columns] += values[terms] H[terms, columns] with `terms` on one side of `columns`.
+/// to[columns] += values[terms] H[terms, columns], values [terms][lane]. Terms are added in their order.
 template <typename T>
 MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* values, Span terms, Span columns, T* to) {
-  const TriangleLayout layout = {problem.columns};
   Span strip;
   for (std::int64_t first = columns.begin; first < columns.end; first = strip.end) {
     strip = strip_of(first, columns.end);
     T* const sum = to + (first - columns.begin) * kTileRows<T>;
     TileAccumulator<T> accumulator;
     load(accumulator, sum, kTileRows<T>, strip.end - first);
-    if (terms.begin < columns.begin) {
-      accumulate_rows_of(problem.triangle, layout, first, terms.begin, terms.end, values, accumulator);
-    } else {
-      accumulate_columns_of(problem.triangle, layout, first, terms.begin, terms.end, values, accumulator);
-    }
-    store(accumulator, sum, kTileRows<T>, strip.end - first);
-  }
-}
-
-/// to[group] += values[group] H[group, group], values [group][lane]. Terms are added in the order of their columns,
-/// however wide a strip is.
-template <typename T>
-MINIQUANT_INLINE void add_products_within(const RefineProblem<T>& problem, const T* values, Span group, T* to) {
-  const TriangleLayout layout = {problem.columns};
-  Span strip;
-  for (std::int64_t first = group.begin; first < group.end; first = strip.end) {
-    strip = strip_of(first, group.end);
-    T* const sum = to + (first - group.begin) * kTileRows<T>;
-    TileAccumulator<T> accumulator;
-    load(accumulator, sum, kTileRows<T>, strip.end - first);
-    accumulate_rows_of(problem.triangle, layout, first, group.begin, first, values, accumulator);
-#pragma GCC unroll 8
-    for (std::int64_t c = 0; c < kStripColumns; ++c) {
-      const std::int64_t i = first + c;
-      if (i < strip.end) {
-        Vector<T> lanes[kVectorsPerTile];
-        load_lanes<T>(values + (i - group.begin) * kTileRows<T>, lanes);
-        // H[i, first .. i] of row i, then H[i + 1 .., i] of column i
-        accumulate_term(accumulator, entry(problem.triangle, layout, i, first), 1, lanes, 0, c + 1);
-        accumulate_term(accumulator, entry(problem.triangle, layout, first, i), kPanelColumns, lanes, c + 1,
-                        kStripColumns);
-      }
-    }
-    accumulate_columns_of(problem.triangle, layout, first, strip.end, group.end,
-                          values + (strip.end - group.begin) * kTileRows<T>, accumulator);
+    accumulate(accumulator, symmetric_entry(problem.hessian, SymmetricLayout{problem.columns}, terms.begin, first),
+               {kPanelColumns, 1}, values, kTileRows<T>, terms.end - terms.begin);
     store(accumulator, sum, kTileRows<T>, strip.end - first);
   }
 }
@@ -173,7 +181,7 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
   for (std::int64_t i = 0; i < count; ++i) {
     products[i] = T(0);
   }
-  add_products_within(problem, level, group, products);
+  add_products(problem, level, group, group, products);
 
   double slope[kTileRows<T>] = {};
   double curvature[kTileRows<T>] = {};
@@ -202,10 +210,10 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
     }
   }
   if (any) {
-    T* const error = tile.error + group.begin * kTileRows<T>;
+    T* const change = tile.change + group.begin * kTileRows<T>;
     for (std::int64_t i = 0; i < count; i += kTileRows<T>) {
       for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-        error[i + lane] -= moved[lane] * level[i + lane];
+        change[i + lane] -= moved[lane] * level[i + lane];
         tile.gradient[i + lane] -= moved[lane] * products[i + lane];
       }
     }
@@ -215,8 +223,8 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
 
 /// Moves every column of a group to its best grid point, one after the other. Returns whether any moved.
 template <typename T>
-MINIQUANT_INLINE bool descend(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
-  const TriangleLayout layout = {problem.columns};
+MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  const SymmetricLayout layout = {problem.columns};
   T* const minus_moves = tile.other;
   T scale_of[kTileRows<T>];
   T lowest[kTileRows<T>];
@@ -234,19 +242,20 @@ MINIQUANT_INLINE bool descend(const RefineProblem<T>& problem, const RefineTile<
     strip = strip_of(first, group.end);
     TileAccumulator<T> gradient;
     load(gradient, tile.gradient + (first - group.begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
-    accumulate_rows_of(problem.triangle, layout, first, group.begin, first, minus_moves, gradient);
-    Vector<T> change[kVectorsPerTile] = {};
+    accumulate(gradient, symmetric_entry(problem.hessian, layout, group.begin, first), {kPanelColumns, 1}, minus_moves,
+               kTileRows<T>, first - group.begin);
+    Vector<T> lost[kVectorsPerTile] = {};
 #pragma GCC unroll 8
     for (std::int64_t c = 0; c < kStripColumns; ++c) {
       const std::int64_t j = first + c;
       if (j < strip.end) {
-        const T diagonal = *entry(problem.triangle, layout, j, j);
+        const T diagonal = *symmetric_entry(problem.hessian, layout, j, j);
         Vector<T> minus_move[kVectorsPerTile];
 #pragma GCC unroll 8
         for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
           const std::int64_t lane = v * kLanes<T>;
           T* const level_at = tile.level + j * kTileRows<T> + lane;
-          T* const error_at = tile.error + j * kTileRows<T> + lane;
+          T* const change_at = tile.change + j * kTileRows<T> + lane;
           const Vector<T> scale = load<T>(scale_of + lane);
           const Vector<T> level = load<T>(level_at);
           const Vector<T> g = gradient.value[c][v];
@@ -258,17 +267,17 @@ MINIQUANT_INLINE bool descend(const RefineProblem<T>& problem, const RefineTile<
           const Vector<T> none = {};
           const Vector<T> move = better ? full_move : none;
           minus_move[v] = -move;
-          change[v] += better ? full_change : none;
+          lost[v] += better ? full_change : none;
           any += better ? full_move * full_move : none;
           store<T>(level_at, better ? best : level);
-          store<T>(error_at, load<T>(error_at) - move);
+          store<T>(change_at, load<T>(change_at) - move);
           store<T>(minus_moves + (j - group.begin) * kTileRows<T> + lane, minus_move[v]);
         }
-        accumulate_term(gradient, entry(problem.triangle, layout, first, j), kPanelColumns, minus_move, c + 1,
+        accumulate_term(gradient, symmetric_entry(problem.hessian, layout, j, first), 1, minus_move, c + 1,
                         kStripColumns);
       }
       if (j % kColumnsPerLoss == kColumnsPerLoss - 1 || c == kStripColumns - 1) {
-        add_loss<T>(change, tile.loss);
+        add_loss<T>(lost, tile.loss);
       }
     }
   }
@@ -290,10 +299,10 @@ MINIQUANT_INLINE bool refine_group(const RefineProblem<T>& problem, const Refine
   for (std::int64_t pass = 0; pass < kPassesPerGroup; ++pass) {
     if (pass > 0) {
       // G += (-t) H_gg, for the moves of the columns in the pass before
-      add_products_within(problem, tile.other, group, tile.gradient);
+      add_products(problem, tile.other, group, group, tile.gradient);
     }
     moved = refit_scale(problem, tile, group) || moved;
-    moved = descend(problem, tile, group) || moved;
+    moved = move_columns(problem, tile, group) || moved;
   }
   return moved;
 }
@@ -305,45 +314,33 @@ struct RefineTiles {
   RefineTile<T> tile[kTilesPerPass];
 };
 
-/// to[group] += E[terms] H[terms, group] in every tile, with `terms` on one side of the group. `to` is one of a tile's
-/// arrays, and `first` the column that it begins with.
-template <typename T>
-MINIQUANT_INLINE void add_products_in_tiles(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, Span terms,
-                                            Span group, T* RefineTile<T>::* to, std::int64_t first) {
-  Span slice;
-  for (std::int64_t begin = terms.begin; begin < terms.end; begin = slice.end) {
-    slice = span_of(begin, kDepth<T>, terms.end);
-    for (std::int64_t t = 0; t < tiles.count; ++t) {
-      const RefineTile<T>& tile = tiles.tile[t];
-      add_products(problem, tile.error + begin * kTileRows<T>, slice, group,
-                   tile.*to + (group.begin - first) * kTileRows<T>);
-    }
-  }
-}
-
 /// Sets G of a group, but for what its own columns add, in every tile. The round has `passed` the columns on one side
-/// of the group and has those `ahead` before it.
+/// of the group.
 template <typename T>
 MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, Span group,
-                                   Span passed, Span ahead, bool is_first_round) {
+                                   Span passed) {
   const std::int64_t count = (group.end - group.begin) * kTileRows<T>;
+  const std::int64_t at = group.begin * kTileRows<T>;
   for (std::int64_t t = 0; t < tiles.count; ++t) {
-    T* const gradient = tiles.tile[t].gradient;
-    T* const of_passed = tiles.tile[t].passed + group.begin * kTileRows<T>;
+    const RefineTile<T>& tile = tiles.tile[t];
     for (std::int64_t i = 0; i < count; ++i) {
-      gradient[i] = is_first_round ? T(0) : of_passed[i];
-      of_passed[i] = T(0);
+      // What the round before had passed is what is ahead of this one.
+      tile.gradient[i] = tile.start[at + i] + tile.passed[at + i];
+      tile.passed[at + i] = T(0);
     }
   }
-  if (is_first_round) {
-    add_products_in_tiles(problem, tiles, ahead, group, &RefineTile<T>::gradient, group.begin);
+  Span terms;
+  for (std::int64_t begin = passed.begin; begin < passed.end; begin = terms.end) {
+    terms = span_of(begin, kDepth<T>, passed.end);
+    for (std::int64_t t = 0; t < tiles.count; ++t) {
+      const RefineTile<T>& tile = tiles.tile[t];
+      add_products(problem, tile.change + begin * kTileRows<T>, terms, group, tile.passed + at);
+    }
   }
-  add_products_in_tiles(problem, tiles, passed, group, &RefineTile<T>::passed, 0);
   for (std::int64_t t = 0; t < tiles.count; ++t) {
-    T* const gradient = tiles.tile[t].gradient;
-    const T* const of_passed = tiles.tile[t].passed + group.begin * kTileRows<T>;
+    const RefineTile<T>& tile = tiles.tile[t];
     for (std::int64_t i = 0; i < count; ++i) {
-      gradient[i] += of_passed[i];
+      tile.gradient[i] += tile.passed[at + i];
     }
   }
 }
@@ -358,12 +355,10 @@ MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const Refine
   bool moved = false;
   for (std::int64_t i = 0; i < groups; ++i) {
     const Span group = span_of((forward ? i : groups - 1 - i) * group_size, group_size, problem.columns);
-    const Span before = {0, group.begin};
-    const Span after = {group.end, problem.columns};
-    set_gradient(problem, tiles, group, forward ? before : after, forward ? after : before, round == 0);
+    set_gradient(problem, tiles, group, forward ? Span{0, group.begin} : Span{group.end, problem.columns});
     for (std::int64_t t = 0; t < tiles.count; ++t) {
       const RefineTile<T>& tile = tiles.tile[t];
-      add_products_within(problem, tile.error + group.begin * kTileRows<T>, group, tile.gradient);
+      add_products(problem, tile.change + group.begin * kTileRows<T>, group, group, tile.gradient);
       moved = refine_group(problem, tile, group) || moved;
     }
   }

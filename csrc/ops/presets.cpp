@@ -17,8 +17,8 @@ GptqOptions options_of(Preset preset) {
       options.scale_method = ScaleMethod::kLoss;
       options.group_scales = GroupScales::kDynamic;
       options.column_order = ColumnOrder::kGroup;
-      options.beam_scales = 4;
-      options.refine = 1;
+      options.beam_scales = 2;
+      options.refine = 2;
       break;
   }
   return options;

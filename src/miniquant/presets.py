@@ -12,8 +12,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "scale_method": "loss",
         "group_scales": "dynamic",
         "column_order": "group",
-        "beam_scales": 4,
-        "refine": 1,
+        "beam_scales": 2,
+        "refine": 2,
     },
 }
 
@@ -25,7 +25,7 @@ def preset(name: Preset) -> dict[str, Any]:
     - "fast": a lower loss for little more time: columns in activation order, scales of least squared error, every code
       used.
     - "best": the lowest loss: groups in order of activation, each group's scale chosen by what it adds to the loss,
-      every code used, a beam search of the codes, then moves of single ones.
+      every code used, a beam search of the codes, two rounds of refinement.
 
     docs/algorithm.md says what each gains and costs.
 

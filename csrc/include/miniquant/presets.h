@@ -13,7 +13,7 @@ enum class Preset {
   /// A lower loss for little more time: columns in activation order, scales of least squared error, every code used.
   kFast,
   /// The lowest loss: groups in order of activation, each group's scale chosen by what it adds to the loss, every code
-  /// used, a beam search of the codes, then moves of single ones.
+  /// used, a beam search of the codes, two rounds of refinement.
   kBest,
 };
 

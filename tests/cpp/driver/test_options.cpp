@@ -251,7 +251,7 @@ TEST(Options, BadValuesAreNamed) {
       {{"--preset", "best", "--scale-method", "hessian"},
        "--scale-method: expected absmax or loss with --group-scales dynamic (of --preset best), but got hessian"},
       {{"--preset", "best", "--scale-method", "absmax"},
-       "--beam-scales: expected 0 with --scale-method absmax, but got 4 (of --preset best)"},
+       "--beam-scales: expected 0 with --scale-method absmax, but got 2 (of --preset best)"},
       {{"--beam-scales", "2"}, "--beam-scales: expected 0 with --scale-method absmax (of --preset lab), but got 2"},
       {{"--beam-scales", "26"}, "--beam-scales: expected an integer from 0 to 25, but got '26'"},
       {{"--full-range", "--asymmetric"}, "--full-range: expected not with --asymmetric, whose grid has every code"},

@@ -80,7 +80,7 @@ TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
   EXPECT_EQ(setup["refine"], 2);
   EXPECT_EQ(setup["beam_scales"], 3);
   const json best = {{"column_order", "group"}, {"group_scales", "dynamic"}, {"scale_method", "loss"},
-                     {"full_range", true},      {"beam_scales", 4},          {"refine", 1}};
+                     {"full_range", true},      {"beam_scales", 2},          {"refine", 2}};
   EXPECT_EQ(setup["best"], best);
   options.gptq.symmetric = false;
   setup = json::parse(results_json(options, sample_runs()))["setup"];

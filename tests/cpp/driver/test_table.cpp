@@ -36,7 +36,7 @@ TEST(Table, ShowsBothRunsSideBySide) {
   EXPECT_THAT(text, HasSubstr("4 bits, symmetric, groups of 64; ridge 0.01, blocks of 128"));
   EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    natural order, static scales by absmax");
   EXPECT_EQ(line_with(text, "  best "),
-            "  best    group order, dynamic scales by loss, full range, beam search, 1 round of refinement");
+            "  best    group order, dynamic scales by loss, full range, beam search, 2 rounds of refinement");
   EXPECT_THAT(line_with(text, "calibration loss"), testing::MatchesRegex("calibration loss +8 +2 +1.5 +0 +0 +1.5"));
   EXPECT_THAT(line_after(text, "calibration loss"), testing::MatchesRegex("  GPTQ/RTN, best/GPTQ +0.25 +0.75 +- +-"));
   EXPECT_THAT(line_with(text, "fresh loss"), testing::MatchesRegex("fresh loss +6 +9 +4.5 +- +- +-"));
@@ -58,7 +58,7 @@ TEST(Table, TheHeadingSaysWhatGptqWasGiven) {
   const std::string text = table(options, sample_runs());
   EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    activation order, static scales by hessian, 3 rounds of refinement");
   EXPECT_EQ(line_with(text, "  best "),
-            "  best    group order, dynamic scales by loss, beam search, 1 round of refinement");
+            "  best    group order, dynamic scales by loss, beam search, 2 rounds of refinement");
 }
 
 TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {

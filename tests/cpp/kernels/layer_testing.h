@@ -70,4 +70,46 @@ Wide<T> loss_of(const Layer<T>& layer, const std::vector<std::int8_t>& codes, co
   return loss;
 }
 
+/// E H of one row.
+template <typename T>
+std::vector<Wide<T>> gradient_of(const Layer<T>& layer, const Quantized<T>& quantized, std::int64_t row) {
+  std::vector<Wide<T>> gradient(at(layer.columns), 0);
+  for (std::int64_t i = 0; i < layer.columns; ++i) {
+    const Wide<T> scale = quantized.scales[at(row * layer.groups() + i / layer.group_size)];
+    const Wide<T> error =
+        layer.weight[at(row * layer.columns + i)] - quantized.codes[at(row * layer.columns + i)] * scale;
+    for (std::int64_t j = 0; j < layer.columns; ++j) {
+      gradient[at(j)] += error * static_cast<Wide<T>>(layer.hessian[at(i * layer.columns + j)]);
+    }
+  }
+  return gradient;
+}
+
+/// E H of all rows, as the kernels take it.
+template <typename T>
+std::vector<T> padded_gradient_of(const Layer<T>& layer, const Quantized<T>& quantized) {
+  const std::int64_t padded = SymmetricLayout{layer.columns}.padded_columns();
+  std::vector<T> all(at(layer.rows * padded), T(0));
+  for (std::int64_t row = 0; row < layer.rows; ++row) {
+    const std::vector<Wide<T>> gradient = gradient_of(layer, quantized, row);
+    for (std::int64_t j = 0; j < layer.columns; ++j) {
+      all[at(row * padded + j)] = static_cast<T>(gradient[at(j)]);
+    }
+  }
+  return all;
+}
+
+/// The Hessian, as the kernels take it.
+template <typename T>
+std::vector<T> symmetric_panels_of(const Layer<T>& layer) {
+  const SymmetricLayout layout{layer.columns};
+  std::vector<T> panels(at(layout.size()), T(0));
+  for (std::int64_t i = 0; i < layer.columns; ++i) {
+    for (std::int64_t j = 0; j < layer.columns; ++j) {
+      panels[at(layout.offset(i, j / kPanelColumns) + j % kPanelColumns)] = layer.hessian[at(i * layer.columns + j)];
+    }
+  }
+  return panels;
+}
+
 }  // namespace miniquant::kernels::testing

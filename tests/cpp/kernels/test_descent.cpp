@@ -46,49 +46,42 @@ Start<T> start_of(std::mt19937_64& generator, Layer<T> layer, Codes codes) {
   return {layer, quantized};
 }
 
-/// E H of one row.
+/// That the gradient is E H of what is left: it was computed from that of the start, move by move.
 template <typename T>
-std::vector<Wide<T>> gradient_of(const Layer<T>& layer, const Quantized<T>& quantized, std::int64_t row) {
-  std::vector<Wide<T>> gradient(at(layer.columns), 0);
-  for (std::int64_t i = 0; i < layer.columns; ++i) {
-    const Wide<T> scale = quantized.scales[at(row * layer.groups() + i / layer.group_size)];
-    const Wide<T> error =
-        layer.weight[at(row * layer.columns + i)] - quantized.codes[at(row * layer.columns + i)] * scale;
+void expect_gradient(const Layer<T>& layer, const Quantized<T>& before, const Quantized<T>& after,
+                     const std::vector<T>& gradient) {
+  const std::int64_t padded = SymmetricLayout{layer.columns}.padded_columns();
+  for (std::int64_t row = 0; row < layer.rows; ++row) {
+    const std::vector<Wide<T>> was = gradient_of(layer, before, row);
+    const std::vector<Wide<T>> is = gradient_of(layer, after, row);
+    Wide<T> largest = 0;
     for (std::int64_t j = 0; j < layer.columns; ++j) {
-      gradient[at(j)] += error * static_cast<Wide<T>>(layer.hessian[at(i * layer.columns + j)]);
+      largest = std::max({largest, std::abs(was[at(j)]), std::abs(is[at(j)])});
+    }
+    for (std::int64_t j = 0; j < layer.columns; ++j) {
+      // As many moves as columns and a few more, each with a rounding error of what it comes to.
+      ASSERT_LE(std::abs(gradient[at(row * padded + j)] - is[at(j)]),
+                static_cast<Wide<T>>(4 * layer.columns + 64) * kEps<T> * largest)
+          << "row " << row << ", column " << j;
     }
   }
-  return gradient;
 }
 
 template <typename T>
 Quantized<T> run(const TypedKernels<T>& kernel, const Start<T>& start, std::int64_t rows_per_call) {
   const Layer<T>& layer = start.layer;
-  const SymmetricLayout layout{layer.columns};
-  std::vector<T> panels(at(layout.size()), T(0));
-  for (std::int64_t i = 0; i < layer.columns; ++i) {
-    for (std::int64_t j = 0; j < layer.columns; ++j) {
-      panels[at(layout.offset(i, j / kPanelColumns) + j % kPanelColumns)] = layer.hessian[at(i * layer.columns + j)];
-    }
-  }
-  std::vector<T> padded(at(layer.rows * layout.padded_columns()), T(0));
-  for (std::int64_t row = 0; row < layer.rows; ++row) {
-    const std::vector<Wide<T>> gradient = gradient_of(layer, start.quantized, row);
-    std::transform(gradient.begin(), gradient.end(), padded.begin() + row * layout.padded_columns(),
-                   [](Wide<T> value) { return static_cast<T>(value); });
-  }
-  const GuardedBuffer<T> hessian(panels);
-  GuardedBuffer<T> gradient(padded);
+  const GuardedBuffer<T> hessian(symmetric_panels_of(layer));
+  GuardedBuffer<T> gradient(padded_gradient_of(layer, start.quantized));
   GuardedBuffer<T> scales(start.quantized.scales);
   GuardedBuffer<std::int8_t> zero_points(std::vector<std::int8_t>(start.quantized.scales.size(), 0));
   GuardedBuffer<std::int8_t> codes(start.quantized.codes);
   GuardedBuffer<T> row_loss(start.quantized.row_loss);
-  const DescentProblem<T> problem{
+  const RefineProblem<T> problem{
       layer.columns,
       {kSymmetric4, layer.group_size, layer.groups(), scales.data(), zero_points.data(), codes.data(), no_rounding<T>},
       hessian.data(),
-      /*rounds=*/1000,
       gradient.data(),
+      /*rounds=*/1000,
       row_loss.data()};
   for (std::int64_t row = 0; row < layer.rows; row += rows_per_call) {
     const std::int64_t end = std::min(layer.rows, row + rows_per_call);
@@ -96,7 +89,9 @@ Quantized<T> run(const TypedKernels<T>& kernel, const Start<T>& start, std::int6
     kernel.descend(problem, row, end, workspace.data());
   }
   EXPECT_EQ(scales.values(), start.quantized.scales);
-  return {codes.values(), scales.values(), row_loss.values()};
+  const Quantized<T> after{codes.values(), scales.values(), row_loss.values()};
+  expect_gradient(layer, start.quantized, after, gradient.values());
+  return after;
 }
 
 template <typename T>

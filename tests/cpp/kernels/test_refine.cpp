@@ -24,9 +24,7 @@ template <typename T>
 Quantized<T> run(const TypedKernels<T>& kernel, const Layer<T>& layer, std::int64_t rounds,
                  std::int64_t rows_per_call) {
   const GuardedBuffer<T> weight(layer.weight);
-  const GuardedBuffer<T> triangle(panels_of<T>(
-      layer.columns, [&](std::int64_t j, std::int64_t i) { return layer.hessian[at(j * layer.columns + i)]; },
-      std::numeric_limits<T>::quiet_NaN()));
+  const GuardedBuffer<T> hessian(symmetric_panels_of(layer));
   const GuardedBuffer<T> factors(std::vector<T>{1, T(0.75), T(0.875), -1, T(-0.75), T(-0.875)});
   const GuardedBuffer<T> importance(std::vector<T>(at(layer.columns), T(1)));
   GuardedBuffer<T> scales(layer.rows * layer.groups());
@@ -41,7 +39,8 @@ Quantized<T> run(const TypedKernels<T>& kernel, const Layer<T>& layer, std::int6
   for (std::int64_t row = 0; row < layer.rows; ++row) {
     row_loss[row] = static_cast<T>(loss_of(layer, codes.values(), scales.values(), row));
   }
-  const RefineProblem<T> problem{layer.columns, weight.data(), grid, triangle.data(), rounds, row_loss.data()};
+  GuardedBuffer<T> gradient(padded_gradient_of<T>(layer, {codes.values(), scales.values(), {}}));
+  const RefineProblem<T> problem{layer.columns, grid, hessian.data(), gradient.data(), rounds, row_loss.data()};
   for (std::int64_t row = 0; row < layer.rows; row += rows_per_call) {
     const std::int64_t end = std::min(layer.rows, row + rows_per_call);
     GuardedBuffer<T> workspace(kernel.refine_workspace(problem, end - row), 64);
