@@ -136,7 +136,7 @@ MINIQUANT_INLINE void write_row(const RefineProblem<T>& problem, const RefineTil
   Span group;
   for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
     group = group_of(problem, begin, columns.end);
-    const std::int32_t zero_point = zero_points[begin / problem.grid.group_size];
+    const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
     for (std::int64_t j = begin; j < group.end; ++j) {
       codes[j] = static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane]) + zero_point);
     }

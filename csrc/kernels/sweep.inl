@@ -206,7 +206,7 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
   }
 }
 
-/// (E R)[segment] = S + E[segment] R[segment, segment].
+/// (E R)[segment] = S + E[segment] R[segment, segment]; 0 for a column without inputs, whose pivot stands for 0.
 template <typename T>
 MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
                                     Span segment) {
@@ -227,6 +227,11 @@ MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepT
       }
     }
     store(sum, tile.whitened + first * kTileRows<T>, kTileRows<T>, strip.end - first);
+  }
+  for (std::int64_t j = segment.begin; j < segment.end; ++j) {
+    for (std::int64_t lane = 0; problem.steps[j].pivot_squared == T(0) && lane < kTileRows<T>; ++lane) {
+      tile.whitened[j * kTileRows<T> + lane] = T(0);
+    }
   }
 }
 
