@@ -158,16 +158,16 @@ MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns,
 /// saves some 5 to 10%.
 constexpr double kWorthSearching = 1.1;
 
-/// Whether a scale with which the nearest plane loses that much for the tile's row `lane` is worth a search.
+/// What the nearest plane may lose for the tile's row `lane` with a scale that is worth a search.
 template <typename T>
-MINIQUANT_INLINE bool is_worth_searching(const KeptScales<T>& kept, std::int64_t lane, double loss) {
-  return loss <= kWorthSearching * kept.loss[lane];
+MINIQUANT_INLINE double most_worth_searching(const KeptScales<T>& kept, std::int64_t lane) {
+  return kWorthSearching * kept.loss[lane];
 }
 
 /// Whether the row has a kept scale of that number, and it is.
 template <typename T>
 MINIQUANT_INLINE bool has_scale_to_search(const KeptScales<T>& kept, std::int64_t lane, std::int64_t scale) {
-  return scale < kept.count && is_worth_searching(kept, lane, kept.loss[scale * kTileRows<T> + lane]);
+  return scale < kept.count && kept.loss[scale * kTileRows<T> + lane] <= most_worth_searching(kept, lane);
 }
 
 /// What a search is run for: a row of the tile, and the first of the kScalesPerBeam kept scales that it takes.

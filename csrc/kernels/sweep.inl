@@ -145,15 +145,25 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
+/// What a scale may lose at most to be of use to each row: less than the last that is kept, and worth a search.
+template <typename T>
+MINIQUANT_INLINE void set_bounds(const SweepTile<T>& tile, double* bound) {
+  const double* const last = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    const double worth = most_worth_searching(tile.kept, lane);
+    const double most = last[lane] < worth ? last[lane] : worth;
+    bound[lane] = lane < tile.rows ? most : 0.0;
+  }
+}
+
 /// Whether no row of the tile has a use for a scale that has lost as much.
 template <typename T>
-MINIQUANT_INLINE bool lost(const SweepTile<T>& tile, const double* loss) {
-  const double* const most = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
-  bool all = true;
-  for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
-    all = all && (loss[lane] >= most[lane] || !is_worth_searching(tile.kept, lane, loss[lane]));
+MINIQUANT_INLINE bool lost(const double* loss, const double* bound) {
+  std::int64_t useful = 0;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    useful += loss[lane] < bound[lane] ? 1 : 0;
   }
-  return all;
+  return useful == 0;
 }
 
 /// Keeps those of the scales that the problem's factors give with which the group's columns add least to the loss. What
@@ -164,6 +174,7 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
   clear(tile.kept);
   for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
     double loss[kTileRows<T>] = {};
+    double bound[kTileRows<T>];
     T scale[kTileRows<T>];
     T reciprocal[kTileRows<T>];
     T zero_point[kTileRows<T>];
@@ -181,7 +192,8 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
     const QuantizedSegment<T> trial = {
         .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
     // Columns only add to a loss, so that a trial ends where it has lost in every row.
-    for (std::int64_t first = columns.begin; first < columns.end && !lost(tile, loss); first += kStripColumns) {
+    set_bounds(tile, bound);
+    for (std::int64_t first = columns.begin; first < columns.end && !lost<T>(loss, bound); first += kStripColumns) {
       quantize_strip<true>(problem, tile, block_begin, span_of(first, kStripColumns, columns.end), columns.begin,
                            trial);
     }
