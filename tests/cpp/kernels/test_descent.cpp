@@ -144,16 +144,18 @@ TYPED_TEST(Descent, EndsWhereNoSingleMoveLowersTheLossAndReportsIt) {
 TYPED_TEST(Descent, ColumnsWithoutInputsStayWhereTheyAre) {
   using T = TypeParam;
   std::mt19937_64 generator(32);
-  Layer<T> layer = make_layer<T>(generator, 10, 60, 16);
-  for (std::int64_t i = 0; i < 60; ++i) {
-    layer.hessian[at(i * 60 + 7)] = layer.hessian[at(7 * 60 + i)] = T(0);
+  constexpr std::int64_t kColumns = 60;
+  constexpr std::int64_t kDead = 7;
+  Layer<T> layer = make_layer<T>(generator, 10, kColumns, 16);
+  for (std::int64_t i = 0; i < kColumns; ++i) {
+    layer.hessian[at(i * kColumns + kDead)] = layer.hessian[at(kDead * kColumns + i)] = T(0);
   }
   const Start<T> start = start_of(generator, layer, Codes::kRandom);
   for_each_instruction_set<T>([&](const auto& kernel) {
     const Quantized<T> after = run(kernel, start, layer.rows);
     EXPECT_NE(after.codes, start.quantized.codes);
     for (std::int64_t row = 0; row < layer.rows; ++row) {
-      EXPECT_EQ(after.codes[at(row * 60 + 7)], start.quantized.codes[at(row * 60 + 7)]);
+      EXPECT_EQ(after.codes[at(row * kColumns + kDead)], start.quantized.codes[at(row * kColumns + kDead)]);
     }
   });
 }
