@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
@@ -35,6 +36,18 @@ template <typename Body>
 void for_row_tiles(int64_t rows, int64_t tile_rows, const Body& body) {
   at::parallel_for(0, (rows + tile_rows - 1) / tile_rows, 1,
                    [&](int64_t begin, int64_t end) { body(begin * tile_rows, std::min(rows, end * tile_rows)); });
+}
+
+/// kernel(problem, row_begin, row_end, workspace) for the shares of `rows`, in parallel, each with a workspace of its
+/// own of as many T as workspace_of(problem, rows of the share) says.
+template <typename T, typename Problem>
+void run_on_rows(int64_t rows, const Problem& problem, int64_t (*workspace_of)(const Problem& problem, int64_t rows),
+                 void (*kernel)(const Problem& problem, int64_t row_begin, int64_t row_end, T* workspace)) {
+  for_row_tiles(rows, typed_kernels<T>().tile_rows, [&](int64_t row_begin, int64_t row_end) {
+    const at::Tensor workspace =
+        at::empty({workspace_of(problem, row_end - row_begin)}, c10::CppTypeToScalarType<T>::value);
+    kernel(problem, row_begin, row_end, workspace.mutable_data_ptr<T>());
+  });
 }
 
 /// body(index) for 0 <= index < count, in parallel; for work that grows or shrinks steadily with the index. Pairs ends,

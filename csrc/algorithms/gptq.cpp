@@ -119,10 +119,7 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
       .row_loss = row_loss.mutable_data_ptr<T>(),
       .gradient = gradient.defined() ? gradient.mutable_data_ptr<T>() : nullptr};
   const auto& kernel = typed_kernels<T>();
-  for_row_tiles(rows, kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
-    const at::Tensor workspace = at::empty({kernel.sweep_workspace(problem, row_end - row_begin)}, weight.options());
-    kernel.sweep(problem, row_begin, row_end, workspace.mutable_data_ptr<T>());
-  });
+  run_on_rows(rows, problem, kernel.sweep_workspace, kernel.sweep);
   return row_loss;
 }
 

@@ -14,17 +14,6 @@ namespace {
 /// Passes over the codes within the first round: what a fourth finds, and more, further rounds find as well.
 constexpr int64_t kMostPasses = 3;
 
-/// kernel(problem, row_begin, row_end, workspace) over all rows, in parallel.
-template <typename T, typename Problem>
-void for_rows(const at::Tensor& gradient, const Problem& problem,
-              int64_t (*workspace_of)(const Problem& problem, int64_t rows),
-              void (*kernel)(const Problem& problem, int64_t row_begin, int64_t row_end, T* workspace)) {
-  for_row_tiles(gradient.size(0), typed_kernels<T>().tile_rows, [&](int64_t row_begin, int64_t row_end) {
-    const at::Tensor workspace = at::empty({workspace_of(problem, row_end - row_begin)}, gradient.options());
-    kernel(problem, row_begin, row_end, workspace.mutable_data_ptr<T>());
-  });
-}
-
 }  // namespace
 
 at::Tensor room_for_gradient(const at::Tensor& weight) {
@@ -42,10 +31,10 @@ void refine(const at::Tensor& hessian, double ridge, int64_t rounds, Grid& grid,
                                       .rounds = kMostPasses,
                                       .row_loss = row_loss.mutable_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
-    for_rows<T>(gradient, problem, kernel.descent_workspace, kernel.descend);
+    run_on_rows(gradient.size(0), problem, kernel.descent_workspace, kernel.descend);
     if (rounds > 1) {
       problem.rounds = rounds - 1;
-      for_rows<T>(gradient, problem, kernel.refine_workspace, kernel.refine);
+      run_on_rows(gradient.size(0), problem, kernel.refine_workspace, kernel.refine);
     }
   });
 }

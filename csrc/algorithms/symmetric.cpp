@@ -56,15 +56,20 @@ class TilePair {
   std::array<T, kTile * kTile> upper;  ///< [rows][j] of H^T
 };
 
+/// to[i][j] = (H + H^T) / 2 for the rows of the pair; 0 from column `width` on.
+template <typename From, typename T>
+void average_tile(const TilePair<From>& pair, T* to) {
+  for (int64_t i = 0; i < pair.rows * kTile; ++i) {
+    to[i] = (static_cast<T>(pair.lower[i]) + static_cast<T>(pair.upper[i])) / 2;
+  }
+}
+
 /// Sets the lower triangle of (H + H^T) / 2.
 template <typename From, typename T>
 void average_triangles(const From* h, kernels::TriangleLayout layout, T* out) {
   for_lower_tiles(layout.columns, [&](int64_t i_begin, int64_t panel) {
     const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
-    T* const to = out + layout.offset(i_begin, panel);
-    for (int64_t i = 0; i < pair.rows * kTile; ++i) {
-      to[i] = (static_cast<T>(pair.lower[i]) + static_cast<T>(pair.upper[i])) / 2;
-    }
+    average_tile(pair, out + layout.offset(i_begin, panel));
   });
 }
 
@@ -75,12 +80,7 @@ void average_triangles(const From* h, kernels::SymmetricLayout layout, T* out) {
     const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
     T* const lower = out + layout.offset(i_begin, panel);
     T* const upper = out + layout.offset(panel * kTile, i_begin / kTile);
-    for (int64_t i = 0; i < pair.rows; ++i) {
-      for (int64_t j = 0; j < kTile; ++j) {
-        const int64_t at = i * kTile + j;
-        lower[at] = (static_cast<T>(pair.lower[at]) + static_cast<T>(pair.upper[at])) / 2;
-      }
-    }
+    average_tile(pair, lower);
     for (int64_t j = 0; j < pair.width; ++j) {
       for (int64_t i = 0; i < kTile; ++i) {
         upper[j * kTile + i] = i < pair.rows ? lower[i * kTile + j] : T(0);

@@ -156,7 +156,7 @@ MINIQUANT_INLINE void read_codes(const RefineProblem<T>& problem, std::int64_t r
   }
   Span group;
   for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
-    group = span_of(begin, problem.grid.group_size - begin % problem.grid.group_size, columns.end);
+    group = group_of(problem.grid.group_size, begin, columns.end);
     const T scale = scales[begin / problem.grid.group_size];
     const T inverse_scale = T(1) / scale;
     for (std::int64_t j = begin; j < group.end; ++j) {

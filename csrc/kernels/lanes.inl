@@ -37,6 +37,11 @@ MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64
   return {begin, end - begin < count ? end : begin + count};
 }
 
+/// The columns from `first` on that are in one stored group, cut off at `end`.
+MINIQUANT_INLINE Span group_of(std::int64_t group_size, std::int64_t first, std::int64_t end) {
+  return span_of(first, group_size - first % group_size, end);
+}
+
 /// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns, so that a strip
 /// lies in one panel.
 MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {

@@ -78,12 +78,6 @@ MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const Re
           arrays.loss + lanes};
 }
 
-/// The columns from `first` on that are in one group.
-template <typename T>
-MINIQUANT_INLINE Span group_of(const RefineProblem<T>& problem, std::int64_t first, std::int64_t end) {
-  return span_of(first, problem.grid.group_size - first % problem.grid.group_size, end);
-}
-
 /// Reads a row into its lane.
 template <typename T>
 MINIQUANT_INLINE void read_row(const RefineProblem<T>& problem, const RefineTile<T>& tile, std::int64_t lane,
@@ -94,7 +88,7 @@ MINIQUANT_INLINE void read_row(const RefineProblem<T>& problem, const RefineTile
   const T* const gradient = problem.gradient + row * SymmetricLayout{problem.columns}.padded_columns();
   Span group;
   for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
-    group = group_of(problem, begin, columns.end);
+    group = group_of(problem.grid.group_size, begin, columns.end);
     const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
     for (std::int64_t j = begin; j < group.end; ++j) {
       tile.level[j * kTileRows<T> + lane] = static_cast<T>(codes[j] - zero_point);
@@ -135,7 +129,7 @@ MINIQUANT_INLINE void write_row(const RefineProblem<T>& problem, const RefineTil
   const std::int8_t* const zero_points = problem.grid.zero_points + row * problem.grid.groups;
   Span group;
   for (std::int64_t begin = columns.begin; begin < columns.end; begin = group.end) {
-    group = group_of(problem, begin, columns.end);
+    group = group_of(problem.grid.group_size, begin, columns.end);
     const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
     for (std::int64_t j = begin; j < group.end; ++j) {
       codes[j] = static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane]) + zero_point);

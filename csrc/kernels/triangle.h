@@ -10,15 +10,18 @@ inline constexpr std::int64_t kPanelColumns = 48;
 /// Rows after the last one: a strip of columns, read whole, may pass the end by as many.
 inline constexpr std::int64_t kSpareRows = 7;
 
+/// Panels that hold `columns` columns.
+[[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panel_count(std::int64_t columns) {
+  return (columns + kPanelColumns - 1) / kPanelColumns;
+}
+
 /// Where a lower triangle L [K, K] lies: in panels of kPanelColumns columns, one after the other, each row by row from
 /// the panel's first row of the triangle on. L[j, i] is element offset(j, i / kPanelColumns) + i % kPanelColumns. What
 /// lies above the diagonal or past the last row or column takes room and means nothing.
 struct TriangleLayout {
   std::int64_t columns;  ///< K
 
-  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const {
-    return (columns + kPanelColumns - 1) / kPanelColumns;
-  }
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const { return panel_count(columns); }
 
   /// The first element of `row` in a panel that holds it: row >= panel * kPanelColumns.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t offset(std::int64_t row, std::int64_t panel) const {
@@ -38,9 +41,7 @@ struct TriangleLayout {
 struct SymmetricLayout {
   std::int64_t columns;  ///< K
 
-  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const {
-    return (columns + kPanelColumns - 1) / kPanelColumns;
-  }
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const { return panel_count(columns); }
 
   /// The first element of `row` in a panel.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t offset(std::int64_t row, std::int64_t panel) const {

@@ -82,6 +82,14 @@ inline std::vector<InstructionSet> supported_instruction_sets() {
   return supported;
 }
 
+/// Whether this CPU has both instruction sets with fused multiply-adds, which do the same arithmetic on every element
+/// whatever their vectors' length. A test that compares them is skipped, and says so, where there are no two.
+inline bool has_both_fused_instruction_sets() {
+  return is_supported(InstructionSet::kAvx2) && is_supported(InstructionSet::kAvx512);
+}
+
+constexpr const char* kNeedsBothFused = "needs a CPU with AVX2 and AVX-512";
+
 /// Calls body(kernels) for every instruction set that this CPU can run, named in the trace of a failure.
 template <typename T, typename Body>
 void for_each_instruction_set(const Body& body) {

@@ -158,8 +158,8 @@ TYPED_TEST(Cholesky, SolvesABlock) {
 // Terms are added in the same order with the same operations, whatever the length of the vectors.
 TYPED_TEST(Cholesky, FusedInstructionSetsGiveTheSameBits) {
   using T = TypeParam;
-  if (!is_supported(InstructionSet::kAvx2) || !is_supported(InstructionSet::kAvx512)) {
-    GTEST_SKIP() << "needs a CPU with AVX2 and AVX-512";
+  if (!has_both_fused_instruction_sets()) {
+    GTEST_SKIP() << kNeedsBothFused;
   }
   std::mt19937_64 generator(11);
   const std::vector<T> matrix = this->positive_definite(generator, 45);

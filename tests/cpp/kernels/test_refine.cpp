@@ -97,10 +97,10 @@ TYPED_TEST(Refine, RowsPerCallDoNotChangeABit) {
   });
 }
 
-TYPED_TEST(Refine, Avx2AndAvx512AgreeBitForBit) {
+TYPED_TEST(Refine, FusedInstructionSetsGiveTheSameBits) {
   using T = TypeParam;
-  if (!is_supported(InstructionSet::kAvx512)) {
-    GTEST_SKIP() << "no AVX-512 on this machine";
+  if (!has_both_fused_instruction_sets()) {
+    GTEST_SKIP() << kNeedsBothFused;
   }
   std::mt19937_64 generator(24);
   for (const std::int64_t group_size : {64, 37, 6}) {

@@ -502,8 +502,8 @@ TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
 // length.
 TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
   using T = TypeParam;
-  if (!is_supported(InstructionSet::kAvx2) || !is_supported(InstructionSet::kAvx512)) {
-    GTEST_SKIP() << "needs a CPU with AVX2 and AVX-512";
+  if (!has_both_fused_instruction_sets()) {
+    GTEST_SKIP() << kNeedsBothFused;
   }
   std::mt19937_64 generator(16);
   for (const std::int64_t beam_scales : {-1, 0, 1, 3}) {  // -1: static scales
