@@ -1,7 +1,33 @@
 """GPTQ weight quantization for PyTorch on CPUs.
 
 Importing the package registers the operators ``torch.ops.miniquant.*``; the functions here are the same operators,
-typed and documented (see :mod:`miniquant.gptq`).
+typed and documented.
+
+Dimensions: N out features (rows of a weight), K in features (columns), G = ceil(K / group_size) groups of a row.
+
+The grid
+    ``value = (code - zero_point) * scale``, one scale and zero point for each group of ``group_size`` consecutive
+    columns of a row. With q = 2^(bits - 1) - 1:
+
+    - symmetric: codes in [-q, q], scale = max|w| / q, zero point 0;
+    - symmetric, full range: codes in [-q - 1, q], scale = -w / (q + 1) of the weight w of largest magnitude, of either
+      sign, zero point 0;
+    - asymmetric: codes in [-q - 1, q], scale = (hi - lo) / (2^bits - 1), where [lo, hi] is the group's range widened
+      to contain 0, so that 0 is represented exactly.
+
+    ``group_size=-1`` is one group per row; the last group of a row may be shorter.
+
+The loss
+    With E = W - Q and H = X X^T / n of the layer's inputs X [K, n], the layer's squared output error is
+    tr(E H E^T) per input vector: the sum over rows of e H e^T.
+
+Weights are float32 or float64; bfloat16 and float16 are accepted and computed in float32. Strides are free, inputs are
+never changed (but for the operator whose name ends in ``_``), and nothing is recorded for autograd. A bad argument is a
+ValueError or a TypeError that names the argument, what was expected and what came.
+
+Sources: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, Algorithm 1; the form without an inverse: "The Geometry of LLM Quantization: GPTQ as Babai's Nearest
+Plane Algorithm", arXiv:2507.18553.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -32,19 +58,11 @@ def _load_library() -> None:
 
 _load_library()
 
-from miniquant.gptq import (  # noqa: E402  (the operators must exist first)
-    GptqResult,
-    HessianAccumulator,
-    QuantizedWeight,
-    dequantize,
-    gptq,
-    gptq_reference,
-    hessian_update_,
-    pack_int4,
-    quantization_loss,
-    rtn,
-    unpack_int4,
-)
+from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402  (the operators must exist first)
+from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
+from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
+from miniquant.loss import quantization_loss  # noqa: E402
+from miniquant.packing import pack_int4, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 

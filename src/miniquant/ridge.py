@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miniquant.gptq import GptqResult, HessianAccumulator, gptq
+from miniquant.gptq import GptqResult, gptq
+from miniquant.hessian import HessianAccumulator
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 MOST_FAILURES = 3
