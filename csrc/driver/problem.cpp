@@ -5,6 +5,8 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/randn.h>
 
+#include <algorithm>
+#include <string_view>
 #include <utility>
 
 #include "driver/error.h"
@@ -16,10 +18,15 @@ namespace {
 
 constexpr double kWeightScale = 0.02;
 
-std::string shape_text(at::IntArrayRef shape) {
+// [2, 3], cut to a length that leaves a message readable.
+std::string shape_text(const std::vector<uint64_t>& shape) {
+  constexpr std::size_t kMaxShown = 8;
   std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
+  for (std::size_t i = 0; i < std::min(shape.size(), kMaxShown); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  if (shape.size() <= kMaxShown) return text + "]";
+  return text + ", ...] of " + std::to_string(shape.size()) + " dimensions";
 }
 
 std::string sha256_of(const at::Tensor& tensor) {
@@ -41,42 +48,71 @@ at::Tensor draw_inputs(int64_t columns, int64_t tokens, Distribution distributio
   return at::empty({columns, tokens}, at::kFloat).cauchy_(/*median=*/0.0, /*sigma=*/1.0, generator);
 }
 
-struct LoadedTensor {
-  at::Tensor data;
-  TensorOrigin origin;
-  std::string where;  ///< for messages: option, file, tensor
+// A tensor that a file holds: what can be said of it before its data are read.
+class StoredTensor {
+ public:
+  StoredTensor(std::string_view option, const SafetensorsFile& file, const std::string& name)
+      : file_(file), item_(file.find(name)) {
+    where_.append(option).append(": ").append(file.path().string()).append(": tensor '").append(item_.first + "'");
+  }
+
+  [[nodiscard]] const std::vector<uint64_t>& shape() const { return item_.second.shape; }
+
+  [[nodiscard]] bool is_empty() const { return std::ranges::find(shape(), uint64_t{0}) != shape().end(); }
+
+  // Throws InputError that says which option, file and tensor.
+  [[noreturn]] void fail(const std::string& message) const { throw InputError(where_ + ": " + message); }
+
+  // [M, columns]: the data, whose dimensions but the last become one. (Operators of torch take at most 64 dimensions.)
+  [[nodiscard]] at::Tensor read(int64_t columns) const {
+    at::Tensor data = file_.read(item_.first).view({-1, columns});
+    const int64_t finite = at::isfinite(data).sum().item<int64_t>();
+    if (finite != data.numel()) {
+      fail("expected finite values, but " + std::to_string(data.numel() - finite) + " of " +
+           std::to_string(data.numel()) + " are not");
+    }
+    return data;
+  }
+
+  [[nodiscard]] TensorOrigin origin(const at::Tensor& data) const {
+    return {.file = file_.path().filename().string(),
+            .tensor = item_.first,
+            .description = "",
+            .dtype = item_.second.dtype,
+            .shape = {shape().begin(), shape().end()},
+            .sha256 = sha256_of(data)};
+  }
+
+ private:
+  const SafetensorsFile& file_;
+  const std::pair<const std::string, SafetensorsFile::Entry>& item_;
+  std::string where_;
 };
 
-LoadedTensor load(const std::string& option, const SafetensorsFile& file, const std::string& name) {
-  const auto& [found, entry] = file.find(name);
-  LoadedTensor loaded;
-  loaded.data = file.read(found);
-  loaded.origin = {.file = file.path().filename().string(),
-                   .tensor = found,
-                   .description = "",
-                   .dtype = entry.dtype,
-                   .shape = entry.shape,
-                   .sha256 = sha256_of(loaded.data)};
-  loaded.where = option + ": " + file.path().string() + ": tensor '" + found + "'";
-  if (!at::isfinite(loaded.data).all().item<bool>()) {
-    const int64_t bad = loaded.data.numel() - at::isfinite(loaded.data).sum().item<int64_t>();
-    throw InputError(loaded.where + ": expected finite values, but " + std::to_string(bad) + " of " +
-                     std::to_string(loaded.data.numel()) + " are not");
+struct Loaded {
+  at::Tensor data;
+  TensorOrigin origin;
+};
+
+Loaded load_weight(const SafetensorsFile& file, const std::string& name) {
+  const StoredTensor stored("--weights", file, name);
+  if (stored.shape().size() != 2 || stored.is_empty()) {
+    stored.fail("expected a weight [N, K] with N, K >= 1, but got shape " + shape_text(stored.shape()));
   }
-  return loaded;
+  const at::Tensor data = stored.read(static_cast<int64_t>(stored.shape()[1]));
+  return {.data = data, .origin = stored.origin(data)};
 }
 
-// [..., K] to [tokens, K].
-at::Tensor as_tokens(const LoadedTensor& inputs, int64_t columns) {
-  const at::IntArrayRef shape = inputs.data.sizes();
-  if (shape.empty() || shape.back() != columns) {
-    throw InputError(inputs.where + ": expected shape [..., " + std::to_string(columns) +
-                     "], the weight's input features last, but got " + shape_text(shape));
+// [..., K] as [tokens, K].
+Loaded load_inputs(std::string_view option, const SafetensorsFile& file, const std::string& name, int64_t columns) {
+  const StoredTensor stored(option, file, name);
+  if (stored.shape().empty() || stored.shape().back() != static_cast<uint64_t>(columns)) {
+    stored.fail("expected shape [..., " + std::to_string(columns) + "], the weight's input features last, but got " +
+                shape_text(stored.shape()));
   }
-  if (inputs.data.numel() == 0) {
-    throw InputError(inputs.where + ": expected at least one token, but got shape " + shape_text(shape));
-  }
-  return inputs.data.reshape({-1, columns});
+  if (stored.is_empty()) stored.fail("expected at least one token, but got shape " + shape_text(stored.shape()));
+  const at::Tensor data = stored.read(columns);
+  return {.data = data, .origin = stored.origin(data)};
 }
 
 }  // namespace
@@ -105,25 +141,21 @@ Problem load_problem(const FileSource& source) {
   Problem problem;
   problem.name = "file";
 
-  LoadedTensor weight = load("--weights", SafetensorsFile(source.weights), source.tensor);
-  if (weight.data.dim() != 2 || weight.data.numel() == 0) {
-    throw InputError(weight.where + ": expected a weight [N, K] with N, K >= 1, but got shape " +
-                     shape_text(weight.data.sizes()));
-  }
+  Loaded weight = load_weight(SafetensorsFile(source.weights), source.tensor);
   problem.weight = std::move(weight.data);
   problem.weight_origin = std::move(weight.origin);
   const int64_t columns = problem.weight.size(1);
 
-  LoadedTensor inputs = load("--inputs", SafetensorsFile(source.inputs), source.input_tensor);
-  problem.inputs = as_tokens(inputs, columns);
+  Loaded inputs = load_inputs("--inputs", SafetensorsFile(source.inputs), source.input_tensor, columns);
+  problem.inputs = std::move(inputs.data);
   problem.input_origin = std::move(inputs.origin);
 
   if (!source.fresh_inputs.empty()) {
     const SafetensorsFile file(source.fresh_inputs);
     std::string name = source.fresh_input_tensor;
     if (name.empty() && file.entries().size() != 1) name = problem.input_origin.tensor;
-    LoadedTensor fresh = load("--fresh-inputs", file, name);
-    problem.fresh_inputs = as_tokens(fresh, columns);
+    Loaded fresh = load_inputs("--fresh-inputs", file, name, columns);
+    problem.fresh_inputs = std::move(fresh.data);
     problem.fresh_input_origin = std::move(fresh.origin);
   }
   return problem;

@@ -11,10 +11,10 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <set>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -29,23 +29,27 @@ using nlohmann::json;
 constexpr uint64_t kLengthBytes = 8;
 // The limit that the format itself sets.
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
-// {"name": {"shape": [1]}}: what the format allows nests no deeper.
-constexpr int kMaxDepth = 3;
+// Objects and lists inside one another: the limit of the reference's parser, which keys that nobody reads can reach.
+constexpr int kMaxDepth = 127;
 constexpr std::size_t kMaxQuoted = 60;
 
 struct ItemType {
   std::string_view name;
-  uint64_t bytes;
+  uint64_t bits;
   std::optional<at::ScalarType> scalar_type;  ///< where read() supports it
 };
 
-constexpr std::array kItemTypes = {
-    ItemType{"F64", 8, at::kDouble},      ItemType{"F32", 4, at::kFloat},      ItemType{"F16", 2, at::kHalf},
-    ItemType{"BF16", 2, at::kBFloat16},   ItemType{"I64", 8, std::nullopt},    ItemType{"I32", 4, std::nullopt},
-    ItemType{"I16", 2, std::nullopt},     ItemType{"I8", 1, std::nullopt},     ItemType{"U64", 8, std::nullopt},
-    ItemType{"U32", 4, std::nullopt},     ItemType{"U16", 2, std::nullopt},    ItemType{"U8", 1, std::nullopt},
-    ItemType{"BOOL", 1, std::nullopt},    ItemType{"C64", 8, std::nullopt},    ItemType{"F8_E4M3", 1, std::nullopt},
-    ItemType{"F8_E5M2", 1, std::nullopt}, ItemType{"F8_E8M0", 1, std::nullopt}};
+constexpr std::array kItemTypes = {ItemType{"F64", 64, at::kDouble},     ItemType{"F32", 32, at::kFloat},
+                                   ItemType{"F16", 16, at::kHalf},       ItemType{"BF16", 16, at::kBFloat16},
+                                   ItemType{"I64", 64, std::nullopt},    ItemType{"I32", 32, std::nullopt},
+                                   ItemType{"I16", 16, std::nullopt},    ItemType{"I8", 8, std::nullopt},
+                                   ItemType{"U64", 64, std::nullopt},    ItemType{"U32", 32, std::nullopt},
+                                   ItemType{"U16", 16, std::nullopt},    ItemType{"U8", 8, std::nullopt},
+                                   ItemType{"BOOL", 8, std::nullopt},    ItemType{"C64", 64, std::nullopt},
+                                   ItemType{"F8_E4M3", 8, std::nullopt}, ItemType{"F8_E4M3FNUZ", 8, std::nullopt},
+                                   ItemType{"F8_E5M2", 8, std::nullopt}, ItemType{"F8_E5M2FNUZ", 8, std::nullopt},
+                                   ItemType{"F8_E8M0", 8, std::nullopt}, ItemType{"F6_E2M3", 6, std::nullopt},
+                                   ItemType{"F6_E3M2", 6, std::nullopt}, ItemType{"F4", 4, std::nullopt}};
 
 const ItemType* find_item_type(std::string_view name) {
   const auto* found = std::ranges::find_if(kItemTypes, [&](const auto& t) { return t.name == name; });
@@ -74,92 +78,168 @@ class HeaderError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Refuses while parsing what a parsed document no longer shows, or what would be costly to hold.
-class HeaderGuard {
+[[noreturn]] void reject_tensor(const std::string& name, const std::string& message) {
+  throw HeaderError("tensor " + in_quotes(name) + ": " + message);
+}
+
+constexpr std::array<const char*, 3> kEntryKeys = {"dtype", "shape", "data_offsets"};
+
+// The value of a key of a tensor. The reference also reads an entry that lists the values of the three keys in order.
+const json& entry_value(const std::string& name, const json& entry, std::size_t key) {
+  if (entry.is_array() && entry.size() == kEntryKeys.size()) return entry[key];
+  if (!entry.is_object()) {
+    reject_tensor(name, "expected an object with dtype, shape and data_offsets, but got " + abbreviated(entry));
+  }
+  const auto found = entry.find(kEntryKeys.at(key));
+  if (found == entry.end()) reject_tensor(name, "has no '" + std::string(kEntryKeys.at(key)) + "'");
+  return *found;
+}
+
+std::string parse_dtype(const std::string& name, const json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  // The reference also reads {"F32": null}.
+  if (value.is_object() && value.size() == 1 && value.begin()->is_null()) return value.begin().key();
+  reject_tensor(name, "expected dtype to be a string, but got " + abbreviated(value));
+}
+
+std::vector<uint64_t> parse_shape(const std::string& name, const json& value) {
+  if (!value.is_array()) reject_tensor(name, "expected shape to be a list, but got " + abbreviated(value));
+  std::vector<uint64_t> shape;
+  shape.reserve(value.size());
+  for (const json& size : value) {
+    if (!size.is_number_unsigned()) {
+      reject_tensor(name, "expected shape to hold integers from 0 to 2^64 - 1, but got " + abbreviated(value));
+    }
+    shape.push_back(size.get<uint64_t>());
+  }
+  return shape;
+}
+
+// The bits of a tensor, or nothing where they cannot be counted: sizes are multiplied from the left, as the reference
+// does, for whom sizes behind a 0 are therefore never too large.
+std::optional<uint64_t> bits_of(const std::vector<uint64_t>& shape, uint64_t bits_of_item) {
+  uint64_t bits = 1;
+  for (const uint64_t size : shape) {
+    if (__builtin_mul_overflow(bits, size, &bits)) return std::nullopt;
+  }
+  if (__builtin_mul_overflow(bits, bits_of_item, &bits)) return std::nullopt;
+  return bits;
+}
+
+// The entry as it is written, its offsets from the start of the data.
+SafetensorsFile::Entry parse_entry(const std::string& name, const json& value) {
+  SafetensorsFile::Entry entry;
+  entry.dtype = parse_dtype(name, entry_value(name, value, 0));
+  entry.shape = parse_shape(name, entry_value(name, value, 1));
+  const json& offsets = entry_value(name, value, 2);
+  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+      !offsets[1].is_number_unsigned()) {
+    reject_tensor(name, "expected data_offsets to be two integers of at least 0, but got " + abbreviated(offsets));
+  }
+  entry.begin = offsets[0].get<uint64_t>();
+  entry.end = offsets[1].get<uint64_t>();
+  return entry;
+}
+
+// The entry lies in the data and is as long as its shape and dtype say.
+void check_entry(const std::string& name, const SafetensorsFile::Entry& entry, uint64_t data_bytes) {
+  const auto offsets = [&] { return "data_offsets " + abbreviated(json({entry.begin, entry.end})); };
+  if (entry.begin > entry.end) reject_tensor(name, offsets() + " end before they begin");
+  if (entry.end > data_bytes) {
+    reject_tensor(name, offsets() + " reach past the end of the data, which has " + bytes(data_bytes));
+  }
+  // A dtype of a later version of the format: only its place in the file can be checked.
+  const ItemType* type = find_item_type(entry.dtype);
+  if (type == nullptr) return;
+  const auto shape = [&] { return "shape " + abbreviated(json(entry.shape)); };
+  const std::optional<uint64_t> bits = bits_of(entry.shape, type->bits);
+  if (!bits) reject_tensor(name, shape() + " has more bits than can be counted");
+  if (*bits % 8 != 0) {
+    reject_tensor(
+        name, shape() + " of " + entry.dtype + " needs " + std::to_string(*bits) + " bits, which are no whole bytes");
+  }
+  if (entry.end - entry.begin != *bits / 8) {
+    reject_tensor(name, shape() + " of " + entry.dtype + " needs " + bytes(*bits / 8) + ", but " + offsets() +
+                            " hold " + bytes(entry.end - entry.begin));
+  }
+}
+
+// Takes entry after entry from the parser and keeps no document, so a header costs no more memory than its entries.
+// As for the reference, the last of several tensors of one name counts, and `__metadata__` or a key of a tensor that
+// comes twice is an error.
+class HeaderReader {
  public:
+  explicit HeaderReader(std::map<std::string, SafetensorsFile::Entry>& entries) : entries_(entries) {}
+
+  // What json::parse() calls: whether what was `parsed` is kept in the document.
   bool operator()(int depth, json::parse_event_t event, const json& parsed) {
     switch (event) {
+      case json::parse_event_t::key:
+        return depth == 1 ? begin_entry(parsed) : depth != 2 || in_metadata_ || is_entry_key(parsed);
       case json::parse_event_t::object_start:
       case json::parse_event_t::array_start:
         if (depth >= kMaxDepth) throw HeaderError("the header nests deeper than the format allows");
-        if (event == json::parse_event_t::object_start) keys_.at(static_cast<std::size_t>(depth)).clear();
-        break;
-      case json::parse_event_t::key: {
-        // The depth of a key is that of the values in its object, one more than that of the object's start.
-        const auto& key = parsed.get_ref<const std::string&>();
-        if (!keys_.at(static_cast<std::size_t>(depth - 1)).insert(key).second) {
-          throw HeaderError("the header has " + in_quotes(key) + " twice");
-        }
-        break;
-      }
-      default:
-        break;
+        return true;
+      case json::parse_event_t::object_end:
+      case json::parse_event_t::array_end:
+      case json::parse_event_t::value:
+        if (in_metadata_ && depth == 2) check_metadata_value(parsed);
+        if (depth != 1) return true;
+        end_entry(parsed);
+        return false;
     }
     return true;
   }
 
  private:
-  std::array<std::set<std::string>, kMaxDepth> keys_;
+  bool begin_entry(const json& key) {
+    name_ = key.get<std::string>();
+    entry_keys_.fill(false);
+    in_metadata_ = name_ == "__metadata__";
+    if (in_metadata_ && std::exchange(has_metadata_, true)) throw HeaderError("the header has '__metadata__' twice");
+    return true;
+  }
+
+  bool is_entry_key(const json& key) {
+    const auto* found = std::ranges::find(kEntryKeys, key.get_ref<const std::string&>());
+    if (found == kEntryKeys.end()) return false;
+    if (std::exchange(entry_keys_.at(static_cast<std::size_t>(found - kEntryKeys.begin())), true)) {
+      reject_tensor(name_, "has '" + std::string(*found) + "' twice");
+    }
+    return true;
+  }
+
+  static void check_metadata_value(const json& text) {
+    if (!text.is_string()) {
+      throw HeaderError("expected __metadata__ to map to strings, but one value is " + abbreviated(text));
+    }
+  }
+
+  void end_entry(const json& value) {
+    if (!in_metadata_) {
+      entries_.insert_or_assign(name_, parse_entry(name_, value));
+    } else if (!value.is_object() && !value.is_null()) {
+      throw HeaderError("expected __metadata__ to be an object, but got " + abbreviated(value));
+    }
+    in_metadata_ = false;
+  }
+
+  std::map<std::string, SafetensorsFile::Entry>& entries_;
+  std::string name_;
+  std::array<bool, kEntryKeys.size()> entry_keys_{};
+  bool in_metadata_ = false;
+  bool has_metadata_ = false;
 };
 
-SafetensorsFile::Entry parse_entry(const std::string& name, const json& value, uint64_t data_bytes) {
-  const auto refuse = [&](const std::string& message) -> void {
-    throw HeaderError("tensor " + in_quotes(name) + ": " + message);
-  };
-  if (!value.is_object()) refuse("expected an object, but got " + abbreviated(value));
-  for (const char* key : {"dtype", "shape", "data_offsets"}) {
-    if (!value.contains(key)) refuse("has no '" + std::string(key) + "'");
+// Throws where the text is no JSON object for a reason that json::parse() does not see: it takes NUL for the end of
+// the text, and skips a byte order mark.
+void check_text(const std::string& text) {
+  const std::size_t start = text.find_first_not_of(" \t\n\r");
+  if (start == std::string::npos || text[start] != '{') {
+    throw HeaderError("not a safetensors file: its header does not start with '{'");
   }
-  if (value.size() != 3) refuse("expected dtype, shape and data_offsets only, but got " + abbreviated(value));
-
-  SafetensorsFile::Entry entry;
-  const json& dtype = value["dtype"];
-  if (!dtype.is_string()) refuse("expected dtype to be a string, but got " + abbreviated(dtype));
-  entry.dtype = dtype.get<std::string>();
-  const ItemType* type = find_item_type(entry.dtype);
-  if (type == nullptr) refuse("unknown dtype " + in_quotes(entry.dtype));
-
-  const json& shape = value["shape"];
-  if (!shape.is_array()) refuse("expected shape to be a list, but got " + abbreviated(shape));
-  uint64_t expected_bytes = type->bytes;
-  // The largest stride is the product of the sizes with 1 for 0: it must be countable even where no bytes are held.
-  int64_t reach = static_cast<int64_t>(type->bytes);
-  bool too_large = false;
-  for (const json& size : shape) {
-    if (!size.is_number_unsigned() ||
-        size.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
-      refuse("expected shape to hold integers from 0 to 2^63 - 1, but got " + abbreviated(shape));
-    }
-    entry.shape.push_back(size.get<int64_t>());
-    too_large = too_large || __builtin_mul_overflow(reach, std::max<int64_t>(entry.shape.back(), 1), &reach);
-    expected_bytes *= size.get<uint64_t>();
-  }
-  if (too_large) refuse("shape " + abbreviated(shape) + " has more bytes than can be counted");
-
-  const json& offsets = value["data_offsets"];
-  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
-      !offsets[1].is_number_unsigned()) {
-    refuse("expected data_offsets to be two integers of at least 0, but got " + abbreviated(offsets));
-  }
-  entry.begin = offsets[0].get<uint64_t>();
-  entry.end = offsets[1].get<uint64_t>();
-  if (entry.begin > entry.end) refuse("data_offsets " + abbreviated(offsets) + " end before they begin");
-  if (entry.end > data_bytes) {
-    refuse("data_offsets " + abbreviated(offsets) + " reach past the end of the data, which has " + bytes(data_bytes));
-  }
-  if (entry.end - entry.begin != expected_bytes) {
-    refuse("shape " + abbreviated(shape) + " of " + entry.dtype + " needs " + bytes(expected_bytes) +
-           ", but data_offsets " + abbreviated(offsets) + " hold " + bytes(entry.end - entry.begin));
-  }
-  return entry;
-}
-
-void check_metadata(const json& value) {
-  if (!value.is_object()) throw HeaderError("expected __metadata__ to be an object, but got " + abbreviated(value));
-  for (const auto& [key, text] : value.items()) {
-    if (!text.is_string()) {
-      throw HeaderError("expected __metadata__ to map to strings, but " + in_quotes(key) + " is " + abbreviated(text));
-    }
+  if (const std::size_t nul = text.find('\0'); nul != std::string::npos) {
+    throw HeaderError("the header is not valid JSON: its byte " + std::to_string(nul + 1) + " is NUL");
   }
 }
 
@@ -229,19 +309,14 @@ void SafetensorsFile::parse_header(uint64_t file_size) {
   }
   std::string text(header_bytes, '\0');
   read_exactly(text.data(), header_bytes, kLengthBytes);
-  if (!text.starts_with('{')) fail("not a safetensors file: its header does not start with '{'");
 
   const uint64_t data_start = kLengthBytes + header_bytes;
   const uint64_t data_bytes = file_size - data_start;
   try {
-    const json header = json::parse(text, HeaderGuard());
-    for (const auto& [name, value] : header.items()) {
-      if (name == "__metadata__") {
-        check_metadata(value);
-      } else {
-        entries_.emplace(name, parse_entry(name, value, data_bytes));
-      }
-    }
+    check_text(text);
+    HeaderReader reader(entries_);
+    [[maybe_unused]] const json rest = json::parse(text, std::ref(reader));
+    for (const auto& [name, entry] : entries_) check_entry(name, entry, data_bytes);
     check_layout(entries_, data_bytes);
   } catch (const HeaderError& error) {
     fail(error.what());
@@ -279,11 +354,24 @@ const std::pair<const std::string, SafetensorsFile::Entry>& SafetensorsFile::fin
 
 at::Tensor SafetensorsFile::read(const std::string& name) const {
   const auto& [found, entry] = find(name);
+  const std::string where = "tensor " + in_quotes(found) + ": ";
   const ItemType* type = find_item_type(entry.dtype);
-  if (!type->scalar_type) {
-    fail("tensor " + in_quotes(found) + ": expected dtype F64, F32, F16 or BF16, but got " + entry.dtype);
+  if (type == nullptr || !type->scalar_type) {
+    fail(where + "expected dtype F64, F32, F16 or BF16, but got " +
+         (type == nullptr ? in_quotes(entry.dtype) : entry.dtype));
   }
-  at::Tensor tensor = at::empty(entry.shape, *type->scalar_type);
+  // The sizes as int64, and what at::empty() needs to count: the strides, in which an empty dimension is one of 1.
+  std::vector<int64_t> shape;
+  int64_t reach = 1;
+  for (const uint64_t size : entry.shape) {
+    if (size > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) ||
+        __builtin_mul_overflow(reach, std::max<int64_t>(static_cast<int64_t>(size), 1), &reach)) {
+      fail(where + "expected a shape whose sizes multiply to less than 2^63, 0 counted as 1, but got " +
+           abbreviated(json(entry.shape)));
+    }
+    shape.push_back(static_cast<int64_t>(size));
+  }
+  at::Tensor tensor = at::empty(shape, *type->scalar_type);
   read_exactly(tensor.mutable_data_ptr(), entry.end - entry.begin, entry.begin);
   return tensor;
 }

@@ -12,15 +12,16 @@ namespace miniquant::driver {
 
 /// A safetensors file: 8 bytes with the header's length n (little-endian), n bytes of JSON, then the tensors' bytes.
 ///
-/// The constructor reads the header and checks all of it against the size of the file: every length, offset, shape and
-/// dtype of every tensor, that none overlap and that nothing is left between or behind them. Nothing the header claims
-/// is used to allocate or read before that. Data are read when asked for, into tensors of their own.
-/// Errors are InputError and start with the path.
+/// The constructor reads the header and checks all of it against the size of the file: every length, offset and shape
+/// of every tensor, that none overlap and that nothing is left between or behind them. Nothing the header claims is
+/// used to allocate or read before that. Data are read when asked for, into tensors of their own. It accepts and
+/// rejects what the Python package safetensors 0.8 does, with one exception: a tensor of a dtype that neither knows
+/// does not make the others unreadable. Errors are InputError and start with the path.
 class SafetensorsFile {
  public:
   struct Entry {
     std::string dtype;  ///< as written in the header: F32, BF16, ...
-    std::vector<int64_t> shape;
+    std::vector<uint64_t> shape;
     uint64_t begin = 0;  ///< of the bytes, from the start of the file
     uint64_t end = 0;
   };
@@ -39,7 +40,7 @@ class SafetensorsFile {
   /// Returns the name and the entry; the error lists the names there are.
   [[nodiscard]] const std::pair<const std::string, Entry>& find(const std::string& name) const;
 
-  /// The tensor's data. Its dtype must be one of F64, F32, F16, BF16.
+  /// The tensor's data. InputError unless its dtype is F64, F32, F16 or BF16, and where torch cannot hold its shape.
   [[nodiscard]] at::Tensor read(const std::string& name) const;
 
  private:

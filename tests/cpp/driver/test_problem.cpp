@@ -131,6 +131,16 @@ TEST_F(ProblemFromFiles, BadTensorsAreNamed) {
   EXPECT_THAT(error_of(source("[2,3]", "[]", 6, 1)), HasSubstr("expected shape [..., 3]"));
   EXPECT_THAT(error_of(source("[2,3]", "[0,3]", 6, 0)), HasSubstr("expected at least one token, but got shape [0, 3]"));
 
+  // More dimensions than torch's operators take.
+  std::string many = "[1";
+  for (int i = 0; i < 65; ++i) many += ",1";
+  EXPECT_EQ(error_of(source(many + ",6]", "[4,3]", 6, 12)),
+            weights + w + ": tensor 'fc.weight': expected a weight [N, K] with N, K >= 1, but got shape " +
+                "[1, 1, 1, 1, 1, 1, 1, 1, ...] of 67 dimensions");
+  EXPECT_THAT(error_of(source("[2,3]", many + ",4]", 6, 4)),
+              HasSubstr("tensor 'tokens': expected shape [..., 3], the weight's input features last, but got [1, "));
+  EXPECT_EQ(load_problem(source("[2,3]", many + ",3]", 6, 3)).inputs.sizes(), at::IntArrayRef({1, 3}));
+
   FileSource files = source("[2,3]", "[4,3]", 6, 12);
   files.tensor = "fc.wight";
   EXPECT_EQ(error_of(files), w + ": has no tensor 'fc.wight'; it has 'fc.weight'");

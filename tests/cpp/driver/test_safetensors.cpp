@@ -119,6 +119,34 @@ TEST(Safetensors, AFileWithoutTensorsOrWithOtherDtypes) {
   }
 }
 
+// Quantized checkpoints hold such tensors beside those that are asked for.
+TEST(Safetensors, ATensorThatCannotBeReadLeavesTheOthers) {
+  const TemporaryFolder folder;
+  const std::string header = R"({"f4":{"dtype":"F4","shape":[2,4],"data_offsets":[0,4]},)"
+                             R"("new":{"dtype":"F3","shape":[3],"data_offsets":[4,6]},)"
+                             R"("wide":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[6,6]},)"
+                             R"("long":{"dtype":"F32","shape":[0,4294967296,4294967296],"data_offsets":[6,6]},)"
+                             R"("x":{"dtype":"F32","shape":[0,9223372036854775807],"data_offsets":[6,6]},)"
+                             R"("y":{"dtype":"F32","shape":[1],"data_offsets":[6,10]}})";
+  const SafetensorsFile file(folder.write("f", safetensors_bytes(header, "abcdef" + bytes_of<float>({3}))));
+  EXPECT_EQ(file.read("y").item<float>(), 3.0F);
+  EXPECT_EQ(file.read("x").size(1), std::numeric_limits<int64_t>::max());
+  const auto error = [&](const std::string& name) -> std::string {
+    try {
+      static_cast<void>(file.read(name));
+    } catch (const InputError& problem) {
+      return problem.what();
+    }
+    return "no error";
+  };
+  const std::string path = file.path().string();
+  EXPECT_EQ(error("f4"), path + ": tensor 'f4': expected dtype F64, F32, F16 or BF16, but got F4");
+  EXPECT_EQ(error("new"), path + ": tensor 'new': expected dtype F64, F32, F16 or BF16, but got 'F3'");
+  for (const char* name : {"wide", "long"}) {
+    EXPECT_THAT(error(name), HasSubstr("expected a shape whose sizes multiply to less than 2^63")) << name;
+  }
+}
+
 TEST(Safetensors, ThingsThatAreNotFiles) {
   const TemporaryFolder folder;
   EXPECT_THAT(error_of(folder.path() / "none"), HasSubstr("cannot be opened: No such file or directory"));
@@ -161,7 +189,6 @@ Malformed two(const std::string& what, const std::string& a, const std::string& 
 
 std::vector<Malformed> malformed_files() {
   const std::string good = one_tensor_file("x", "[2]", {1, 2});
-  const std::string item = R"({"dtype":"F32","shape":[2],"data_offsets":[0,8]})";
   std::vector<Malformed> files = {
       {"empty file", "", "it has 0 bytes, fewer than the 8 of the header's length"},
       {"length cut", good.substr(0, 7), "it has 7 bytes, fewer than the 8 of the header's length"},
@@ -178,7 +205,10 @@ std::vector<Malformed> malformed_files() {
        "data_offsets [0,8] reach past the end of the data, which has 7 bytes"},
       {"bytes behind the data", good + "zz", "the data have 2 bytes at the end of the file that no tensor has"},
       {"header is a list", safetensors_bytes("[]"), "its header does not start with '{'"},
-      {"space before the header", safetensors_bytes(" {}"), "its header does not start with '{'"},
+      {"byte order mark", safetensors_bytes("\xEF\xBB\xBF{}"), "its header does not start with '{'"},
+      {"spaces alone", safetensors_bytes("  "), "its header does not start with '{'"},
+      {"NUL behind the header", safetensors_bytes(std::string("{}\0garbage", 10)),
+       "the header is not valid JSON: its byte 3 is NUL"},
       {"header is not JSON", safetensors_bytes(R"({"x":)"), "the header is not valid JSON: see its byte 6"},
       {"text after the header", safetensors_bytes("{} {}"), "the header is not valid JSON"},
       {"name is not UTF-8", safetensors_bytes("{\"\xFF\":1}"), "the header is not valid JSON"},
@@ -186,41 +216,39 @@ std::vector<Malformed> malformed_files() {
        "the header is not valid JSON: a number is out of range"},
       {"deep nesting", safetensors_bytes(R"({"x":)" + std::string(100000, '[')),
        "the header nests deeper than the format allows"},
-      {"name twice", safetensors_bytes(R"({"x":)" + item + R"(,"x":)" + item + "}", std::string(8, 'd')),
-       "the header has 'x' twice"},
-      {"key twice", safetensors_bytes(R"({"x":{"dtype":"F32","dtype":"F32"}})"), "the header has 'dtype' twice"},
+      {"metadata twice", safetensors_bytes(R"({"__metadata__":{},"__metadata__":{}})"),
+       "the header has '__metadata__' twice"},
+      {"key twice", safetensors_bytes(R"({"x":{"dtype":"F32","dtype":"F32"}})"), "tensor 'x': has 'dtype' twice"},
       {"metadata is a list", safetensors_bytes(R"({"__metadata__":[]})"),
        "expected __metadata__ to be an object, but got []"},
       {"metadata maps to a number", safetensors_bytes(R"({"__metadata__":{"k":1}})"),
-       "expected __metadata__ to map to strings, but 'k' is 1"},
+       "expected __metadata__ to map to strings, but one value is 1"},
       {"metadata maps to an object", safetensors_bytes(R"({"__metadata__":{"k":{}}})"),
-       "expected __metadata__ to map to strings, but 'k' is {}"},
-      one("tensor is a number", "3", 0, "tensor 'x': expected an object, but got 3"),
+       "expected __metadata__ to map to strings, but one value is {}"},
+      one("tensor is a number", "3", 0, "tensor 'x': expected an object with dtype, shape and data_offsets, but got 3"),
       one("no dtype", R"({"shape":[1],"data_offsets":[0,4]})", 4, "tensor 'x': has no 'dtype'"),
       one("no shape", R"({"dtype":"F32","data_offsets":[0,4]})", 4, "tensor 'x': has no 'shape'"),
       one("no offsets", R"({"dtype":"F32","shape":[1]})", 4, "tensor 'x': has no 'data_offsets'"),
-      one("one key more", R"({"dtype":"F32","shape":[1],"data_offsets":[0,4],"strides":[1]})", 4,
-          "tensor 'x': expected dtype, shape and data_offsets only"),
       one("dtype is a number", R"({"dtype":32,"shape":[1],"data_offsets":[0,4]})", 4,
           "tensor 'x': expected dtype to be a string, but got 32"),
-      one("unknown dtype", R"({"dtype":"F33","shape":[1],"data_offsets":[0,4]})", 4, "tensor 'x': unknown dtype 'F33'"),
-      one("dtype in small letters", R"({"dtype":"f32","shape":[1],"data_offsets":[0,4]})", 4, "unknown dtype 'f32'"),
       one("shape is a number", R"({"dtype":"F32","shape":1,"data_offsets":[0,4]})", 4,
           "tensor 'x': expected shape to be a list, but got 1"),
       one("negative size", R"({"dtype":"F32","shape":[-1],"data_offsets":[0,4]})", 4,
-          "tensor 'x': expected shape to hold integers from 0 to 2^63 - 1, but got [-1]"),
+          "tensor 'x': expected shape to hold integers from 0 to 2^64 - 1, but got [-1]"),
       one("size with a fraction", R"({"dtype":"F32","shape":[1.0],"data_offsets":[0,4]})", 4,
-          "expected shape to hold integers from 0 to 2^63 - 1, but got [1.0]"),
+          "expected shape to hold integers from 0 to 2^64 - 1, but got [1.0]"),
       one("size is a string", R"({"dtype":"F32","shape":["1"],"data_offsets":[0,4]})", 4,
-          "expected shape to hold integers from 0 to 2^63 - 1, but got [\"1\"]"),
-      one("size beyond int64", R"({"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,4]})", 4,
-          "expected shape to hold integers from 0 to 2^63 - 1, but got [9223372036854775808]"),
+          "expected shape to hold integers from 0 to 2^64 - 1, but got [\"1\"]"),
       one("product that wraps to 4 bytes", R"({"dtype":"F32","shape":[4611686018427387905],"data_offsets":[0,4]})", 4,
-          "tensor 'x': shape [4611686018427387905] has more bytes than can be counted"),
+          "tensor 'x': shape [4611686018427387905] has more bits than can be counted"),
       one("product that wraps to 0", R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]})", 0,
-          "has more bytes than can be counted"),
-      one("product hidden by a 0", R"({"dtype":"F32","shape":[0,4294967296,4294967296],"data_offsets":[0,0]})", 0,
-          "has more bytes than can be counted"),
+          "has more bits than can be counted"),
+      one("product before a 0", R"({"dtype":"F32","shape":[4294967296,4294967296,0],"data_offsets":[0,0]})", 0,
+          "has more bits than can be counted"),
+      one("size beyond uint64", R"({"dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,4]})", 4,
+          "expected shape to hold integers from 0 to 2^64 - 1"),
+      one("part of a byte", R"({"dtype":"F4","shape":[3],"data_offsets":[0,2]})", 2,
+          "tensor 'x': shape [3] of F4 needs 12 bits, which are no whole bytes"),
       one("one offset", R"({"dtype":"F32","shape":[1],"data_offsets":[0]})", 4,
           "tensor 'x': expected data_offsets to be two integers of at least 0, but got [0]"),
       one("three offsets", R"({"dtype":"F32","shape":[1],"data_offsets":[0,4,4]})", 4, "but got [0,4,4]"),
@@ -275,9 +303,12 @@ TEST(Safetensors, NoPrefixAndNoChangedByteBreaksTheReader) {
       std::string changed = good;
       changed[position] = byte;
       const auto path = folder.write("f", changed);
-      if (error_of(path) != "no error") continue;
-      const SafetensorsFile file(path);
-      EXPECT_EQ(file.read(file.find("").first).numel(), 2) << position;
+      try {
+        const SafetensorsFile file(path);
+        EXPECT_EQ(file.read(file.find("").first).numel(), 2) << position;
+      } catch (const InputError& error) {
+        EXPECT_THAT(error.what(), testing::StartsWith(path.string() + ": ")) << position;
+      }
     }
   }
 }
