@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "miniquant/grid.h"
+#include "miniquant/options.h"
 
 namespace miniquant::algorithms {
 

@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "miniquant/gptq.h"
+#include "miniquant/options.h"
 
 namespace miniquant::algorithms {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "miniquant/grid.h"
+#include "miniquant/options.h"
 
 namespace miniquant::algorithms {
 

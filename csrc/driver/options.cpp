@@ -1,5 +1,7 @@
 #include "driver/options.h"
 
+#include <miniquant/names.h>
+
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <miniquant/names.h>
 
 #include <cmath>
 #include <nlohmann/json.hpp>

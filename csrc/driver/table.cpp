@@ -1,5 +1,7 @@
 #include "driver/table.h"
 
+#include <miniquant/names.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -7,7 +7,7 @@
 #include <optional>
 #include <string_view>
 
-#include "miniquant/gptq.h"
+#include "miniquant/options.h"
 
 // What the operators check before they touch memory. Messages read
 //   <op>: expected <argument> <requirement>, but got <value>

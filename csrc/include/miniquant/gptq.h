@@ -1,54 +1,10 @@
 #pragma once
 
-#include <miniquant/grid.h>
-
-#include <string_view>
+#include <ATen/core/Tensor.h>
+#include <miniquant/export.h>
+#include <miniquant/options.h>
 
 namespace miniquant {
-
-/// Which weights a group's scale is taken from.
-enum class GroupScales {
-  kStatic,   ///< the original weights: the scales do not depend on the Hessian
-  kDynamic,  ///< the weights as updated by every earlier column, at the moment the group is reached
-};
-
-/// The order in which columns are quantized. Scales stay with the stored columns in either.
-enum class ColumnOrder {
-  kNatural,     ///< left to right
-  kActivation,  ///< descending diag(hessian), ties in stored order
-  /// Whole groups by descending mean of diag(hessian), a shorter last one last. Of the columns of a group the last is
-  /// that of least diag(hessian), the one before it that of least variance given the last, and so on (by descending
-  /// diag(hessian) in groups of more than 512 columns).
-  kGroup,
-};
-
-/// The names under which the operators know them: "static", "natural", ...
-MINIQUANT_API std::string_view name_of(GroupScales group_scales);
-MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
-
-/// The scales that ScaleMethod::kLoss tries; twice as many for a full range of 2 or 3 bits, one of either sign.
-inline constexpr int64_t kMostBeamScales = 25;
-
-struct GptqOptions : GridOptions {
-  /// Added to the Hessian's diagonal, relative to its mean: H += ridge * mean(diag H) * I.
-  double ridge = 0.01;
-  /// Columns per block of the sweep. Changes the time taken, not the result.
-  int64_t block_size = 128;
-  /// kDynamic needs an order that reaches a group's columns together (not kActivation) and no given scales.
-  GroupScales group_scales = GroupScales::kStatic;
-  ColumnOrder column_order = ColumnOrder::kNatural;
-  /// Rounds of refinement after the sweep, at most. The first moves single codes, scales held, until hardly any move
-  /// lowers the loss; further ones fit the scales to their codes as well. Stops when nothing changes.
-  int64_t refine = 0;
-  /// Of the scales that ScaleMethod::kLoss tries, the number with which each group is quantized once more by a beam
-  /// search that keeps four partial choices of codes: at most kMostBeamScales.
-  int64_t beam_scales = 0;
-};
-
-struct GptqResult : QuantizedWeight {
-  /// [N]: e H e^T per row, e = weight - dequantized, H with its ridge; float64 for a float64 weight, else float32.
-  at::Tensor row_loss;
-};
 
 /// GPTQ (Frantar et al. 2022, arXiv:2210.17323, Algorithm 1): quantizes a column at a time and moves what rounding
 /// lost onto the columns still to come, so that tr((W - Q) H (W - Q)^T) stays small.
@@ -66,9 +22,9 @@ struct GptqResult : QuantizedWeight {
 MINIQUANT_API GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options = {});
 
 /// The textbook form of the same: the loop over blocks, groups and columns with the Cholesky factor of H^-1, on ATen
-/// operations, for any device. Slow; it is what `gptq` is tested against. Arguments, result and errors as `gptq`, but
-/// that ScaleMethod::kLoss, `beam_scales` and `refine` are left to it, and other scale methods than kAbsmax need the
-/// CPU.
+/// operations, for any device. Slow; it is what `gptq` is tested against. Arguments, result and errors as `gptq`,
+/// except that it has no ScaleMethod::kLoss, `beam_scales` and `refine`, and that scale methods other than kAbsmax need
+/// the CPU.
 MINIQUANT_API GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian,
                                         const GptqOptions& options = {});
 

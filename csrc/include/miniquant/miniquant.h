@@ -5,6 +5,8 @@
 #include <miniquant/grid.h>
 #include <miniquant/hessian.h>
 #include <miniquant/loss.h>
+#include <miniquant/names.h>
+#include <miniquant/options.h>
 #include <miniquant/packing.h>
 #include <miniquant/presets.h>
 #include <miniquant/ridge.h>

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <miniquant/gptq.h>
+#include <miniquant/export.h>
+#include <miniquant/options.h>
 
 #include <string_view>
 

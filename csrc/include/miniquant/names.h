@@ -1,0 +1,15 @@
+#pragma once
+
+#include <miniquant/export.h>
+#include <miniquant/options.h>
+
+#include <string_view>
+
+namespace miniquant {
+
+/// The names by which the operators know the choices: "absmax", "static", "natural", ...
+MINIQUANT_API std::string_view name_of(ScaleMethod method);
+MINIQUANT_API std::string_view name_of(GroupScales group_scales);
+MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
+
+}  // namespace miniquant

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+// The options that the functions take and the results that they give: types alone, for every layer.
+
+namespace miniquant {
+
+/// How the scales of groups are computed; docs/algorithm.md says what each costs and gains.
+enum class ScaleMethod {
+  kAbsmax,   ///< the scale that just holds the group's range
+  kMse,      ///< of several that hold a smaller or larger range, the scale of least squared error
+  kHessian,  ///< the same with each column's error weighted by diag(hessian); not for rtn
+  kLoss,     ///< the scale with which the sweep adds least to the loss; gptq with dynamic group scales only
+};
+
+/// The uniform grid a weight [N, K] is rounded to: value = (code - zero_point) * scale.
+///
+/// Every group of `group_size` consecutive columns of a row has its own scale and zero point.
+/// With b = bits and q = 2^(b-1) - 1:
+///   symmetric:  codes in [-q, q],             scale = max|w| / q,               zero point 0
+///   full range: codes in [-q - 1, q],         scale = -w / (q + 1) with w the weight of largest magnitude, either sign
+///   asymmetric: codes in [-2^(b-1), 2^(b-1) - 1], scale = (hi - lo) / (2^b - 1), where [lo, hi] is the
+///               group's range widened to contain 0, so that 0 is represented exactly
+struct GridOptions {
+  /// 2 to 8.
+  int64_t bits = 4;
+  /// Columns per scale; -1 is one group per row. The last group of a row may be shorter.
+  int64_t group_size = 64;
+  bool symmetric = true;
+  /// A symmetric grid with one code more on the negative side and scales of either sign.
+  bool full_range = false;
+  /// How scales are computed.
+  ScaleMethod scale_method = ScaleMethod::kAbsmax;
+  /// Scales to use instead of those computed from the weight: [N, G], the weight's dtype, positive (not 0 if
+  /// `full_range`).
+  std::optional<at::Tensor> scales = std::nullopt;
+  /// Zero points that go with `scales`: int8 [N, G]; needed where `symmetric` is false.
+  std::optional<at::Tensor> zero_points = std::nullopt;
+};
+
+/// A weight on its grid.
+struct QuantizedWeight {
+  at::Tensor codes;        ///< int8 [N, K]
+  at::Tensor scales;       ///< [N, G], the weight's dtype; G = ceil(K / group_size), or 1 for group_size = -1
+  at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
+};
+
+/// Which weights a group's scale is taken from.
+enum class GroupScales {
+  kStatic,   ///< the original weights: the scales do not depend on the Hessian
+  kDynamic,  ///< the weights as updated by every earlier column, at the moment the group is reached
+};
+
+/// The order in which columns are quantized. Scales stay with the stored columns in any order.
+enum class ColumnOrder {
+  kNatural,     ///< left to right
+  kActivation,  ///< descending diag(hessian), ties in stored order
+  /// Whole groups by descending mean of diag(hessian), a shorter last group last. Of the columns of a group the last is
+  /// that of least diag(hessian), the one before it that of least variance given the last, and so on (by descending
+  /// diag(hessian) in groups of more than 512 columns).
+  kGroup,
+};
+
+/// The max of GptqOptions::beam_scales: the number of scales that ScaleMethod::kLoss tries (it tries twice as many for
+/// a full range of 2 or 3 bits, one of either sign).
+inline constexpr int64_t kMostBeamScales = 25;
+
+struct GptqOptions : GridOptions {
+  /// Added to the Hessian's diagonal, relative to its mean: H += ridge * mean(diag H) * I.
+  double ridge = 0.01;
+  /// Columns per block of the sweep. Changes the time taken, not the result.
+  int64_t block_size = 128;
+  /// kDynamic needs an order that reaches a group's columns together (not kActivation) and no given scales.
+  GroupScales group_scales = GroupScales::kStatic;
+  ColumnOrder column_order = ColumnOrder::kNatural;
+  /// Max rounds of refinement after the sweep. The first moves single codes, scales held, until hardly any move lowers
+  /// the loss; further rounds fit the scales to their codes as well. Stops when nothing changes.
+  int64_t refine = 0;
+  /// Of the scales that ScaleMethod::kLoss tries, the number with which each group is quantized once more by a beam
+  /// search that keeps four partial choices of codes: 0 to kMostBeamScales.
+  int64_t beam_scales = 0;
+};
+
+struct GptqResult : QuantizedWeight {
+  /// [N]: e H e^T per row, e = weight - dequantized, H with its ridge; float64 for a float64 weight, else float32.
+  at::Tensor row_loss;
+};
+
+}  // namespace miniquant
