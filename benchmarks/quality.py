@@ -57,7 +57,7 @@ BEST_AUTO = "best, ridge from the data"
 # Arguments of miniquant.gptq, but for RTN, which is miniquant.rtn.
 SCHEMES: dict[str, dict[str, Any]] = {
     RTN: {},
-    PLAIN: miniquant.preset("lab"),
+    PLAIN: miniquant.preset("plain"),
     "plain, full range": {"full_range": True},
     "activation order": {"column_order": "activation"},
     "fast": miniquant.preset("fast"),

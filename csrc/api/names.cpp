@@ -44,8 +44,8 @@ std::string_view name_of(ColumnOrder column_order) {
 
 std::string_view name_of(Preset preset) {
   switch (preset) {
-    case Preset::kLab:
-      return "lab";
+    case Preset::kPlain:
+      return "plain";
     case Preset::kFast:
       return "fast";
     case Preset::kBest:

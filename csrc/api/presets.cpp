@@ -5,7 +5,7 @@ namespace miniquant {
 GptqOptions options_of(Preset preset) {
   GptqOptions options;
   switch (preset) {
-    case Preset::kLab:
+    case Preset::kPlain:
       break;
     case Preset::kFast:
       options.full_range = true;

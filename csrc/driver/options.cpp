@@ -236,9 +236,9 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq, bool& ridge_from
 
 void add_gptq_options(CLI::App& app, Preset& preset, Overrides& overrides) {
   const std::string group = "GPTQ: a preset, and what to change of it";
-  add_choice(app, "--preset", preset, named<Preset>({Preset::kLab, Preset::kFast, Preset::kBest}),
+  add_choice(app, "--preset", preset, named<Preset>({Preset::kPlain, Preset::kFast, Preset::kBest}),
              "what the options below start from; best is computed beside it in any case")
-      ->default_str("lab")
+      ->default_str("plain")
       ->group(group);
   add_choice(app, "--column-order", overrides.column_order,
              named<ColumnOrder>({ColumnOrder::kNatural, ColumnOrder::kActivation, ColumnOrder::kGroup}),

@@ -40,7 +40,7 @@ struct FileSource {
 
 struct Options {
   std::variant<SyntheticSource, FileSource> source;
-  Preset preset = Preset::kLab;  ///< what `gptq` started from
+  Preset preset = Preset::kPlain;  ///< what `gptq` started from
   GptqOptions gptq;              ///< the preset's, and what the command line says otherwise
   bool ridge_from_data = false;  ///< choose_ridge() for every run, in place of gptq.ridge
   std::filesystem::path output = "gptq-toy";

@@ -1,6 +1,10 @@
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
+#include <string>
+
+#include "ops/build.h"
+
 // The operators' signatures. include/miniquant/*.h documents them; cpu.cpp and meta.cpp implement them.
 
 TORCH_LIBRARY(miniquant, m) {
@@ -31,6 +35,9 @@ TORCH_LIBRARY(miniquant, m) {
   m.def("dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
   m.def("unpack_int4(Tensor packed, SymInt columns) -> Tensor", tags);
+  // No tensors, so that one implementation serves every dispatch key.
+  m.def("version() -> str", [] { return std::string(miniquant::ops::version()); });
+  m.def("instruction_set() -> str", [] { return std::string(miniquant::ops::instruction_set()); });
 }
 
 // None of the operators has a derivative: results never require a gradient, whatever their inputs do.

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-Preset = Literal["lab", "fast", "best"]
+Preset = Literal["plain", "fast", "best"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "lab": {},
+    "plain": {},
     "fast": {"full_range": True, "scale_method": "mse", "column_order": "activation"},
     "best": {
         "full_range": True,
@@ -21,7 +21,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: Preset) -> dict[str, Any]:
     """Keyword arguments of :func:`miniquant.gptq`; bits, group_size and ridge are the defaults, and yours to add.
 
-    - "lab": scales that just hold each group's range, codes in [-7, 7] at 4 bits, columns from left to right.
+    - "plain": scales that just hold each group's range, codes in [-7, 7] at 4 bits, columns from left to right.
     - "fast": a lower loss for little more time: columns in activation order, scales of least squared error, every code
       used.
     - "best": the lowest loss: groups in order of activation, each group's scale chosen by what it adds to the loss,

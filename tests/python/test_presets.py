@@ -14,7 +14,7 @@ def test_each_preset_has_a_lower_loss_than_the_one_before() -> None:
     weight = torch.randn(64, 256, generator=generator)
     inputs = torch.randn(512, 256, generator=generator).cumsum(1) / 8 + torch.randn(512, 256, generator=generator)
     hessian = inputs.T @ inputs / len(inputs)
-    names: tuple[Preset, ...] = ("lab", "fast", "best")
+    names: tuple[Preset, ...] = ("plain", "fast", "best")
     losses = [float(miniquant.gptq(weight, hessian, **miniquant.preset(name)).row_loss.sum()) for name in names]
     assert losses[1] < 0.9 * losses[0]
     assert losses[2] < 0.95 * losses[1]
@@ -26,5 +26,5 @@ def test_a_preset_is_a_copy() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="preset: expected name to be one of lab, fast, best, but got 'good'"):
+    with pytest.raises(ValueError, match="preset: expected name to be one of plain, fast, best, but got 'good'"):
         miniquant.preset("good")  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 #pragma once
 
 // All of the library. The same functions are registered with PyTorch's dispatcher as `miniquant::<name>`.
+#include <miniquant/build.h>
 #include <miniquant/gptq.h>
 #include <miniquant/grid.h>
 #include <miniquant/hessian.h>

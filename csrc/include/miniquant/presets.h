@@ -9,8 +9,9 @@ namespace miniquant {
 
 /// Options that belong together. docs/algorithm.md says what each gains and costs.
 enum class Preset {
-  /// The lab's: scales that just hold each group's range, codes in [-7, 7] at 4 bits, columns from left to right.
-  kLab,
+  /// GPTQ as published: scales that just hold each group's range, codes in [-7, 7] at 4 bits, columns from left to
+  /// right. These are the defaults of GptqOptions.
+  kPlain,
   /// A lower loss for little more time: columns in activation order, scales of least squared error, every code used.
   kFast,
   /// The lowest loss: groups in order of activation, each group's scale chosen by what it adds to the loss, every code
@@ -18,10 +19,10 @@ enum class Preset {
   kBest,
 };
 
-/// GptqOptions of the preset; bits, group_size and ridge are the defaults, and yours to change.
+/// The options of a preset. It leaves bits, group_size and ridge at their defaults: set them as needed.
 MINIQUANT_API GptqOptions options_of(Preset preset);
 
-/// "lab", "fast" or "best".
+/// "plain", "fast" or "best".
 MINIQUANT_API std::string_view name_of(Preset preset);
 
 }  // namespace miniquant

@@ -13,17 +13,17 @@ double loss_of(Preset preset, const at::Tensor& weight, const at::Tensor& hessia
 TEST(Presets, EachHasALowerLossThanTheOneBefore) {
   const at::Tensor weight = testing::normal({64, 256}, 1);
   const at::Tensor hessian = testing::hessian_of_inputs(256, 400, 2);
-  const double lab = loss_of(Preset::kLab, weight, hessian);
+  const double plain = loss_of(Preset::kPlain, weight, hessian);
   const double fast = loss_of(Preset::kFast, weight, hessian);
   const double best = loss_of(Preset::kBest, weight, hessian);
-  EXPECT_LT(fast, 0.9 * lab);
+  EXPECT_LT(fast, 0.9 * plain);
   EXPECT_LT(best, 0.9 * fast);
 }
 
-TEST(Presets, TheLabsAreTheDefaults) {
+TEST(Presets, PlainIsTheDefaults) {
   const at::Tensor weight = testing::normal({5, 128}, 1);
   const at::Tensor hessian = testing::hessian_of_inputs(128, 200, 2);
-  EXPECT_TRUE(gptq(weight, hessian, options_of(Preset::kLab)).codes.equal(gptq(weight, hessian).codes));
+  EXPECT_TRUE(gptq(weight, hessian, options_of(Preset::kPlain)).codes.equal(gptq(weight, hessian).codes));
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ TEST(Options, DefaultsAreTheLab) {
   EXPECT_EQ(options.gptq.block_size, 128);
   EXPECT_EQ(options.gptq.column_order, ColumnOrder::kNatural);
   EXPECT_EQ(options.gptq.group_scales, GroupScales::kStatic);
-  EXPECT_EQ(options.preset, Preset::kLab);
+  EXPECT_EQ(options.preset, Preset::kPlain);
   EXPECT_EQ(options.gptq.scale_method, ScaleMethod::kAbsmax);
   EXPECT_FALSE(options.gptq.full_range);
   EXPECT_EQ(options.gptq.refine, 0);
@@ -114,7 +114,7 @@ void expect_same_choices(const GptqOptions& actual, const GptqOptions& expected)
 }
 
 TEST(Options, PresetsAreTheLibrarys) {
-  for (const Preset preset : {Preset::kLab, Preset::kFast, Preset::kBest}) {
+  for (const Preset preset : {Preset::kPlain, Preset::kFast, Preset::kBest}) {
     const Options options = parsed({"--bits", "3", "--ridge", "0.5", "--preset", std::string(name_of(preset)),
                                     "--group-size", "32", "--block-size", "9"});
     EXPECT_EQ(options.preset, preset);
@@ -243,7 +243,7 @@ TEST(Options, BadValuesAreNamed) {
       {{"--preset", "fast", "--group-scales", "dynamic"},
        "--group-scales: expected static with --column-order activation (of --preset fast), but got dynamic"},
       {{"--scale-method", "loss"},
-       "--scale-method: expected absmax, mse or hessian with --group-scales static (of --preset lab), but got loss"},
+       "--scale-method: expected absmax, mse or hessian with --group-scales static (of --preset plain), but got loss"},
       {{"--preset", "best", "--group-scales", "static"},
        "--scale-method: expected absmax, mse or hessian with --group-scales static, but got loss (of --preset best)"},
       {{"--group-scales", "dynamic", "--scale-method", "mse"},
@@ -252,7 +252,7 @@ TEST(Options, BadValuesAreNamed) {
        "--scale-method: expected absmax or loss with --group-scales dynamic (of --preset best), but got hessian"},
       {{"--preset", "best", "--scale-method", "absmax"},
        "--beam-scales: expected 0 with --scale-method absmax, but got 2 (of --preset best)"},
-      {{"--beam-scales", "2"}, "--beam-scales: expected 0 with --scale-method absmax (of --preset lab), but got 2"},
+      {{"--beam-scales", "2"}, "--beam-scales: expected 0 with --scale-method absmax (of --preset plain), but got 2"},
       {{"--beam-scales", "26"}, "--beam-scales: expected an integer from 0 to 25, but got '26'"},
       {{"--full-range", "--asymmetric"}, "--full-range: expected not with --asymmetric, whose grid has every code"},
       {{"--preset", "best", "--full-range", "--no-symmetric"}, "--full-range: expected not with --asymmetric"},
@@ -261,7 +261,7 @@ TEST(Options, BadValuesAreNamed) {
        "--preset best)"},
       {{"--refine", "2", "--check"},
        "--check: expected --refine 0 with it, as the textbook form does not refine, but got 2"},
-      {{"--preset", "worst"}, "--preset: expected one of lab, fast, best, but got 'worst'"},
+      {{"--preset", "worst"}, "--preset: expected one of plain, fast, best, but got 'worst'"},
       {{"--scale-method", "max"}, "--scale-method: expected one of absmax, mse, hessian, loss, but got 'max'"},
       {{"--refine", "-1"}, "--refine: expected an integer from 0 to 1024, but got '-1'"},
   };
