@@ -11,7 +11,7 @@ from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from llmcompressor.modifiers.gptq.helpers import accumulate_hessian, make_empty_hessian
 from torch import Tensor
 
-from runner import Problem, serve
+from benchmarks.peers.runner import Problem, serve
 
 
 class LlmCompressor:

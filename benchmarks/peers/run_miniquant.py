@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 import miniquant
+from benchmarks.peers.runner import Problem, serve
 from miniquant import GptqResult
-from runner import Problem, serve
 
 
 class Miniquant:

@@ -9,7 +9,7 @@ import torch
 from neural_compressor.torch.algorithms.weight_only.gptq import GPTQ
 from torch import Tensor
 
-from runner import Problem, serve
+from benchmarks.peers.runner import Problem, serve
 
 
 class NeuralCompressor:

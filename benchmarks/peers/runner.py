@@ -1,4 +1,4 @@
-"""How compare_peers.py drives one implementation: a process that times one stage at each request.
+"""How benchmarks.peers drives one implementation: a process that times one stage at each request.
 
 A runner is started with the path of the problem, the number of threads and the number of a file descriptor. Each line
 of its standard input is a request and is answered by one line there, both JSON; standard output is left to what

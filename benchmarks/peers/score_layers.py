@@ -1,4 +1,4 @@
-"""Quantizes layers with two other GPTQ libraries, so that benchmarks/quality.py can score them beside miniquant.
+"""Quantizes layers with two other GPTQ libraries, so that benchmarks.quality can score them beside miniquant.
 
 Runs in the peers' own environment and knows nothing of miniquant. For each FOLDER/<layer>.safetensors with
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-import compare_peers
-import measuring
 import miniquant
-import speed
-from runner import Problem
+from benchmarks.common import measuring
+from benchmarks.common.tables import table
+from benchmarks.peers import __main__ as compare_peers
+from benchmarks.peers.runner import Problem
+from benchmarks.speed import __main__ as speed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = speed.Plan(
@@ -98,7 +99,7 @@ def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tm
     speed.main(["--quick", "--seconds", "0.001", "--threads", "2", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "speed.json").read_text())
 
-    assert results["command"] == "benchmarks/speed.py --quick"
+    assert results["command"] == "scripts/benchmark speed --quick"
     assert results["machine"]["threads"] == 2
     assert results["machine"]["cpu"]
     assert results["versions"]["torch"] == torch.__version__
@@ -199,7 +200,7 @@ def test_compare_peers_without_their_environment(tmp_path: Path, capsys: pytest.
         compare_peers.main(["--quick", "--peers-venv", str(tmp_path)])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"no environment for the peers in {tmp_path}: run benchmarks/compare_peers" in said
+    assert f"no environment for the peers in {tmp_path}: run scripts/benchmark peers" in said
     assert f"benchmarks/peers/setup {tmp_path}" in said
 
 
@@ -244,8 +245,14 @@ def test_the_peers_are_pinned() -> None:
         assert all("==" in line and not line.startswith(("torch=", "nvidia-")) for line in lines)
 
 
-def test_run_says_what_it_does(run: Any) -> None:
-    assert run(ROOT / "benchmarks" / "run", "--help").startswith("Usage: benchmarks/run [--quick]")
-    refused = subprocess.run([ROOT / "benchmarks" / "run", "nonsense"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert "unknown argument 'nonsense'" in refused.stderr
+def test_tables() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    assert table(["a", "b"], [["1", "2"]], numbers=True) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_benchmark_rejects_what_it_does_not_know(run: Any) -> None:
+    command = ROOT / "scripts" / "benchmark"
+    assert run(command, "--help").startswith("Usage: scripts/benchmark [PART]")
+    rejected = subprocess.run([command, "nonsense"], capture_output=True, text=True, check=False)
+    assert rejected.returncode == 1
+    assert "unknown argument 'nonsense'" in rejected.stderr

@@ -1,13 +1,15 @@
-"""The lab's folder: the driver and the script agree, and the five files say what the figures say."""
+"""The lab's folder: the driver and the script agree, and the files say what the figures say."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "experiments" / "26-gptq-toy"
-FIVE_FILES = {"gptq_toy.py", "results.json", "manifest.json", "loss_curve.png", "README.md"}
+FILES = {"gptq_toy.py", "results.json", "manifest.json", "loss_curve.png", "README.md"}
+MADE_BY = {"plot.py", "report.py", "compare.py", "README.template.md"}
 
 # float64 on another implementation: docs/algorithm.md, "what the lab's setup really gives".
 EXPECTED = {
@@ -42,12 +45,12 @@ def lab() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    return load("scripts/lab_readme.py")
+    return importlib.import_module("experiments.26-gptq-toy.report")
 
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    return load("scripts/lab_plot.py")
+    return importlib.import_module("experiments.26-gptq-toy.plot")
 
 
 @pytest.fixture(scope="session")
@@ -168,8 +171,8 @@ def test_check_exits_with_1_where_codes_differ(
     assert "normal.codes_sha256_gptq" in capsys.readouterr().err
 
 
-def test_folder_holds_the_five_files() -> None:
-    assert {path.name for path in LAB.iterdir() if path.name != "__pycache__"} == FIVE_FILES
+def test_folder_holds_the_five_files_and_what_makes_them() -> None:
+    assert {path.name for path in LAB.iterdir() if path.name != "__pycache__"} == FILES | MADE_BY
 
 
 def test_committed_figures_are_the_lab_s(committed: dict[str, Any]) -> None:
@@ -272,3 +275,61 @@ def test_plot_draws_every_scheme_and_the_same_bytes_twice(plot: ModuleType, tmp_
         wanted = np.array([round(255 * part) for part in mpl.colors.to_rgb(colour)])
         # 768 dots or more of each, several pixels a dot.
         assert (np.abs(pixels - wanted).max(axis=2) < 8).sum() > 5000, colour
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with the files of the recorded run."""
+    for name in FILES:
+        shutil.copy(LAB / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def compare() -> ModuleType:
+    return importlib.import_module("experiments.26-gptq-toy.compare")
+
+
+def test_a_run_is_compared_with_the_record(
+    compare: ModuleType, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([str(copied), str(LAB)]) == 0
+    assert capsys.readouterr().out.count(": the same bytes\n") == 4
+
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["threads"] += 1
+    manifest["git_revision"] = "0" * 40
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    page = (copied / "README.md").read_text()
+    (copied / "README.md").write_text(page.replace("0.110", "0.111"))
+    results = json.loads((copied / "results.json").read_text())
+    results["runs"]["normal"]["loss_gptq"] *= 1.001
+    results["runs"]["normal"]["codes_sha256_gptq"] = "0" * 64
+    (copied / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(copied), str(LAB)]) == 0
+    said = capsys.readouterr().out
+    assert "manifest.json: differs in git_revision, threads\n" in said
+    assert "README.md: the same text with other digits\n" in said
+    assert "results.json: figures differ by at most 1.0e-03, codes of 1 of 6 quantized layers differ\n" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("normal", "loss_gptq", 0.31), ("cauchy", "n_grid_changes", 1), ("cauchy", "fresh_loss_best", None)],
+)
+def test_a_figure_that_differs_is_an_error(
+    part: str, key: str, value: object, compare: ModuleType, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    results["runs"][part][key] = value
+    (copied / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(copied), str(LAB)]) == 1
+    assert f"compare: {part}.{key}: {value} instead of " in capsys.readouterr().err
+
+
+def test_another_setup_is_an_error(compare: ModuleType, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    results["setup"]["bits"] = 3
+    (copied / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(copied), str(LAB)]) == 1
+    assert "compare: the setups differ" in capsys.readouterr().err

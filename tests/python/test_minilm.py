@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -14,21 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from scripts_as_modules import load
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "minilm_layer.py"
+COMMAND = (sys.executable, "-m", "experiments.minilm.layers")
 LAYER = "encoder.layer.0.intermediate.dense"
 TOKENS = 2048
 
 
 @pytest.fixture(scope="module")
 def minilm() -> ModuleType:
-    return load("scripts/minilm_layer.py")
+    return importlib.import_module("experiments.minilm.layers")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, driver: Path, run: Callable
     output = tmp_path_factory.mktemp("minilm")
     counts = ("--tokens", str(TOKENS), "--fresh-tokens", str(TOKENS - 1))
     layers = ("--layer", LAYER, "--layer", "encoder.layer.5.output.dense")
-    text = run(sys.executable, SCRIPT, *layers, *counts, "--output", output, "--driver", driver)
+    text = run(*COMMAND, *layers, *counts, "--output", output, "--driver", driver, cwd=ROOT)
     (output / "output.txt").write_text(text)
     return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -17,7 +18,6 @@ import torch
 from PIL import Image
 
 import miniquant
-from scripts_as_modules import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +30,12 @@ ORDERED_GROUPS = "groups of ordered columns"
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    return load("benchmarks/quality.py")
+    return importlib.import_module("benchmarks.quality.__main__")
 
 
 @pytest.fixture(scope="module")
 def report(quality: ModuleType) -> ModuleType:
-    return sys.modules["quality_report"]
+    return importlib.import_module("benchmarks.quality.report")
 
 
 def layers(quality: ModuleType, plan: Any) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def test_peers_are_scored_from_the_weights_they_leave(quality: ModuleType, plan:
         tmp_path / "python",
         "import pathlib\n"
         "from safetensors.torch import load_file, save_file\n"
-        "for path in pathlib.Path(sys.argv[2]).glob('*.safetensors'):\n"
+        "for path in pathlib.Path(sys.argv[3]).glob('*.safetensors'):\n"
         "    tensors = load_file(path)\n"
         "    assert tensors['hessian'].shape == (128, 128)\n"
         "    save_file({'zeros': 0 * tensors['weight'], 'exact': tensors['weight']}, path.with_suffix('.peers'))\n"
@@ -355,9 +355,9 @@ def test_json_has_every_list_on_one_line(quality: ModuleType) -> None:
 @pytest.mark.slow
 def test_quick_runs_from_end_to_end(tmp_path: Path, run: Callable[..., str]) -> None:
     output = run(
-        sys.executable,
-        ROOT / "benchmarks" / "quality.py",
+        *(sys.executable, "-m", "benchmarks.quality"),
         *("--quick", "--output", tmp_path, "--peers", tmp_path / "none"),
+        cwd=ROOT,
     )
     assert f"wrote {tmp_path / 'quality.json'}" in output
     results = json.loads((tmp_path / "quality.json").read_text())

@@ -43,19 +43,20 @@ def test_help_and_unknown_argument(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "script"),
+    ("command", "module"),
     [
-        ("scripts/minilm", "scripts/minilm_layer.py"),
-        ("benchmarks/quality", "benchmarks/quality.py"),
-        ("benchmarks/compare_peers", "benchmarks/compare_peers.py"),
+        ("scripts/minilm", "experiments.minilm.layers"),
+        ("scripts/benchmark", "benchmarks.speed"),
+        ("scripts/benchmark", "benchmarks.peers"),
+        ("scripts/benchmark", "benchmarks.quality"),
     ],
 )
-def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, script: str) -> None:
+def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, module: str) -> None:
     # Setting up would end here.
     status, text = ended(root / command, "--help", env={"PYTHON": str(tmp_path / "python3")})
     assert status == 0, text
     assert text.startswith(f"Usage: {command}")
-    status, help_text = ended(sys.executable, root / script, "--help")
+    status, help_text = ended(sys.executable, "-m", module, "--help")
     assert status == 0, help_text
     assert set(re.findall(r"--[a-z][a-z-]+", help_text)) <= set(re.findall(r"--[a-z][a-z-]+", text))
 

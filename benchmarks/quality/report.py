@@ -15,9 +15,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "scripts")]
-
 import matplotlib as mpl
 
 mpl.use("Agg")
@@ -25,7 +22,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from lab_plot import STYLE
+from benchmarks.common.figures import STYLE
+from benchmarks.common.measuring import RESULTS, ROOT
+from benchmarks.common.tables import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 DOCS = ROOT / "docs"
 PART = re.compile(r"(<!-- begin (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCE = ROOT / "benchmarks" / "results" / "quality.json"
+SOURCE = RESULTS / "quality.json"
 PLAIN = "plain GPTQ"
 RTN = "RTN"
 # The scheme of ours that stands beside the peers' on each kind of grid.
@@ -61,10 +60,9 @@ def relative(losses: Sequence[float], base: Sequence[float]) -> float:
     return geometric_mean(a / b for a, b in zip(losses, base, strict=True))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with all columns but the first aligned right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def number_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of numbers and its line end."""
+    return table(header, rows, numbers=True) + "\n"
 
 
 def setup_part(results: dict[str, Any]) -> str:
@@ -98,7 +96,7 @@ def losses_part(results: dict[str, Any]) -> str:
         time = "" if taken is None else f"{taken / seconds['schemes'][PLAIN]:.2f}"
         rows.append([scheme, *cells, f"{worst:.3f}", time])
     shape = f"{seconds['rows']} x {seconds['columns']}, group {seconds['group_size']}"
-    return table(header, rows) + (
+    return number_table(header, rows) + (
         f"\nTime: of `gptq` on one layer of {shape}, 4 bits, relative to plain GPTQ's "
         f"{seconds['schemes'][PLAIN]:.2f} s; the shortest of {seconds['rounds']} runs.\n"
     )
@@ -113,7 +111,7 @@ def few_tokens_part(results: dict[str, Any]) -> str:
         cells = [relative(losses[kind], schemes[PLAIN][kind]) for kind in KINDS]
         cells.append(relative(losses["held_out"], schemes[RTN]["held_out"]))
         rows.append([scheme, *(f"{cell:.3f}" for cell in cells)])
-    return f"{results['setup']['few_tokens']} calibration tokens, 4 bits:\n\n" + table(header, rows)
+    return f"{results['setup']['few_tokens']} calibration tokens, 4 bits:\n\n" + number_table(header, rows)
 
 
 def best_ridges(measured: dict[str, Any]) -> list[tuple[str, float]]:
@@ -137,7 +135,7 @@ def ridges_part(results: dict[str, Any]) -> str:
             cells = [relative(column, nearest) for column in columns]
             cells.append(max(a / b for a, b in zip(measured["chosen"], best, strict=True)))
             rows.append([tokens, *(f"{cell:.3f}" for cell in cells)])
-        parts.append(f"{scheme}, 4 bits, held-out loss relative to RTN's by ridge:\n\n" + table(header, rows))
+        parts.append(f"{scheme}, 4 bits, held-out loss relative to RTN's by ridge:\n\n" + number_table(header, rows))
     return "\n".join(parts)
 
 
@@ -146,12 +144,12 @@ def best_ridges_part(results: dict[str, Any]) -> str:
     by_tokens = results["ridges"]["schemes"][PLAIN]
     ridges = list(next(iter(by_tokens.values()))["ridges"])
     best = {tokens: [ridge for ridge, _ in best_ridges(measured)] for tokens, measured in by_tokens.items()}
-    counts = table(
+    counts = number_table(
         ["tokens", *ridges],
         [[tokens, *(str(found.count(ridge)) for ridge in ridges)] for tokens, found in best.items()],
     )
     layers = results["setup"]["layers"]
-    each = table(
+    each = number_table(
         ["layer", *(f"{tokens} tokens" for tokens in best)],
         [[f"`{layer}`", *(found[i] for found in best.values())] for i, layer in enumerate(layers)],
     )
@@ -170,7 +168,7 @@ def embeddings_part(results: dict[str, Any]) -> str:
         [scheme, *(f"{schemes[scheme][figure]:.4f}" for schemes in by_bits.values() for figure in figures)]
         for scheme in next(iter(by_bits.values()))
     ]
-    return table(header, rows)
+    return number_table(header, rows)
 
 
 def peers_ratio(results: dict[str, Any], grid: str, kind: str, *, ordered_groups: bool) -> float:
@@ -192,7 +190,7 @@ def peers_part(results: dict[str, Any]) -> str:
         return "The peers were not measured: their environment was missing.\n"
     header = ["best / best peer"]
     header += [f"{what}, {kind}" for what in ("groups as stored", "any groups") for kind in KINDS.values()]
-    ratios = table(
+    ratios = number_table(
         header,
         [
             [
@@ -220,7 +218,7 @@ def peers_part(results: dict[str, Any]) -> str:
         for _, bits, symmetry in grids
     ]
     rows.append(["miniquant, best", *(f"{cell:.3f}" for cell in cells)])
-    each = table(["held-out loss relative to plain GPTQ's", *peers["losses"]], rows)
+    each = number_table(["held-out loss relative to plain GPTQ's", *peers["losses"]], rows)
     return f"{ratios}\n{each}"
 
 

@@ -1,30 +1,36 @@
-"""Writes the README.md of the lab's folder: the three answers and the best preset, every figure taken or computed here.
+"""Writes the README.md of the lab's folder from README.template.md: every figure is taken or computed here.
+
+    python -m experiments.26-gptq-toy.report [FOLDER]
 
 The two runs come from results.json, the time from manifest.json. What the answers need beyond that (other ridges,
 numbers of tokens, seeds and the column order) is computed through the library by the functions of gptq_toy.py. Every
-claim of the text stands in a call of `holds`: where the figures no longer bear it out, no README is written.
+claim of the text stands in a call of `holds`: where the figures no longer support it, no README is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import json
 import re
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import tables
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import ModuleType
 
-LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
+LAB = Path(__file__).resolve().parent
+TEMPLATE = LAB / "README.template.md"
 
 SCHEMES = ("rtn", "gptq", "best")
 LAB_RATIO = (0.3, 0.7)  # what the lab expects of loss_gptq / loss_rtn; the upper end is its stop condition
@@ -40,24 +46,13 @@ TIME_STEPS = (1, LAB_SECONDS)  # coarse, so that the page does not change with t
 
 
 class UnsupportedError(Exception):
-    """A sentence of the README that the figures do not bear out."""
+    """A sentence of the README that the figures do not support."""
 
 
 def holds(claim: str, condition: bool) -> None:
     """Stops where a claim of the README does not hold for these figures."""
     if not condition:
-        raise UnsupportedError(f"the figures do not support that {claim}: revise the text in scripts/lab_readme.py")
-
-
-def load_lab(folder: Path = LAB) -> ModuleType:
-    """gptq_toy.py as a module; its folder's name is no Python name."""
-    spec = importlib.util.spec_from_file_location("gptq_toy", folder / "gptq_toy.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"expected {folder / 'gptq_toy.py'}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+        raise UnsupportedError(f"the figures do not support that {claim}: revise {TEMPLATE.name}")
 
 
 def number(value: float) -> str:
@@ -75,12 +70,6 @@ def fixed(value: float) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage."""
     return f"{share * 100:.{digits}f}%"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def reflow(text: str, width: int = 120) -> str:
@@ -212,129 +201,6 @@ def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
     )
 
 
-PAGE = """# GPTQ on a single Linear layer
-
-<!-- Written by scripts/lab_readme.py from results.json and manifest.json: change the script, not this file. -->
-
-Round-to-nearest (RTN) against GPTQ on a synthetic layer: W ~ N(0, 0.02²), {rows} x {columns}, {tokens} calibration
-inputs, INT{bits} in groups of {group_size}, symmetric, ridge {ridge:g}, seed {seed}. The calibration inputs are
-N(0, 1), then Cauchy(0, 1) with the same weights. {fresh_tokens:,} fresh inputs of the same distribution measure
-every scheme on what none has seen. GPTQ is the lab's; best is GPTQ with the library's best preset.
-
-{summary}
-
-- **Loss** of a row: e H e^T with e = w - dequantize(quantize(w)) and H = X X^T / n; the table has the sum over
-  rows. On calibration inputs H has the ridge that GPTQ uses, {ridge:g} of its mean diagonal; on fresh inputs it has
-  none.
-- **Worst-row perplexity proxy**: exp of the largest relative output error of a row, exp(max over r of (e_r H e_r^T)
-  / (w_r H w_r^T)), with the ridge in H. 1 is a layer without error.
-
-`scripts/lab`, from the root of the repository, makes all five files of this folder: the driver `gptq_toy` writes
-`results.json` and `manifest.json`; `gptq_toy.py` repeats the comparison from Python and must agree code for code
-(`--check results.json`); `scripts/lab_plot.py` draws `loss_curve.png`; `scripts/lab_readme.py` writes this page.
-The tables of other setups below are computed by it through the library.
-
-The lab allows {lab_seconds} s for a layer. Quantizing this one, {rows} x {columns}, took less than {seconds:g} s in
-either run, the factorization of H included; `manifest.json` has the seconds of every stage, the command and the
-versions.
-
-{answers}
-"""
-
-FIRST_ANSWER = """## 1. The loss ratio
-
-**{ratio}** (loss {rtn} for RTN, {gptq} for GPTQ), and {share} of the codes ({changes:,}) differ from RTN's. The
-stop condition, a ratio below {high:g}, holds. The lab's expectations do not: it expects a ratio from {low:g} to
-{high:g} and a single-digit percentage of changes.
-
-The reason is the setup, not the algorithm: the textbook form, `gptq_reference`, differs in {reference_changes} of
-the {codes:,} codes where both compute in float64. {tokens} inputs in {columns} dimensions give a Hessian of rank
-{tokens}: in the other {free} directions nothing but the ridge, {ridge:g} of the mean diagonal, says that an error
-costs anything. GPTQ moves the rounding error into those nearly free directions. The loss is measured on the same
-{tokens} inputs, so it falls far, and many codes move to get it there.
-
-On **fresh inputs** of the same distribution ({fresh_tokens:,} of them) GPTQ is **{fresh} times as bad as RTN**:
-loss {fresh_rtn} for RTN, {fresh_gptq} for GPTQ. The true Hessian of N(0, 1) inputs is the identity, for which
-rounding to nearest is already the best there is: on fresh inputs the loss is the plain squared error of the
-weights, and GPTQ made that {error_growth} times as large. All that it gained on the calibration inputs was fitted
-to their chance correlations.
-
-The lab's ranges appear with a far stronger ridge. The first ratio is the lab's formula, with the ridge of that line
-in H; the second measures every line with the lab's ridge, so that the lines can be compared:
-
-{ridge_table}
-
-By the first ratio both ranges are met at a ridge of {own}, by the second at {common}. More inputs bring the ratio
-there too (at {tokens_within} of these), and as H approaches the identity GPTQ approaches RTN. It never pays on
-fresh inputs, because independent inputs have no structure to use:
-
-{token_table}
-
-Inputs of a real layer are correlated, and there GPTQ gains on fresh inputs as well: `scripts/minilm` shows it.
-"""
-
-SECOND_ANSWER = """## 2. The rows that benefit most
-
-![Loss per row of RTN, GPTQ and best, as stored and sorted, for normal and Cauchy inputs](loss_curve.png)
-
-In absolute terms the lab is right: the rows with the highest RTN loss gain most. The rank correlation of gain and
-RTN loss is {absolute_rank:.3f}, and {shared} of the {top} rows with the highest RTN loss are among the {top} that
-gain most:
-
-{table}
-
-In relative terms hardly any row stands out: GPTQ removes between {least} and {most} of a row's RTN loss (mean
-{mean}, standard deviation {deviation}), with a rank correlation with the RTN loss of {relative_rank:.2f} only. So
-the absolute gain is large where there is much to lose, not because GPTQ works better on those rows.
-
-Why: all rows share one Hessian, and what GPTQ leaves of a row is the rounding error of its grid seen through the
-same factor of H. The loss scales with the square of the row's scales, for both schemes. A row's RTN loss is high
-for one of two reasons: its largest weights make its grid coarse (the rank correlation of RTN loss and the row's sum
-of squared scales is {scale_correlation:.2f}), or its rounding errors happen to line up with the {tokens}
-calibration inputs. The second GPTQ takes away almost entirely, as it has {free} free directions in every row, and
-so the gain follows the RTN loss.
-"""
-
-THIRD_ANSWER = """## 3. Cauchy inputs
-
-The ratio is **{ratio}** (loss {rtn} for RTN, {gptq} for GPTQ; {share} of the codes change). GPTQ benefits **less**
-than with normal inputs ({normal_ratio}), not more, and for {worse} of the {rows} rows it is worse than RTN. The
-lab's reason, a stronger off-diagonal coupling, does not hold here: the mean of |H_ij| / sqrt(H_ii H_jj) off the
-diagonal, with the ridge in H, is {coupling_cauchy:.4f}, against {coupling_normal:.4f} with normal inputs.
-
-- A few outliers are nearly all of H. One token of {tokens} has {top_token} of the inputs' energy, and ten channels
-  of {columns} have {top_channels} of H's diagonal. The errors in those ten channels alone are {top_loss} of RTN's
-  loss, and each of them has more than {peak:.0%} of its energy from a single value.
-- The ridge is relative to the mean diagonal, which the outliers set. For {below_ridge} of the channels it is larger
-  than their own H_ii: to GPTQ they look independent of the others.
-- An outlier channel hands its error on to the columns after it, so what can be done depends on where it happens to
-  stand. With the columns taken in descending order of diag(H) (`--column-order activation`) the outliers come
-  first, and the ratio falls to {activation}; still not to that of normal inputs.
-
-The figure is a matter of luck, too: the Cauchy distribution has no variance, so H does not settle to anything. Over
-the seeds {seed} and {first_seed} to {last_seed} the ratio ranges from {least} to {most}. Three of them:
-
-{table}
-
-On fresh inputs GPTQ is {fresh} times as bad as RTN: which channels have the outliers changes with every draw.
-"""
-
-
-BEST = """## With the best preset
-
-The same bits and groups with `miniquant.preset("best")`: groups in the order of activation, each scale chosen by what
-it adds to the loss, every code used, a beam search of the codes, two rounds of refinement. On the calibration inputs it leaves **{normal_best}** of
-GPTQ's loss with normal inputs and **{cauchy_best}** with Cauchy inputs, and all {rows} rows lose less than with GPTQ.
-
-On **fresh inputs** it is {normal_fresh} times as bad as RTN with normal inputs and {cauchy_fresh} times with Cauchy
-inputs. That is better than GPTQ ({normal_gptq} and {cauchy_gptq}), but not because more was gained on the calibration
-inputs: the grid is finer. Rounding to nearest with every code used and scales of least squared error has {fine} of
-RTN's fresh loss with normal inputs. Next to that best is {next_to_fine} times as bad, much as GPTQ is next to RTN. With
-Cauchy inputs it also counts that outlier channels come first: activation order alone brings GPTQ's fresh ratio down
-to {activation}. {tokens} inputs do not describe {columns} dimensions, and to fit them more closely does not help.
-"""
-
-
 def summary(runs: Mapping[str, Any]) -> str:
     """The table of both runs."""
     rows: list[list[str]] = []
@@ -346,7 +212,7 @@ def summary(runs: Mapping[str, Any]) -> str:
             rows.append([f"{label}, {inputs}", *losses, fixed(run[f"{key}_ratio"]), fixed(best_ratio)])
         proxies = [f"{run[f'worst_row_perplexity_proxy_{scheme}']:.5f}" for scheme in SCHEMES]
         rows.append([f"{label}, worst-row perplexity proxy", *proxies, "", ""])
-    return table(["inputs", "RTN", "GPTQ", "best", "GPTQ / RTN", "best / GPTQ"], rows)
+    return tables.table(["inputs", "RTN", "GPTQ", "best", "GPTQ / RTN", "best / GPTQ"], rows, numbers=True)
 
 
 def listed(values: Iterable[float]) -> str:
@@ -354,7 +220,7 @@ def listed(values: Iterable[float]) -> str:
     return " and ".join(f"{value:g}" for value in values)
 
 
-def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
+def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
     """The ratio, why it is what it is, and where the lab's ranges appear."""
     low, high = LAB_RATIO
 
@@ -386,8 +252,7 @@ def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
         share = percent(figures["grid_change_share"])
         ridge_rows.append([f"{ridge:g}", *ratios, share, fixed(figures["fresh_loss_ratio"])])
     ratio_columns = ["ratio, own ridge in H", f"ratio, ridge {setup.ridge:g} in H"]
-    return FIRST_ANSWER.format(
-        **dataclasses.asdict(setup),
+    return SimpleNamespace(
         ratio=fixed(run["loss_ratio"]),
         rtn=number(run["loss_rtn"]),
         gptq=number(run["loss_gptq"]),
@@ -402,7 +267,9 @@ def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
         fresh_rtn=number(run["fresh_loss_rtn"]),
         fresh_gptq=number(run["fresh_loss_gptq"]),
         error_growth=fixed(sweep.error_growth),
-        ridge_table=table(["ridge", *ratio_columns, "codes changed", "ratio, fresh inputs"], ridge_rows),
+        ridge_table=tables.table(
+            ["ridge", *ratio_columns, "codes changed", "ratio, fresh inputs"], ridge_rows, numbers=True
+        ),
         own=listed(own),
         common=listed(common),
         tokens_within=listed(tokens_within),
@@ -416,10 +283,10 @@ def setups_table(header: str, setups: Mapping[int, Mapping[str, Any]]) -> str:
     for key, figures in setups.items():
         ratios = fixed(figures["loss_ratio"]), fixed(figures["fresh_loss_ratio"])
         rows.append([str(key), ratios[0], percent(figures["grid_change_share"]), ratios[1]])
-    return table([header, "ratio", "codes changed", "ratio, fresh inputs"], rows)
+    return tables.table([header, "ratio", "codes changed", "ratio, fresh inputs"], rows, numbers=True)
 
 
-def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
+def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
     """Which rows gain, absolutely and relatively."""
     rtn, gptq = (torch.tensor(run[f"row_loss_{scheme}"], dtype=torch.float64) for scheme in ("rtn", "gptq"))
     gain, relative = rtn - gptq, 1 - gptq / rtn
@@ -433,14 +300,13 @@ def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
         [str(row), *(number(float(values[row])) for values in (rtn, gptq, gain)), percent(float(relative[row]))]
         for row in most
     ]
-    return SECOND_ANSWER.format(
-        tokens=setup.tokens,
+    return SimpleNamespace(
         free=setup.columns - setup.tokens,
         absolute_rank=absolute_rank,
         relative_rank=relative_rank,
         shared=len({*most} & {*rtn.topk(TOP).indices.tolist()}),
         top=TOP,
-        table=table(["row", "loss RTN", "loss GPTQ", "gain", "relative gain"], rows),
+        table=tables.table(["row", "loss RTN", "loss GPTQ", "gain", "relative gain"], rows, numbers=True),
         least=percent(float(relative.min()), 0),
         most=percent(float(relative.max()), 0),
         mean=percent(float(relative.mean())),
@@ -449,7 +315,7 @@ def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> str:
     )
 
 
-def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> str:
+def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
     """What Cauchy inputs do, and why."""
     ratios = [figures["loss_ratio"] for figures in sweep.cauchy_seeds.values()]
     activation = sweep.cauchy_activation["loss_ratio"]
@@ -463,8 +329,7 @@ def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any
     holds("activation order helps, but not enough", normal["loss_ratio"] < activation < cauchy["loss_ratio"])
     holds("GPTQ is worse than RTN on fresh Cauchy inputs", cauchy["fresh_loss_ratio"] > 1)
     shown = {seed: sweep.cauchy_seeds[seed] for seed in (setup.seed, *SHOWN_SEEDS)}
-    return THIRD_ANSWER.format(
-        **dataclasses.asdict(setup),
+    return SimpleNamespace(
         ratio=fixed(cauchy["loss_ratio"]),
         rtn=number(cauchy["loss_rtn"]),
         gptq=number(cauchy["loss_gptq"]),
@@ -488,7 +353,7 @@ def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any
     )
 
 
-def best_preset(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> str:
+def best_preset(normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
     """What the best preset gains, and what it does not."""
 
     def gains_everywhere(run: Mapping[str, Any]) -> bool:
@@ -507,8 +372,7 @@ def best_preset(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any]
         abs(next_to_fine / normal["fresh_loss_ratio"] - 1) < 0.15,
     )
     holds("the order of columns helps on fresh Cauchy inputs", activation < cauchy["fresh_loss_ratio"])
-    return BEST.format(
-        **dataclasses.asdict(setup),
+    return SimpleNamespace(
         normal_best=fixed(normal["best_ratio"]),
         cauchy_best=fixed(cauchy["best_ratio"]),
         normal_fresh=fixed(normal_fresh),
@@ -522,23 +386,22 @@ def best_preset(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any]
 
 
 def render(setup: Any, results: Mapping[str, Any], manifest: Mapping[str, Any], sweep: Sweep) -> str:
-    """The whole page."""
+    """The whole page: the template with the figures in it."""
     normal, cauchy = results["runs"]["normal"], results["runs"]["cauchy"]
     # The exact time differs from run to run and stands in the manifest.
     seconds = max(run["gptq"] for run in manifest["seconds"].values())
     holds(f"a layer takes less than {LAB_SECONDS} s", seconds < LAB_SECONDS)
-    answers = [
-        first_answer(setup, normal, sweep),
-        second_answer(setup, normal, sweep),
-        third_answer(setup, normal, cauchy, sweep),
-        best_preset(setup, normal, cauchy, sweep),
-    ]
-    page = PAGE.format(
-        **dataclasses.asdict(setup),
-        summary=summary(results["runs"]),
-        lab_seconds=LAB_SECONDS,
-        seconds=next(step for step in TIME_STEPS if seconds < step),
-        answers="\n".join(answers),
+    page = TEMPLATE.read_text(encoding="utf-8").format(
+        setup=setup,
+        page=SimpleNamespace(
+            summary=summary(results["runs"]),
+            lab_seconds=LAB_SECONDS,
+            seconds=next(step for step in TIME_STEPS if seconds < step),
+        ),
+        first=first_answer(setup, normal, sweep),
+        second=second_answer(setup, normal, sweep),
+        third=third_answer(setup, normal, cauchy, sweep),
+        best=best_preset(normal, cauchy, sweep),
     )
     return reflow(page)
 
@@ -550,13 +413,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: README.md in the folder")
     options = parser.parse_args(arguments)
     results, manifest = (json.loads((options.folder / name).read_text()) for name in ("results.json", "manifest.json"))
-    lab = load_lab()
+    # A folder whose name is no identifier: `import` cannot name it.
+    lab = importlib.import_module(f"{__package__}.gptq_toy")
     setup = lab.Setup.of_results(results)
     sweep = measure(lab, setup, progress=sys.stderr.isatty())
     try:
         text = render(setup, results, manifest, sweep)
     except UnsupportedError as error:
-        print(f"lab_readme: {error}", file=sys.stderr)
+        print(f"report: {error}", file=sys.stderr)
         return 1
     (options.output or options.folder / "README.md").write_text(text, encoding="utf-8")
     return 0

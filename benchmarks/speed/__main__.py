@@ -1,8 +1,8 @@
 """Times the path from inputs to codes beside the matrix product of the same machine.
 
-Every time is the shortest of several, taken in turn with torch.mm at the same sizes (measuring.py says what the limit
-is). Writes speed.json, speed.md (the same as tables) and growth.png (time against K), into benchmarks/results, or with
---quick, which takes smaller layers, into build/benchmarks.
+Every time is the shortest of several, taken in turn with torch.mm at the same sizes (common/measuring.py says what the
+limit is). Writes speed.json, speed.md (the same as tables) and growth.png (time against K) into benchmarks/results;
+with --quick, which takes smaller layers, into build/benchmarks.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-import memory
 import miniquant
-from measuring import (
+from benchmarks.common.measuring import (
     RESULTS,
+    ROOT,
     SCRATCH,
     command_line,
     correlated_inputs,
@@ -37,10 +37,11 @@ from measuring import (
     milliseconds,
     product_flops,
     random_weight,
-    table,
     versions,
     write_results,
 )
+from benchmarks.common.tables import table
+from benchmarks.speed import memory
 
 Options = dict[str, Any]
 Row = dict[str, Any]
@@ -215,8 +216,9 @@ def measure_memory(layer: Layer, name: str) -> Row:
     """The peak of a process that calls gptq once."""
     sizes = [str(size) for size in layer[:3]]
     run = subprocess.run(
-        [sys.executable, memory.__file__, *sizes, json.dumps(MEMORY_OPTIONS[name])],
+        [sys.executable, "-m", memory.__name__, *sizes, json.dumps(MEMORY_OPTIONS[name])],
         check=True,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **memory.ENVIRONMENT},
@@ -287,7 +289,7 @@ def measure(plan: Plan, threads: int, seconds: float, sections: Sequence[str] = 
             figures[task.section].append(task.run())
             torch.set_num_threads(threads)
     return {
-        "command": command_line("benchmarks/speed.py"),
+        "command": command_line("scripts/benchmark", "speed"),
         "machine": machine(threads),
         "versions": versions(),
     } | figures
@@ -420,7 +422,9 @@ def plot_growth(rows: Sequence[Row], where: Mapping[str, Any], path: Path) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="smaller layers, less than a minute")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="some of the tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")

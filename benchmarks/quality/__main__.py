@@ -1,13 +1,13 @@
 """Measures what quantization costs the MiniLM encoder, layer by layer and end to end.
 
 The layers are the Linear layers of the encoder's blocks, their inputs those that really enter them
-(scripts/minilm_layer.py). With E = W - Q and H = X X^T / n:
+(experiments/minilm/layers.py). With E = W - Q and H = X X^T / n:
 
     calibration loss    tr(E H E^T), H of the calibration tokens and with the ridge on its diagonal
     held-out loss       tr(E H E^T), H of the fresh tokens and as it is
     embedding           the mean of the last hidden states over a text's tokens, divided by its length
 
-What is measured goes into quality.json, and from there into docs/quality.md and its plot (quality_report.py).
+What is measured goes into quality.json, and from there into docs/quality.md and its plot (report.py).
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
-
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import miniquant
-import quality_report
-from measuring import correlated_inputs
-from minilm_layer import KINDS, Encoder, passages
+from benchmarks.common.measuring import RESULTS, ROOT, correlated_inputs
+from benchmarks.quality import report as quality_report
+from experiments.minilm.layers import KINDS, Encoder, passages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
 
     Losses = dict[str, list[float]]
 
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCKS = 6
 GROUP_SIZE = 64
 RIDGE = 0.01
@@ -359,13 +355,13 @@ def measure_peers(layers: Mapping[str, Layer], plan: Plan, python: Path) -> dict
             save_file({"weight": weight.contiguous(), "hessian": hessians[layer]}, folder / f"{layer}.safetensors")
         for bits, symmetric in tqdm(plan.peer_grids, desc="peers", unit="grid", disable=None, leave=False):
             command: list[str | Path] = [
-                *(python, ROOT / "benchmarks" / "peers" / "score_layers.py", folder, "--bits", str(bits)),
+                *(python.absolute(), "-m", "benchmarks.peers.score_layers", folder, "--bits", str(bits)),
                 *("--group-size", str(GROUP_SIZE), "--ridge", str(RIDGE)),
                 *([] if symmetric else ["--asymmetric"]),
             ]
             # Their environment holds packages of its own: nothing of this one's may come before them.
             environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+            run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
             if run.returncode != 0:
                 raise SystemExit(f"quality: the peers ended with exit code {run.returncode}\n{run.stderr}")
             versions = json.loads(run.stdout.splitlines()[-1])
@@ -428,7 +424,9 @@ def text_of(results: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and writes; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two layers and few tokens, into build/quality")
     parser.add_argument(
         "--output",

@@ -1,4 +1,7 @@
-"""Draws loss_curve.png, the per-row losses of the three schemes, from the results.json of the lab comparison."""
+"""Draws loss_curve.png, the per-row losses of the three schemes, from the results.json of the lab comparison.
+
+python -m experiments.26-gptq-toy.plot [RESULTS]
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,21 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from benchmarks.common.figures import STYLE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-LAB = Path(__file__).resolve().parents[1] / "experiments" / "26-gptq-toy"
+LAB = Path(__file__).resolve().parent
 
 # Orange, blue and this green stay apart for readers with any colour vision; the medians are darker tones.
 RTN_COLOUR = "#d9730d"
 GPTQ_COLOUR = "#1f5fa8"
 BEST_COLOUR = "#14a382"
 MEDIAN_COLOURS = {"GPTQ": "#0b2f57", "best": "#06503f"}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "figure.facecolor": "white",
-}
 LABELS = {"RTN": "RTN", "GPTQ": "GPTQ", "best": "GPTQ, best preset"}
 TITLES = {"normal": "Normal inputs, X ~ N(0, 1)", "cauchy": "Cauchy inputs, X ~ Cauchy(0, 1)"}
 # A scale that spans more than this from its smallest to its largest row is drawn logarithmic.

@@ -1,7 +1,7 @@
 """Prints the memory, in bytes, that one call of gptq takes beyond its arguments and its results, as JSON.
 
-Run by speed.py in a process of its own: N K GROUP and the options as JSON. What is counted is the high-water mark of
-the resident set, which Linux lets a process reset.
+Run by benchmarks.speed in a process of its own: N K GROUP and the options as JSON. What is counted is the high-water
+mark of the resident set, which Linux lets a process reset.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import miniquant
-from measuring import random_weight
+from benchmarks.common.measuring import random_weight
 
 # Given back as soon as they are freed, so that what earlier calls left behind hides nothing: glibc's blocks of more
 # than 64 KiB. Read by glibc when a process starts.
@@ -38,7 +38,7 @@ def main() -> None:
     rows, columns, group_size = (int(argument) for argument in sys.argv[1:4])
     options = json.loads(sys.argv[4])
     if missing := {name for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}:
-        raise SystemExit(f"memory.py: expected speed.py to set {', '.join(sorted(missing))}")
+        raise SystemExit(f"benchmarks.speed.memory: expected benchmarks.speed to set {', '.join(sorted(missing))}")
     weight, hessian = random_weight(rows, columns), decaying_hessian(columns)
     # Threads, and what is set up at the first call.
     miniquant.gptq(random_weight(64, 64), decaying_hessian(64), group_size=32, **options)

@@ -1,0 +1,1 @@
+"""Measurements, each run from the root of the clone: `python -m benchmarks.speed`, `.quality`, `.peers`."""

@@ -1,0 +1,1 @@
+"""Experiments with their results, each in a folder with what makes it."""
