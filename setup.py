@@ -1,5 +1,6 @@
 """Builds the Python package. CMake holds the only list of sources; this file drives it."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,41 +8,128 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
-import torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+TORCH_RULES = ROOT / "cmake" / "MiniquantTorch.cmake"
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the build with one message and no traceback."""
+    sys.exit(f"error: {message}")
+
+
+def first_group(pattern: str, path: Path) -> str:
+    """What the first group of a pattern matches in a file of the project."""
+    match = re.search(pattern, path.read_text())
+    if match is None:
+        raise RuntimeError(f"{path}: expected a text that matches {pattern!r}")
+    return match[1]
 
 
 def project_version() -> str:
     """The version that project() in CMakeLists.txt states."""
-    match = re.search(r"project\(miniquant VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text())
-    if match is None:
-        raise RuntimeError(f"{ROOT / 'CMakeLists.txt'} states no version in project(miniquant VERSION ...)")
-    return match[1]
+    return first_group(r"project\(miniquant VERSION (\d+\.\d+\.\d+)", ROOT / "CMakeLists.txt")
+
+
+def torch_cmake_dir() -> Path | None:
+    """The folder of the installed torch's CMake package; None without torch, which takes seconds to import."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0], "share", "cmake", "Torch")
+
+
+def torch_version(cmake_dir: Path) -> str:
+    """The version of the torch of a CMake package, for example 2.13.0."""
+    return first_group(r'PACKAGE_VERSION "(\d+\.\d+[^"]*)"', cmake_dir / "TorchConfigVersion.cmake")
+
+
+def supported_torch() -> str:
+    """The requirement for the versions of torch that the source is tested with."""
+    minimum = first_group(r"set\(MINIQUANT_TORCH_MIN ([\d.]+)\)", TORCH_RULES)
+    return f"torch>={minimum},<{first_group(r'set.MINIQUANT_TORCH_BELOW ([0-9.]+).', TORCH_RULES)}"
+
+
+def served_torch(version: str) -> tuple[str, str]:
+    """The torch versions, from the first to before the second, that a library built against this one works with.
+
+    The rule of miniquant_torch_served() in cmake/MiniquantTorch.cmake.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    for binary in first_group(r"set\(MINIQUANT_TORCH_BINARIES ([^)]+)\)", TORCH_RULES).split():
+        minimum, below = binary.split("-")
+        if numbers(minimum) <= (major, minor) < numbers(below):
+            return minimum, below
+    return f"{major}.{minor}", f"{major}.{minor + 1}"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """2.13 as (2, 13)."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def environment() -> dict[str, str]:
+    """The environment for CMake: tools that were installed beside this Python come first."""
+    return {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+
+
+def find_cmake() -> str:
+    """The path of CMake."""
+    cmake = shutil.which("cmake", path=environment()["PATH"])
+    if cmake is None:
+        fail("miniquant is built with CMake 3.25 or newer, and there is none in PATH: type `pip install cmake ninja`")
+    return cmake
 
 
 def cmake_cache(build_dir: Path) -> dict[str, str]:
-    """The variables of a configured build folder; none where it is not configured."""
+    """The variables of a build folder that CMake has configured to the end; none for any other folder.
+
+    CMake leaves CMakeCache.txt behind where configuration fails, too; the files of the generator come last.
+    """
     try:
         lines = (build_dir / "CMakeCache.txt").read_text().splitlines()
     except FileNotFoundError:
         return {}
-    return {m[1]: m[2] for line in lines if (m := re.fullmatch(r"(\w+):\w+=(.*)", line))}
+    cache = {m[1]: m[2] for line in lines if (m := re.fullmatch(r"(\w+):\w+=(.*)", line))}
+    generated = "build.ninja" if cache.get("CMAKE_GENERATOR", "").startswith("Ninja") else "Makefile"
+    return cache if (build_dir / generated).is_file() else {}
 
 
-def is_ours(build_dir: Path) -> bool:
-    """Whether a build folder is a Release build of this very clone against this very torch."""
+def is_ours(build_dir: Path, torch_dir: Path) -> bool:
+    """Whether a build folder is a Release build of this very clone against this very torch, with tools that exist."""
     cache = cmake_cache(build_dir)
-    torch_dir = Path(torch.utils.cmake_prefix_path, "Torch")
     return (
         cache.get("CMAKE_HOME_DIRECTORY") == str(ROOT)
         and cache.get("CMAKE_BUILD_TYPE") == "Release"
         and Path(cache.get("Torch_DIR", "")).resolve() == torch_dir.resolve()
+        and Path(cache.get("CMAKE_MAKE_PROGRAM", "")).is_file()
     )
+
+
+def run_cmake(step: str, *arguments: str) -> None:
+    """Runs CMake; where it fails, the build ends with what says why, and not with all that was printed."""
+    result = subprocess.run(
+        [find_cmake(), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        env=environment(),
+    )
+    if result.returncode == 0:
+        return
+    lines = result.stdout.rstrip().splitlines()
+    is_reason = re.compile(r"CMake Error|FAILED:|ninja: error|.*: (fatal )?error:").match
+    first = next((i for i, line in enumerate(lines) if is_reason(line)), -40)
+    reason = lines[first:][:40]
+    fail(f"CMake could not {step}:\n" + "\n".join(f"  {line}" for line in reason if line.strip()))
 
 
 class CMakeBuild(build_ext):
@@ -49,39 +137,29 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Configures a build folder unless one can be reused, builds the library, installs it."""
-        tools = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-        cmake = shutil.which("cmake", path=tools)
-        if cmake is None:
-            raise RuntimeError("miniquant is built with CMake 3.25 or newer, and there is no cmake in PATH: install it")
-        environment = {**os.environ, "PATH": tools}
-
-        build_dir = self._build_dir()
-        if not is_ours(build_dir):
-            generator = ["-G", "Ninja"] if shutil.which("ninja", path=tools) else []
-            subprocess.run(
-                [
-                    *(cmake, "-S", str(ROOT), "-B", str(build_dir), *generator),
-                    *("-DCMAKE_BUILD_TYPE=Release", "-DMINIQUANT_BUILD_DRIVER=OFF"),
-                    *(f"-DPython3_EXECUTABLE={sys.executable}", f"-DTorch_DIR={torch.utils.cmake_prefix_path}/Torch"),
-                ],
-                check=True,
-                env=environment,
+        torch_dir = require_torch()
+        build_dir = self._build_dir(torch_dir)
+        if not is_ours(build_dir, torch_dir):
+            generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment()["PATH"]) else []
+            # --fresh: what a configuration that failed, or another environment, left in the cache does not hold here.
+            run_cmake(
+                f"configure {build_dir}",
+                *("--fresh", "-S", str(ROOT), "-B", str(build_dir), *generator),
+                *("-DCMAKE_BUILD_TYPE=Release", "-DMINIQUANT_BUILD_DRIVER=OFF"),
+                *(f"-DPython3_EXECUTABLE={sys.executable}", f"-DTorch_DIR={torch_dir}"),
             )
         jobs = str(self.parallel or os.cpu_count() or 1)
-        subprocess.run(
-            [cmake, "--build", str(build_dir), "--target", "miniquant", "--parallel", jobs], check=True, env=environment
-        )
-        subprocess.run(
-            [cmake, "--install", str(build_dir), "--component", "python", "--prefix", str(self._lib_dir())],
-            check=True,
-            env=environment,
+        run_cmake("build the library", "--build", str(build_dir), "--target", "miniquant", "--parallel", jobs)
+        run_cmake(
+            "install the library",
+            *("--install", str(build_dir), "--component", "python", "--prefix", str(self._lib_dir())),
         )
 
-    def _build_dir(self) -> Path:
+    def _build_dir(self, torch_dir: Path) -> Path:
         if given := os.environ.get("MINIQUANT_BUILD_DIR"):
             return Path(given).resolve()
         release = ROOT / "build" / "release"
-        return release if is_ours(release) else ROOT / "build" / "python"
+        return release if is_ours(release, torch_dir) else ROOT / "build" / "python"
 
     def _lib_dir(self) -> Path:
         """The source tree's folder for an editable install, the build's for any other."""
@@ -94,11 +172,21 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         """What the install step put into the package."""
-        return [str(self._lib_dir() / "libminiquant.so")]
+        return [str(self._lib_dir() / name) for name in ("libminiquant.so", "build.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Empty: an editable install uses the library where the install step put it."""
         return {}
+
+
+class CleanBuild(build_py):
+    """Copies the modules into an empty folder, so a removed module does not come back from the build before."""
+
+    def run(self) -> None:
+        """Empties the folder and copies the modules."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "miniquant", ignore_errors=True)
+        super().run()
 
 
 class PlatformWheel(bdist_wheel):
@@ -110,8 +198,35 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", self.plat_name.replace("-", "_") if self.plat_name_supplied else platform
 
 
-setup(
-    version=project_version(),
-    ext_modules=[Extension("miniquant.lib", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-)
+def require_torch() -> Path:
+    """The folder of the installed torch's CMake package; the build ends where there is none."""
+    torch_dir = torch_cmake_dir()
+    if torch_dir is None:
+        fail(
+            "miniquant is built against the torch that is installed, and this Python has none: "
+            f"type `pip install '{supported_torch()}'` first, or leave out --no-build-isolation"
+        )
+    return torch_dir
+
+
+def metadata() -> dict[str, object]:
+    """Version and dependencies: those of the source for a source distribution, otherwise those of the binary.
+
+    A binary works with some versions of torch only, so its metadata asks for these, and its version names them, as in
+    0.1.0+torch2.13. A build from a source distribution keeps the version of that, which pip compares.
+    """
+    source: dict[str, object] = {"version": project_version(), "install_requires": [supported_torch()]}
+    # Of the commands that setuptools' build backend runs, these describe a binary.
+    if not {"dist_info", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
+        return source
+    minimum, below = served_torch(torch_version(require_torch()))
+    local = "" if (ROOT / "PKG-INFO").is_file() else f"+torch{minimum}"
+    return {"version": f"{source['version']}{local}", "install_requires": [f"torch>={minimum},<{below}"]}
+
+
+if __name__ == "__main__":
+    setup(
+        **metadata(),
+        ext_modules=[Extension("miniquant.lib", sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild, "bdist_wheel": PlatformWheel},
+    )

@@ -1,21 +1,22 @@
-# Each dependency: the installed package first, then (where there is one) a pinned and hashed download.
+# LibTorch and OpenMP. LibTorch: Torch_DIR or CMAKE_PREFIX_PATH where given, otherwise the torch of the Python that is found.
 
-include(FetchContent)
+include(MiniquantTorch)
 
-# LibTorch: an explicit CMAKE_PREFIX_PATH or Torch_DIR wins; else the torch of the Python that is found.
-find_package(Torch 2.13 QUIET)
-if(NOT Torch_FOUND)
-  find_package(Python3 REQUIRED COMPONENTS Interpreter)
-  execute_process(
-    COMMAND "${Python3_EXECUTABLE}" -c "import torch; print(torch.utils.cmake_prefix_path, end='')"
-    OUTPUT_VARIABLE _torch_prefix
-    ERROR_VARIABLE _torch_error
-    RESULT_VARIABLE _torch_result)
-  if(NOT _torch_result EQUAL 0)
-    message(FATAL_ERROR "miniquant needs LibTorch 2.13: set CMAKE_PREFIX_PATH to its folder, or install "
-                        "torch==2.13.0 for ${Python3_EXECUTABLE}, which said:\n${_torch_error}")
-  endif()
-  list(APPEND CMAKE_PREFIX_PATH "${_torch_prefix}")
-  find_package(Torch 2.13 REQUIRED)
+find_package(Python3 QUIET COMPONENTS Interpreter)
+set(_torch_of_python "")
+if(Python3_FOUND)
+  miniquant_torch_of_python(_torch_of_python "${Python3_EXECUTABLE}")
 endif()
+miniquant_import_torch(_torch_error HINTS ${_torch_of_python})
+if(_torch_error)
+  message(FATAL_ERROR "miniquant needs LibTorch ${MINIQUANT_TORCH_MIN} or newer: ${_torch_error}, or install torch for "
+                      "${Python3_EXECUTABLE}")
+elseif(MINIQUANT_TORCH_VERSION VERSION_LESS MINIQUANT_TORCH_MIN)
+  message(FATAL_ERROR "miniquant needs LibTorch ${MINIQUANT_TORCH_MIN} or newer, and that of ${Torch_DIR} is "
+                      "${MINIQUANT_TORCH_VERSION}")
+elseif(MINIQUANT_TORCH_VERSION VERSION_GREATER_EQUAL MINIQUANT_TORCH_BELOW)
+  message(WARNING "miniquant is tested with LibTorch from ${MINIQUANT_TORCH_MIN} to before ${MINIQUANT_TORCH_BELOW}, and "
+                  "that of ${Torch_DIR} is ${MINIQUANT_TORCH_VERSION}")
+endif()
+message(STATUS "LibTorch ${MINIQUANT_TORCH_VERSION}: ${MINIQUANT_TORCH_PREFIX}")
 find_package(OpenMP REQUIRED COMPONENTS CXX)

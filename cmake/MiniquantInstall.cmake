@@ -1,6 +1,6 @@
 # What `cmake --install` puts where.
 #   by default           headers, library, driver and CMake package: for C++
-#   --component python   the library alone, for the folder that the Python package loads it from
+#   --component python   the library and build.json, for the folder that the Python package loads it from
 
 option(MINIQUANT_INSTALL "Define the install rules" ${PROJECT_IS_TOP_LEVEL})
 if(NOT MINIQUANT_INSTALL)
@@ -9,7 +9,7 @@ endif()
 
 include(CMakePackageConfigHelpers)
 
-get_filename_component(_torch_lib "${TORCH_INSTALL_PREFIX}/lib" REALPATH)
+get_filename_component(_torch_lib "${MINIQUANT_TORCH_LIB}" REALPATH)
 
 # A wheel keeps the first two entries, which hold wherever it is installed; the python rule below drops the third.
 set(_python_rpath "$ORIGIN:$ORIGIN/../../torch/lib")
@@ -30,7 +30,14 @@ configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/miniquantConfig.cmake.i
 # Before 1.0 a minor version may break what the one before it promised.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/miniquantConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/miniquantConfig.cmake" "${PROJECT_BINARY_DIR}/miniquantConfigVersion.cmake"
+              "${CMAKE_CURRENT_LIST_DIR}/MiniquantTorch.cmake"
         DESTINATION "${_package_dir}")
+
+# What the library was built for, beside it: the Python package compares it with the torch that it meets.
+miniquant_torch_served("${MINIQUANT_TORCH_VERSION}" _torch_min _torch_below)
+file(CONFIGURE OUTPUT "${PROJECT_BINARY_DIR}/build.json" @ONLY CONTENT
+"{\"torch\": \"@MINIQUANT_TORCH_VERSION@\", \"torch_min\": \"@_torch_min@\", \"torch_below\": \"@_torch_below@\"}
+")
 
 # Renamed into place, so that a program that has the old library loaded keeps it whole.
 install(CODE "
@@ -40,4 +47,5 @@ install(CODE "
   file(RPATH_SET FILE \"\${_new}/$<TARGET_FILE_NAME:miniquant>\" NEW_RPATH [[${_python_rpath}]])
   file(RENAME \"\${_new}/$<TARGET_FILE_NAME:miniquant>\" \"\${_folder}/$<TARGET_FILE_NAME:miniquant>\")
   file(REMOVE_RECURSE \"\${_new}\")
+  file(INSTALL \"${PROJECT_BINARY_DIR}/build.json\" DESTINATION \"\${_folder}\")
 " COMPONENT python EXCLUDE_FROM_ALL)

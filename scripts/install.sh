@@ -23,14 +23,15 @@ and run the command again"
 # has_package PACKAGE: whether dpkg knows it as installed.
 has_package() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
 
-# install_torch PYTHON CONSTRAINTS: torch comes as a build for CPUs where pip's indexes have one. The default build for
-# Linux brings gigabytes of CUDA, and its CMake package refuses to work without the CUDA toolkit.
+# install_torch PYTHON CONSTRAINTS: the pinned torch as a build for CPUs where pip's indexes and links have one, otherwise
+# the build that pip gives. The default build for Linux brings gigabytes of CUDA; all works with it, too.
 install_torch() {
-  local requirement found
+  local requirement
   requirement="$(grep -v '^#' "$root/scripts/requirements-torch.txt")"
-  found="$("$1" -m pip install --quiet --dry-run --ignore-installed --no-deps --report - "$requirement" 2>/dev/null |
-    "$1" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null || true)"
-  [[ "$found" == *+cpu ]] || die "pip would install torch '${found:-none}', and miniquant is built against the CPU build of $requirement;
-name PyTorch's index of CPU wheels in PIP_EXTRA_INDEX_URL (see the installation page of PyTorch) and run the command again"
-  "$1" -m pip install --constraint "$2" "torch==$found"
+  if "$1" -m pip install --quiet --dry-run --ignore-installed --no-deps "$requirement+cpu" >/dev/null 2>&1; then
+    requirement+="+cpu"
+  else
+    say "pip finds no CPU build of $requirement: the default build, with several gigabytes of CUDA on x86-64"
+  fi
+  "$1" -m pip install --constraint "$2" "$requirement"
 }

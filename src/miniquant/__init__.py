@@ -30,33 +30,11 @@ arXiv:2210.17323, Algorithm 1; the form without an inverse: "The Geometry of LLM
 Plane Algorithm", arXiv:2507.18553.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
 import torch
 
+from miniquant._library import load_library
 
-def _load_library() -> None:
-    """Registers the operators, unless another way of loading the library has done so already."""
-    if hasattr(torch.ops.miniquant, "gptq"):
-        return
-    library = Path(__file__).parent / "lib" / "libminiquant.so"
-    if not library.is_file():
-        raise ImportError(
-            f"miniquant's library is missing: expected {library}. "
-            "Run scripts/setup in a clone, or install the package with `pip install --no-build-isolation .`"
-        )
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        raise ImportError(
-            f"miniquant's library {library} does not load with torch {torch.__version__}: {error}. "
-            "It must be built against the torch that is installed: run scripts/setup in a clone, "
-            "or install the package again with `pip install --no-build-isolation .`"
-        ) from error
-
-
-_load_library()
+load_library()
 
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402  (the operators must exist first)
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
@@ -66,10 +44,7 @@ from miniquant.packing import pack_int4, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
-try:
-    __version__ = version("miniquant")
-except PackageNotFoundError:  # imported from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = str(torch.ops.miniquant.version())
 
 __all__ = [
     "AutoGptqResult",

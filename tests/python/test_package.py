@@ -1,7 +1,10 @@
 """The Python package: what it exports, how it says that its library is missing, and the wheel."""
 
 import inspect
+import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -57,7 +60,7 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_version_is_that_of_cmake(root: Path) -> None:
-    assert miniquant.__version__ == version("miniquant")
+    assert version("miniquant").partition("+")[0] == miniquant.__version__
     assert f"project(miniquant VERSION {miniquant.__version__} " in (root / "CMakeLists.txt").read_text()
 
 
@@ -104,24 +107,45 @@ def test_accumulator_refuses() -> None:
     assert accumulator.tokens == 0
 
 
-def test_missing_library_says_what_to_run(root: Path, tmp_path: Path) -> None:
-    package = tmp_path / "miniquant"
-    package.mkdir()
-    (package / "__init__.py").write_text((root / "src" / "miniquant" / "__init__.py").read_text())
+def copied_package(root: Path, folder: Path, **build: str) -> Path:
+    """The modules in a folder, beside a library that is none and was built for the given versions of torch."""
+    package = folder / "miniquant"
+    (package / "lib").mkdir(parents=True)
+    for name in ("__init__.py", "_library.py"):
+        (package / name).write_text((root / "src" / "miniquant" / name).read_text())
+    (package / "lib" / "libminiquant.so").write_text("no library")
+    if build:
+        (package / "lib" / "build.json").write_text(json.dumps(build))
+    return package
+
+
+@pytest.mark.parametrize("missing", ["libminiquant.so", "build.json"])
+def test_missing_library_says_what_to_run(root: Path, tmp_path: Path, missing: str) -> None:
+    package = copied_package(root, tmp_path, torch="2.13.0", torch_min="2.9", torch_below="9.0")
+    (package / "lib" / missing).unlink()
     result = without_package("import miniquant", tmp_path)
     assert result.returncode != 0
-    assert f"expected {package / 'lib' / 'libminiquant.so'}" in result.stderr
+    assert f"expected {package / 'lib' / missing}" in result.stderr
     assert "scripts/setup" in result.stderr
 
 
 def test_library_that_does_not_load_says_why(root: Path, tmp_path: Path) -> None:
-    package = tmp_path / "miniquant"
-    (package / "lib").mkdir(parents=True)
-    (package / "__init__.py").write_text((root / "src" / "miniquant" / "__init__.py").read_text())
-    (package / "lib" / "libminiquant.so").write_text("no library")
+    copied_package(root, tmp_path, torch="2.13.0", torch_min="2.9", torch_below="9.0")
     result = without_package("import miniquant", tmp_path)
     assert result.returncode != 0
-    assert f"does not load with torch {torch.__version__}" in result.stderr
+    assert f"built against torch 2.13.0, does not load with torch {torch.__version__}: " in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+@pytest.mark.parametrize(("minimum", "below"), [("1.9", "1.10"), ("1.9", "2.9"), ("9.0", "9.1"), ("2.100", "3.0")])
+def test_library_for_another_torch_says_both_versions(root: Path, tmp_path: Path, minimum: str, below: str) -> None:
+    copied_package(root, tmp_path, torch=f"{minimum}.1", torch_min=minimum, torch_below=below)
+    result = without_package("import miniquant", tmp_path)
+    assert result.returncode != 0
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("ImportError: ")]
+    assert f"built against torch {minimum}.1 and works with torch>={minimum},<{below}, " in message
+    assert f"but torch {torch.__version__} is installed" in message
+    assert f"pip install 'torch>={minimum},<{below}'" in message
 
 
 def test_library_already_loaded_is_not_loaded_twice(root: Path) -> None:
@@ -131,6 +155,31 @@ def test_library_already_loaded_is_not_loaded_twice(root: Path) -> None:
     assert without_package(code, root / "src").returncode == 0
 
 
+def test_range_of_torch_is_stated_once(root: Path) -> None:
+    rules = (root / "cmake" / "MiniquantTorch.cmake").read_text()
+    minimum, below = (re.search(rf"set\(MINIQUANT_TORCH_{name} (.*)\)", rules) for name in ("MIN", "BELOW"))
+    assert minimum
+    assert below
+    assert f'"torch>={minimum[1]},<{below[1]}"' in (root / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.12.0", "2.13.0", "2.14.1", "3.0.0", "2.99.0a0+git0123"])
+def test_versions_that_a_binary_works_with_are_the_same_in_cmake_and_setup(
+    root: Path, tmp_path: Path, run: Callable[..., str], version: str
+) -> None:
+    """Held against the library that was built, too: its own torch is among them."""
+    rules = root / "cmake" / "MiniquantTorch.cmake"
+    script = tmp_path / "served.cmake"
+    script.write_text(
+        f'include("{rules}")\nmessage(STATUS "binaries ${{MINIQUANT_TORCH_BINARIES}}")\n'
+        f'miniquant_torch_served({version} min below)\nmessage(STATUS "served ${{min}} ${{below}}")\n'
+    )
+    output = run("cmake", "-P", script)
+    setup = runpy.run_path(str(root / "setup.py"), run_name="setup")
+    assert f"served {' '.join(setup['served_torch'](version))}\n" in output
+    assert "binaries 2." in output
+
+
 @pytest.mark.slow
 def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     run(
@@ -138,15 +187,18 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
         env={"MINIQUANT_BUILD_DIR": str(build_dir)},
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith(f"miniquant-{miniquant.__version__}-py3-none-linux_")
+    build = json.loads((root / "src" / "miniquant" / "lib" / "build.json").read_text())
+    versioned = f"miniquant-{miniquant.__version__}+torch{build['torch_min']}"
+    assert wheel.name.startswith(f"{versioned}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("miniquant/")}
-        metadata = archive.read(f"miniquant-{miniquant.__version__}.dist-info/METADATA").decode()
+        metadata = archive.read(f"{versioned}.dist-info/METADATA").decode()
         archive.extract("miniquant/lib/libminiquant.so", tmp_path)
     modules = {path.name for path in (root / "src" / "miniquant").glob("*.py")}
-    assert {"__init__.py", "gptq.py", "presets.py", "ridge.py"} <= modules
-    assert names == {f"miniquant/{name}" for name in (*modules, "py.typed", "lib/libminiquant.so")}
-    assert "Requires-Dist: torch==2.13.0" in metadata
+    assert {"__init__.py", "_library.py", "gptq.py"} <= modules
+    assert names == {f"miniquant/{name}" for name in (*modules, "py.typed", "lib/build.json", "lib/libminiquant.so")}
+    assert f"Requires-Dist: torch<{build['torch_below']},>={build['torch_min']}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
     # The wheel holds on any machine: no folder of this one in it.
     dynamic = run("readelf", "--dynamic", tmp_path / "miniquant" / "lib" / "libminiquant.so")
     assert "[$ORIGIN:$ORIGIN/../../torch/lib]" in dynamic
