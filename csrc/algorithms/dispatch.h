@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "algorithms/parallel.h"
 #include "kernels/kernels.h"
 
 // How the algorithms reach the kernels: by element type, over tiles of rows, with aligned scratch memory.
@@ -31,34 +32,52 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
   }
 }
 
-/// body(row_begin, row_end) for the shares of `rows`, in parallel; shares begin at multiples of `tile_rows`.
-template <typename Body>
-void for_row_tiles(int64_t rows, int64_t tile_rows, const Body& body) {
-  at::parallel_for(0, (rows + tile_rows - 1) / tile_rows, 1,
-                   [&](int64_t begin, int64_t end) { body(begin * tile_rows, std::min(rows, end * tile_rows)); });
+/// Rows of one piece of work: few enough that every thread gets several pieces, and whole passes of the kernels where
+/// there is more than one. Kernels treat rows apart, so the choice changes the time taken and not the result.
+inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
+  constexpr int64_t kPiecesPerThread = 4;
+  constexpr int64_t kTilesPerPass = 4;
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t pieces = kPiecesPerThread * at::get_num_threads();
+  const int64_t share = std::max<int64_t>(1, (tiles + pieces - 1) / pieces);
+  return tile_rows * (share < kTilesPerPass ? share : (share + kTilesPerPass - 1) / kTilesPerPass * kTilesPerPass);
 }
 
-/// kernel(problem, row_begin, row_end, workspace) for the shares of `rows`, in parallel, each with a workspace of its
-/// own of as many T as workspace_of(problem, rows of the share) says.
+/// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:
+/// multiply-adds per row, about.
+template <typename Body>
+void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Body& body) {
+  const int64_t piece_rows = rows_per_piece(rows, tile_rows);
+  for_pieces((rows + piece_rows - 1) / piece_rows, rows * operations,
+             [&](int64_t piece) { body(piece * piece_rows, std::min(rows, (piece + 1) * piece_rows)); });
+}
+
+/// kernel(problem, row_begin, row_end, workspace) for pieces of `rows`, in parallel, each thread with a workspace of
+/// its own of as many T as workspace_of(problem, rows of a piece) says. `operations`: multiply-adds per row, about.
 template <typename T, typename Problem>
-void run_on_rows(int64_t rows, const Problem& problem, int64_t (*workspace_of)(const Problem& problem, int64_t rows),
+void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
+                 int64_t (*workspace_of)(const Problem& problem, int64_t rows),
                  void (*kernel)(const Problem& problem, int64_t row_begin, int64_t row_end, T* workspace)) {
-  for_row_tiles(rows, typed_kernels<T>().tile_rows, [&](int64_t row_begin, int64_t row_end) {
-    const at::Tensor workspace =
-        at::empty({workspace_of(problem, row_end - row_begin)}, c10::CppTypeToScalarType<T>::value);
-    kernel(problem, row_begin, row_end, workspace.mutable_data_ptr<T>());
-  });
-}
-
-/// body(index) for 0 <= index < count, in parallel; for work that grows or shrinks steadily with the index. Pairs ends,
-/// so that every contiguous share of the sequence is about the same work.
-template <typename Body>
-void for_triangle(int64_t count, const Body& body) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      body(i % 2 == 0 ? i / 2 : count - 1 - i / 2);
+  const int64_t piece_rows = rows_per_piece(rows, typed_kernels<T>().tile_rows);
+  const int64_t count = (rows + piece_rows - 1) / piece_rows;
+  Team team(team_size(count, rows * operations));
+  Pieces pieces(count);
+  team.run([&] {
+    at::Tensor workspace;
+    for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+      if (!workspace.defined()) {
+        workspace = at::empty({workspace_of(problem, std::min(rows, piece_rows))}, c10::CppTypeToScalarType<T>::value);
+      }
+      kernel(problem, piece * piece_rows, std::min(rows, (piece + 1) * piece_rows), workspace.mutable_data_ptr<T>());
     }
   });
+}
+
+/// body(index) for 0 <= index < count, in parallel, the last first; for work that grows with the index. `operations`:
+/// multiply-adds in all, about.
+template <typename Body>
+void for_triangle(int64_t count, int64_t operations, const Body& body) {
+  for_pieces(count, operations, [&](int64_t piece) { body(count - 1 - piece); });
 }
 
 }  // namespace miniquant::algorithms

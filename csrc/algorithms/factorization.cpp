@@ -1,11 +1,12 @@
 #include "algorithms/factorization.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/parallel.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -16,67 +17,143 @@ using kernels::TriangleLayout;
 /// Panels per block: every later row that is read serves as many, so that large matrices are limited by arithmetic.
 constexpr int64_t kBlockPanels = 4;
 
+/// How far a panel of columns is, as threads tell one another. On a cache line of its own.
+struct alignas(64) PanelProgress {
+  std::atomic<int64_t> solved_from;  ///< rows of panels from this one on hold L
+  std::atomic<int64_t> later_done;   ///< rows of panels from this one on lack the products of later blocks no more
+};
+
+/// Steps of the factorization in an order in which each needs earlier ones only. Threads take them in that order and
+/// wait for what they need, so one parallel region serves all of it.
+///
+///   for each block of panels [begin, end), from the last
+///     for each panel `right` < end:        A[block, right]  -= L[after block, block]^T L[after block, right]
+///     for each panel of the block, from the last, for each `right` <= panel
+///                                          A[panel, right]  -= L[rest of block, panel]^T L[rest of block, right]
+///       right = panel:                     A[panel, panel]   = L^T L
+///       right < panel:                     L[panel, right]   = L[panel, panel]^-T A[panel, right]
 template <typename T>
 class Factorization {
  public:
-  Factorization(T* triangle, int64_t columns) : triangle_(triangle), layout_{columns} {}
+  Factorization(T* triangle, int64_t columns)
+      : triangle_(triangle), layout_{columns}, progress_(static_cast<size_t>(layout_.panels())) {
+    for (PanelProgress& panel : progress_) {
+      panel.solved_from.store(layout_.panels(), std::memory_order_relaxed);
+      panel.later_done.store(layout_.panels(), std::memory_order_relaxed);
+    }
+    list_steps();
+  }
 
-  [[nodiscard]] bool run() const {
+  [[nodiscard]] bool run() {
+    const int64_t columns = layout_.columns;
+    Team team(team_size(layout_.panels(), columns * columns * columns / 6));
+    Pieces pieces(static_cast<int64_t>(steps_.size()));
+    team.run([&] {
+      for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+        const Step& step = steps_[static_cast<size_t>(piece)];
+        if (!(step.panel < 0 ? subtract_later_blocks(team, step) : solve(team, step))) {
+          team.stop();
+        }
+      }
+    });
+    return !team.stopped();
+  }
+
+ private:
+  /// Panels [begin, end) are the block; `panel` is one of them, or -1 for the products of later blocks.
+  struct Step {
+    int64_t begin;
+    int64_t end;
+    int64_t panel;
+    int64_t right;
+  };
+
+  void list_steps() {
     for (int64_t end = layout_.panels(); end > 0;) {
       const int64_t begin = std::max<int64_t>(0, end - kBlockPanels);
-      subtract(begin, end, row_of(end), layout_.columns);
+      for (int64_t right = end - 1; right >= 0; --right) {
+        steps_.push_back({begin, end, -1, right});
+      }
       for (int64_t panel = end - 1; panel >= begin; --panel) {
-        subtract(panel, panel + 1, row_of(panel + 1), row_of(end));
-        if (!solve(panel)) {
-          return false;
+        for (int64_t right = panel; right >= 0; --right) {
+          steps_.push_back({begin, end, panel, right});
         }
       }
       end = begin;
     }
-    return true;
   }
 
- private:
   /// The first row of a panel's diagonal block.
   [[nodiscard]] int64_t row_of(int64_t panel) const { return std::min(panel * kPanelColumns, layout_.columns); }
 
   [[nodiscard]] T* block(int64_t row, int64_t panel) const { return triangle_ + layout_.offset(row, panel); }
 
-  /// A[rows of panels [begin, end), :] -= L[later, panels]^T L[later, :], later = rows [later_begin, later_end).
-  void subtract(int64_t begin, int64_t end, int64_t later_begin, int64_t later_end) const {
-    if (later_begin == later_end) {
-      return;
-    }
-    for_triangle(end, [&](int64_t right) {
-      for (int64_t later = later_begin; later < later_end; later += kernel_.terms_per_product) {
-        const int64_t count = std::min(kernel_.terms_per_product, later_end - later);
-        for (int64_t left = std::max(begin, right); left < end; ++left) {
-          kernel_.subtract_products(block(later, left), block(later, right), count, row_of(left + 1) - row_of(left),
-                                    block(row_of(left), right));
-        }
-      }
-    });
+  [[nodiscard]] PanelProgress& progress(int64_t panel) { return progress_[static_cast<size_t>(panel)]; }
+
+  /// Waits until L[rows of panels from `first` on, panel] is there.
+  [[nodiscard]] bool wait_for_solved(const Team& team, int64_t panel, int64_t first) {
+    return team.wait_until([&] { return progress(panel).solved_from.load(std::memory_order_acquire) <= first; });
   }
 
-  /// A[panel, panel] = L^T L; L[panel, :] = L[panel, panel]^-T A[panel, :]
-  [[nodiscard]] bool solve(int64_t panel) const {
-    const int64_t row = row_of(panel);
-    const int64_t rows = row_of(panel + 1) - row;
-    T* const diagonal = block(row, panel);
-    if (kernel_.factor_block(diagonal, rows) >= 0) {
+  /// A[rows of panel `left`, right] -= L[later, left]^T L[later, right], later = rows [later_begin, later_end).
+  void subtract(int64_t left, int64_t right, int64_t later_begin, int64_t later_end) const {
+    for (int64_t later = later_begin; later < later_end; later += kernel_.terms_per_product) {
+      kernel_.subtract_products(block(later, left), block(later, right),
+                                std::min(kernel_.terms_per_product, later_end - later), row_of(left + 1) - row_of(left),
+                                block(row_of(left), right));
+    }
+  }
+
+  /// The products of later blocks, for the rows of a block in one panel. Returns false where the team was stopped.
+  [[nodiscard]] bool subtract_later_blocks(const Team& team, const Step& step) {
+    const int64_t first = std::max(step.begin, step.right);
+    for (int64_t panel = first; panel < step.end; ++panel) {
+      if (!wait_for_solved(team, panel, step.end)) {
+        return false;
+      }
+    }
+    if (!wait_for_solved(team, step.right, step.end)) {
       return false;
     }
-    at::parallel_for(0, panel, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t earlier = begin; earlier < end; ++earlier) {
-        kernel_.solve_block(diagonal, rows, block(row, earlier));
+    for (int64_t later = row_of(step.end); later < layout_.columns; later += kernel_.terms_per_product) {
+      const int64_t later_end = std::min(layout_.columns, later + kernel_.terms_per_product);
+      for (int64_t left = first; left < step.end; ++left) {
+        subtract(left, step.right, later, later_end);
       }
-    });
+    }
+    progress(step.right).later_done.store(step.begin, std::memory_order_release);
+    return true;
+  }
+
+  /// The rows of one panel in another. Returns false where a pivot is not positive or the team was stopped.
+  [[nodiscard]] bool solve(const Team& team, const Step& step) {
+    const int64_t row = row_of(step.panel);
+    const int64_t rows = row_of(step.panel + 1) - row;
+    if (!team.wait_until(
+            [&] { return progress(step.right).later_done.load(std::memory_order_acquire) <= step.begin; }) ||
+        !wait_for_solved(team, step.right, step.panel + 1) || !wait_for_solved(team, step.panel, step.panel + 1)) {
+      return false;
+    }
+    subtract(step.panel, step.right, row + rows, row_of(step.end));
+    if (step.right == step.panel) {
+      if (kernel_.factor_block(block(row, step.panel), rows) >= 0) {
+        return false;
+      }
+    } else {
+      if (!wait_for_solved(team, step.panel, step.panel)) {
+        return false;
+      }
+      kernel_.solve_block(block(row, step.panel), rows, block(row, step.right));
+    }
+    progress(step.right).solved_from.store(step.panel, std::memory_order_release);
     return true;
   }
 
   const kernels::TypedKernels<T>& kernel_ = typed_kernels<T>();
   T* triangle_;
   TriangleLayout layout_;
+  std::vector<PanelProgress> progress_;
+  std::vector<Step> steps_;
 };
 
 }  // namespace

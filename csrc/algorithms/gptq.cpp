@@ -119,7 +119,7 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
       .row_loss = row_loss.mutable_data_ptr<T>(),
       .gradient = gradient.defined() ? gradient.mutable_data_ptr<T>() : nullptr};
   const auto& kernel = typed_kernels<T>();
-  run_on_rows(rows, problem, kernel.sweep_workspace, kernel.sweep);
+  run_on_rows(rows, columns * columns / 2, problem, kernel.sweep_workspace, kernel.sweep);
   return row_loss;
 }
 
@@ -155,14 +155,13 @@ at::Tensor order_within_groups(const at::Tensor& hessian, int64_t group_columns)
   const int64_t columns = hessian.size(0);
   const at::Tensor order = at::empty({columns}, hessian.options().dtype(at::kLong));
   int64_t* const to = order.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, (columns + group_columns - 1) / group_columns, 1, [&](int64_t first, int64_t last) {
-    for (int64_t begin = first * group_columns; begin < std::min(columns, last * group_columns);
-         begin += group_columns) {
-      const int64_t count = std::min(group_columns, columns - begin);
-      const at::Tensor group = hessian.narrow(0, begin, count).narrow(1, begin, count).to(at::kDouble, false, true);
-      const std::vector<int64_t> place = order_within_group(group.accessor<double, 2>());
-      std::ranges::transform(place, to + begin, [&](int64_t column) { return begin + column; });
-    }
+  const int64_t operations = columns * group_columns * group_columns / 3;
+  for_pieces((columns + group_columns - 1) / group_columns, operations, [&](int64_t piece) {
+    const int64_t begin = piece * group_columns;
+    const int64_t count = std::min(group_columns, columns - begin);
+    const at::Tensor group = hessian.narrow(0, begin, count).narrow(1, begin, count).to(at::kDouble, false, true);
+    const std::vector<int64_t> place = order_within_group(group.accessor<double, 2>());
+    std::ranges::transform(place, to + begin, [&](int64_t column) { return begin + column; });
   });
   return order;
 }

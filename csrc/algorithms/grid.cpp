@@ -139,7 +139,8 @@ void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, co
     const kernels::ScaleSearch<T> search{factors.data(), static_cast<int64_t>(factors.size()),
                                          importance.template const_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
-    for_row_tiles(weight.size(0), kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
+    const int64_t operations = columns * static_cast<int64_t>(factors.size());
+    for_row_tiles(weight.size(0), kernel.tile_rows, operations, [&](int64_t row_begin, int64_t row_end) {
       if (method == ScaleMethod::kAbsmax) {
         kernel.compute_grid(grid_view, values, columns, row_begin, row_end);
       } else {

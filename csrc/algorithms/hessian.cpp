@@ -1,12 +1,13 @@
 #include "algorithms/hessian.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/parallel.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -22,14 +23,22 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   const int64_t columns = inputs.size(1);
   const T* const values = inputs.const_data_ptr<T>();
   const int64_t column_tiles = (columns + kernel.tile_rows - 1) / kernel.tile_rows;
-  at::parallel_for(0, column_tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      kernel.pack_tile(values, columns, tokens, columns, tile, tiles);
-    }
-  });
-  for_triangle(column_tiles, [&](int64_t tile) {
-    for (int64_t earlier = 0; earlier <= tile; ++earlier) {
-      kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+  // The first pieces pack a tile each, the others wait for all of these and update a row of tiles each, longer ones
+  // first.
+  Team team(team_size(column_tiles, tokens * columns * columns / 2));
+  Pieces pieces(2 * column_tiles);
+  std::atomic<int64_t> packed = 0;
+  team.run([&] {
+    for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+      if (piece < column_tiles) {
+        kernel.pack_tile(values, columns, tokens, columns, piece, tiles);
+        packed.fetch_add(1, std::memory_order_release);
+      } else if (team.wait_until([&] { return packed.load(std::memory_order_acquire) == column_tiles; })) {
+        const int64_t tile = 2 * column_tiles - 1 - piece;
+        for (int64_t earlier = 0; earlier <= tile; ++earlier) {
+          kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+        }
+      }
     }
   });
 }

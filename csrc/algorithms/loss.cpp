@@ -22,7 +22,7 @@ at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequant
                                                       .triangle = triangle.const_data_ptr<double>(),
                                                       .form = form.mutable_data_ptr<double>()};
   const auto& kernel = typed_kernels<double>();
-  for_row_tiles(rows, kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
+  for_row_tiles(rows, kernel.tile_rows, columns * columns / 2, [&](int64_t row_begin, int64_t row_end) {
     const at::Tensor workspace = at::empty({kernel.quadratic_form_workspace(problem)}, error.options());
     kernel.quadratic_form(problem, row_begin, row_end, workspace.mutable_data_ptr<double>());
   });

@@ -24,17 +24,19 @@ void refine(const at::Tensor& hessian, double ridge, int64_t rounds, Grid& grid,
             at::Tensor& row_loss) {
   const at::Tensor panels = damped_panels(hessian, added_to_diagonal(hessian, ridge), gradient.scalar_type());
   dispatch_compute(gradient.scalar_type(), [&]<typename T> {
-    kernels::RefineProblem<T> problem{.columns = hessian.size(0),
+    const int64_t columns = hessian.size(0);
+    kernels::RefineProblem<T> problem{.columns = columns,
                                       .grid = view<T>(grid),
                                       .hessian = panels.const_data_ptr<T>(),
                                       .gradient = gradient.mutable_data_ptr<T>(),
                                       .rounds = kMostPasses,
                                       .row_loss = row_loss.mutable_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
-    run_on_rows(gradient.size(0), problem, kernel.descent_workspace, kernel.descend);
+    const int64_t operations = columns * columns / 2;
+    run_on_rows(gradient.size(0), operations, problem, kernel.descent_workspace, kernel.descend);
     if (rounds > 1) {
       problem.rounds = rounds - 1;
-      run_on_rows(gradient.size(0), problem, kernel.refine_workspace, kernel.refine);
+      run_on_rows(gradient.size(0), operations, problem, kernel.refine_workspace, kernel.refine);
     }
   });
 }

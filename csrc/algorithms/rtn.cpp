@@ -16,7 +16,7 @@ QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
     const T* const from = values.const_data_ptr<T>();
     const int64_t columns = values.size(1);
     const auto& kernel = typed_kernels<T>();
-    for_row_tiles(values.size(0), kernel.tile_rows, [&](int64_t row_begin, int64_t row_end) {
+    for_row_tiles(values.size(0), kernel.tile_rows, 8 * columns, [&](int64_t row_begin, int64_t row_end) {
       kernel.round_to_nearest(grid_view, from, columns, row_begin, row_end);
     });
   });

@@ -15,13 +15,16 @@
 namespace miniquant::algorithms {
 namespace {
 
+/// What a pass costs for each entry of H, in multiply-adds: it moves memory.
+constexpr int64_t kOperationsPerEntry = 32;
+
 /// Rows and columns per tile of the passes below.
 constexpr int64_t kTile = kernels::kPanelColumns;
 
 /// body(row_begin, panel) for the tiles of the lower triangle, in parallel over rows of tiles.
 template <typename Body>
 void for_lower_tiles(int64_t columns, const Body& body) {
-  for_triangle((columns + kTile - 1) / kTile, [&](int64_t tile) {
+  for_triangle((columns + kTile - 1) / kTile, kOperationsPerEntry * columns * columns, [&](int64_t tile) {
     for (int64_t panel = 0; panel <= tile; ++panel) {
       body(tile * kTile, panel);
     }
@@ -104,7 +107,7 @@ void average_triangles(const From* h, kernels::TriangleLayout layout, const int6
       }
     }
   });
-  for_triangle(layout.panels(), [&](int64_t panel) {
+  for_pieces(layout.panels(), kOperationsPerEntry * columns * columns, [&](int64_t panel) {
     for (int64_t j = panel * kTile; j < std::min(columns, (panel + 1) * kTile); ++j) {
       const From* const row = h + column[j] * columns;
       T* const to = out + layout.offset(panel * kTile, panel) + j % kTile;
@@ -231,7 +234,7 @@ SymmetrySurvey survey_symmetry(const at::Tensor& hessian) {
   const at::Tensor h = hessian.contiguous();
   std::vector<SymmetrySurvey> of_row((columns + kTile - 1) / kTile);
   dispatch_compute(h.scalar_type(), [&]<typename T> {
-    for_triangle(static_cast<int64_t>(of_row.size()), [&](int64_t tile) {
+    for_triangle(static_cast<int64_t>(of_row.size()), kOperationsPerEntry * columns * columns, [&](int64_t tile) {
       RowOfTiles<T> row;
       for (int64_t panel = 0; panel <= tile; ++panel) {
         row.add(TilePair<T>(h.const_data_ptr<T>(), columns, tile * kTile, panel * kTile));

@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 
+#include "algorithms/finite.h"
 #include "algorithms/grid.h"
 #include "algorithms/symmetric.h"
 
@@ -145,13 +146,10 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
 }
 
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
-  // A finite sum has finite terms, and is far cheaper than a test of each; a sum may also overflow.
-  if (std::isfinite(tensor.sum().item<double>())) {
-    return;
+  if (!algorithms::all_finite(tensor)) {
+    TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be finite, but got ",
+                      first_value(tensor, at::isfinite(tensor).logical_not()));
   }
-  const at::Tensor finite = at::isfinite(tensor);
-  TORCH_CHECK_VALUE(finite.all().item<bool>(), op, ": expected ", argument, " to be finite, but got ",
-                    first_value(tensor, finite.logical_not()));
 }
 
 void check_grid_values(const char* op, const GridArguments& grid) {

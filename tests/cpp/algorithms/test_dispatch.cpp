@@ -1,9 +1,11 @@
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/parallel.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
@@ -24,44 +26,53 @@ TEST(Dispatch, TypedKernelsAreTheChosenOnes) {
   EXPECT_EQ(&typed_kernels<double>(), &kernels::kernels().f64);
 }
 
-TEST(Dispatch, SharesCoverEveryRowOnceAndBeginAtMultiplesOfATile) {
+constexpr int64_t kMuch = 100 * kSerialOperations;
+
+TEST(Dispatch, PiecesCoverEveryRowOnceAndBeginAtMultiplesOfATile) {
   constexpr int64_t kTileRows = 24;
-  for (const int threads : {1, 2}) {
+  for (const int threads : {1, 2, 7}) {
     const testing::ScopedThreads scoped(threads);
-    for (const int64_t rows : {0, 1, 23, 24, 25, 500}) {
-      std::vector<int> visits(static_cast<size_t>(rows), 0);
-      for_row_tiles(rows, kTileRows, [&](int64_t begin, int64_t end) {
+    for (const int64_t rows : {0, 1, 23, 24, 25, 500, 5000}) {
+      std::vector<std::atomic<int>> visits(static_cast<size_t>(rows));
+      for_row_tiles(rows, kTileRows, kMuch, [&](int64_t begin, int64_t end) {
         EXPECT_EQ(begin % kTileRows, 0);
+        EXPECT_LE(end - begin, rows_per_piece(rows, kTileRows));
         for (int64_t row = begin; row < end; ++row) {
           ++visits.at(static_cast<size_t>(row));
         }
       });
-      EXPECT_EQ(visits, std::vector<int>(static_cast<size_t>(rows), 1)) << rows;
+      for (const std::atomic<int>& visit : visits) {
+        EXPECT_EQ(visit.load(), 1) << rows;
+      }
     }
   }
 }
 
-TEST(Dispatch, TriangleVisitsEveryIndexOnce) {
+TEST(Dispatch, PiecesOfRowsGiveEveryThreadSeveralAndAreWholePasses) {
+  constexpr int64_t kTileRows = 24;
+  const testing::ScopedThreads scoped(2);
+  EXPECT_EQ(rows_per_piece(0, kTileRows), kTileRows);
+  EXPECT_EQ(rows_per_piece(8 * kTileRows, kTileRows), kTileRows);
+  EXPECT_EQ(rows_per_piece(9 * kTileRows, kTileRows), 2 * kTileRows);
+  EXPECT_EQ(rows_per_piece(32 * kTileRows, kTileRows), 4 * kTileRows);
+  EXPECT_EQ(rows_per_piece(33 * kTileRows, kTileRows), 8 * kTileRows);
+}
+
+TEST(Dispatch, TriangleVisitsEveryIndexOnceTheLongestFirst) {
   for (const int threads : {1, 2}) {
     const testing::ScopedThreads scoped(threads);
     for (const int64_t count : {0, 1, 2, 5, 64}) {
-      std::vector<int> visits(static_cast<size_t>(count), 0);
-      for_triangle(count, [&](int64_t index) { ++visits.at(static_cast<size_t>(index)); });
-      EXPECT_EQ(visits, std::vector<int>(static_cast<size_t>(count), 1)) << count;
+      std::vector<std::atomic<int>> visits(static_cast<size_t>(count));
+      for_triangle(count, kMuch, [&](int64_t index) { ++visits.at(static_cast<size_t>(index)); });
+      for (const std::atomic<int>& visit : visits) {
+        EXPECT_EQ(visit.load(), 1) << count;
+      }
     }
   }
-}
-
-TEST(Dispatch, TriangleGivesBothHalvesOfTheSequenceAboutTheSameWork) {
   const testing::ScopedThreads scoped(1);
-  constexpr int64_t kCount = 64;
   std::vector<int64_t> order;
-  for_triangle(kCount, [&](int64_t index) { order.push_back(index); });
-  int64_t first_half = 0;
-  for (size_t i = 0; i < kCount / 2; ++i) {
-    first_half += order[i];
-  }
-  EXPECT_EQ(first_half, kCount * (kCount - 1) / 4);
+  for_triangle(4, kMuch, [&](int64_t index) { order.push_back(index); });
+  EXPECT_EQ(order, (std::vector<int64_t>{3, 2, 1, 0}));
 }
 
 }  // namespace
