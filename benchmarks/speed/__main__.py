@@ -41,7 +41,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
-from benchmarks.speed import memory
+from benchmarks.speed import memory, shared
 
 Options = dict[str, Any]
 Row = dict[str, Any]
@@ -81,6 +81,7 @@ class Plan(NamedTuple):
     memory_layers: Sequence[Layer]
     thread_layers: Sequence[Layer]
     thread_inputs: Sequence[Inputs]
+    shared_layers: Sequence[Layer]
     growth: Sequence[int]  # K of square layers
     growth_group_size: int
 
@@ -99,6 +100,7 @@ FULL = Plan(
     memory_layers=[Layer(4096, 4096, 128), Layer(11008, 4096, 128), Layer(4096, 11008, 128)],
     thread_layers=[Layer(768, 768, 64), Layer(4096, 4096, 128)],
     thread_inputs=[Inputs(8192, 4096)],
+    shared_layers=[Layer(576, 576, 64)],
     growth=[512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192],
     growth_group_size=128,
 )
@@ -109,10 +111,13 @@ QUICK = Plan(
     memory_layers=[Layer(1536, 1536, 128)],
     thread_layers=[Layer(768, 768, 64)],
     thread_inputs=[Inputs(1536, 768)],
+    shared_layers=[Layer(576, 576, 64)],
     growth=[256, 512, 1024],
     growth_group_size=128,
 )
 FULL_SECONDS = 2.0
+# Where a process's threads are put beside another program's differs from process to process.
+SHARED_PROCESSES = 8
 QUICK_SECONDS = 0.2
 
 # What a layer may ask for beside the plain case: 4 bits, symmetric, static scales, natural order.
@@ -246,6 +251,31 @@ def measure_threads(what: Layer | Inputs, threads: int, seconds: float) -> Row:
     }
 
 
+def measure_shared(layer: Layer, threads: int, seconds: float) -> Row:
+    """One process on one thread alone; then several, one after the other, beside a program with as many threads."""
+    program = [sys.executable, "-m", shared.__name__]
+
+    def times(count: int) -> Row:
+        arguments = [str(value) for value in (*layer[:3], count, seconds / 2)]
+        run = subprocess.run([*program, *arguments], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        row: Row = json.loads(run.stdout)
+        return row
+
+    alone = times(1)
+    with subprocess.Popen([*program, shared.LOAD, str(threads)], cwd=ROOT) as load:
+        try:
+            beside = [times(threads) for _ in range(SHARED_PROCESSES)]
+        finally:
+            load.kill()
+    return {
+        **layer._asdict(),
+        "threads": threads,
+        "processes": SHARED_PROCESSES,
+        **{f"{key}_1_thread": value for key, value in alone.items()},
+        **{key: [row[key] for row in beside] for key in alone},
+    }
+
+
 class Task(NamedTuple):
     """A figure to be measured: its table, what to show meanwhile, the call."""
 
@@ -270,12 +300,14 @@ def tasks(plan: Plan, threads: int, seconds: float) -> Iterator[Task]:
         threaded: list[Layer | Inputs] = [*plan.thread_layers, *plan.thread_inputs]
         for what in threaded:
             yield Task("threads", f"threads, {what}", partial(measure_threads, what, threads, seconds))
+        for layer in plan.shared_layers:
+            yield Task("shared", f"shared, {layer}", partial(measure_shared, layer, threads, seconds))
     for columns in plan.growth:
         layer = Layer(columns, columns, plan.growth_group_size)
         yield Task("growth", f"growth, {layer}", partial(measure_layer, layer, seconds))
 
 
-SECTIONS = ("layers", "hessian", "options", "memory", "threads", "growth")
+SECTIONS = ("layers", "hessian", "options", "memory", "threads", "shared", "growth")
 
 
 def measure(plan: Plan, threads: int, seconds: float, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
@@ -362,6 +394,23 @@ def threads_table(rows: Sequence[Row]) -> str:
     return table(["work", "1 thread, ms", f"{threads} threads, ms", "speedup", "speedup of torch.mm"], lines)
 
 
+def shared_table(rows: Sequence[Row]) -> str:
+    """The best and the worst process beside another program, in units of one thread's time alone."""
+    lines = [
+        [
+            f"{work}, {layer_of(row)}",
+            milliseconds(row[f"{key}_1_thread"]),
+            milliseconds(min(row[key])),
+            milliseconds(max(row[key])),
+            f"**{max(row[key]) / row[f'{key}_1_thread']:.1f}**",
+        ]
+        for row in rows
+        for work, key in (("gptq", "seconds"), ("torch.mm of as many operations", "product_seconds"))
+    ]
+    first = f"beside a program of {rows[0]['threads']} threads, {rows[0]['processes']} processes"
+    return table([first, "1 thread alone, ms", "best process, ms", "worst, ms", "worst / 1 thread alone"], lines)
+
+
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The results as tables."""
     head = (
@@ -386,6 +435,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         parts.append(memory_table(results["memory"]))
     if results["threads"]:
         parts.append(threads_table(results["threads"]))
+    if results["shared"]:
+        parts.append(shared_table(results["shared"]))
     if results["growth"]:
         parts.append(timed_table("gptq, N = K", results["growth"], lambda row: str(row["columns"])))
     return "\n\n".join([*parts, machine_line(results)]) + "\n"

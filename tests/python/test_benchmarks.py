@@ -31,6 +31,7 @@ TINY = speed.Plan(
     memory_layers=[speed.Layer(1024, 1024, 128)],
     thread_layers=[speed.Layer(24, 64, 32)],
     thread_inputs=[speed.Inputs(96, 64)],
+    shared_layers=[speed.Layer(24, 64, 32)],
     growth=[32, 64],
     growth_group_size=32,
 )
@@ -95,6 +96,7 @@ def expect_timed(row: dict[str, Any]) -> None:
 def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "QUICK", TINY)
     monkeypatch.setattr(speed, "MEMORY_OPTIONS", {"plain": {}})
+    monkeypatch.setattr(speed, "SHARED_PROCESSES", 2)
     monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
     speed.main(["--quick", "--seconds", "0.001", "--threads", "2", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "speed.json").read_text())
@@ -104,7 +106,7 @@ def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tm
     assert results["machine"]["cpu"]
     assert results["versions"]["torch"] == torch.__version__
     counts = {section: len(results[section]) for section in speed.SECTIONS}
-    assert counts == {"layers": 2, "hessian": 2, "options": 1, "memory": 1, "threads": 2, "growth": 2}
+    assert counts == {"layers": 2, "hessian": 2, "options": 1, "memory": 1, "threads": 2, "shared": 1, "growth": 2}
 
     for row in (*results["layers"], *results["hessian"], *results["growth"]):
         expect_timed(row)
@@ -118,6 +120,9 @@ def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tm
         assert option["relative"] == pytest.approx(option["seconds"] / options["plain_seconds"])
     for row in results["threads"]:
         assert min(row["seconds_1_thread"], row["seconds"], row["product_seconds_1_thread"]) > 0
+    shared = results["shared"][0]
+    assert len(shared["seconds"]) == len(shared["product_seconds"]) == shared["processes"] == 2
+    assert min(*shared["seconds"], *shared["product_seconds"], shared["seconds_1_thread"]) > 0
     # A triangle of floats at the very least.
     memory = results["memory"][0]
     assert 1024**2 / 2 <= memory["extra_floats"] <= memory["bound_floats"] == 1.25 * 1024**2
@@ -125,6 +130,7 @@ def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tm
     text = (tmp_path / "speed.md").read_text()
     assert text == speed.to_markdown(results)
     assert "3 layers of 24 x 32, group 16" in text
+    assert f"**{max(shared['seconds']) / shared['seconds_1_thread']:.1f}**" in text
     assert f"**{results['growth'][0]['limit_seconds'] / results['growth'][0]['seconds']:.0%}**" in text
     with Image.open(tmp_path / "growth.png") as plot:
         assert min(plot.size) > 300
