@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("csrc", "tests", "examples", "benchmarks")
-SUFFIXES = (".h", ".inl", ".cpp")
+SUFFIXES = (".h", ".cpp")
 # Flags of g++ that clang does not know, or that would make it write files.
 DROPPED_FLAGS = re.compile(
     r"-fno-sanitize-recover=.*|-fsanitize=.*|-fno-sanitize=.*|-Werror|-M[DFT]?.*|-Winvalid-pch|-fpch-preprocess"

@@ -1,5 +1,5 @@
 // GPTQ in the form without an inverse. Read gptq_reference.cpp first for the algorithm, then docs/algorithm.md for why
-// this is the same; the loop itself is kernels/sweep.inl.
+// this is the same; the loop itself is kernels/sweep-inl.h.
 
 #include "algorithms/gptq.h"
 

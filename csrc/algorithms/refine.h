@@ -12,7 +12,7 @@ namespace miniquant::algorithms {
 at::Tensor room_for_gradient(const at::Tensor& weight);
 
 /// Lowers the loss of a quantized weight by at most `rounds` rounds: the first moves single codes
-/// (kernels/descent.inl), further ones fit scales as well (kernels/refine.inl).
+/// (kernels/descent-inl.h), further ones fit scales as well (kernels/refine-inl.h).
 ///
 /// hessian: as miniquant::gptq, damped here by `ridge`. grid: codes and scales are changed, zero points are not.
 /// gradient: compute dtype, [N, kernels::SymmetricLayout::padded_columns()], E H with E = weight - dequantized and the

@@ -1,6 +1,5 @@
 #include "kernels/instruction_set.h"
 
-#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,11 +7,9 @@
 namespace miniquant::kernels {
 namespace {
 
-constexpr std::array kWeakestFirst = {InstructionSet::kBaseline, InstructionSet::kAvx2, InstructionSet::kAvx512};
-
 std::string supported_names() {
   std::string names;
-  for (const InstructionSet candidate : kWeakestFirst) {
+  for (const InstructionSet candidate : kInstructionSets) {
     if (is_supported(candidate)) {
       names += (names.empty() ? "" : ", ") + std::string(name(candidate));
     }
@@ -24,45 +21,46 @@ std::string supported_names() {
 
 const char* name(InstructionSet instruction_set) {
   switch (instruction_set) {
-    case InstructionSet::kAvx512:
-      return "avx512";
-    case InstructionSet::kAvx2:
-      return "avx2";
-    case InstructionSet::kBaseline:
-      return "baseline";
+#define MINIQUANT_NAME(name, enumerator, supported) \
+  case InstructionSet::enumerator:                  \
+    return #name;
+    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_NAME)
+#undef MINIQUANT_NAME
   }
   return "unknown";
 }
 
+std::optional<InstructionSet> instruction_set_named(std::string_view wanted) {
+  for (const InstructionSet candidate : kInstructionSets) {
+    if (wanted == name(candidate)) {
+      return candidate;
+    }
+  }
+  return std::nullopt;
+}
+
 bool is_supported(InstructionSet instruction_set) {
-#if defined(__x86_64__)
   switch (instruction_set) {
-    case InstructionSet::kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-    case InstructionSet::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case InstructionSet::kBaseline:
-      return true;
+#define MINIQUANT_SUPPORTED(name, enumerator, supported) \
+  case InstructionSet::enumerator:                       \
+    return supported;
+    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_SUPPORTED)
+#undef MINIQUANT_SUPPORTED
   }
   return false;
-#else
-  return instruction_set == InstructionSet::kBaseline;
-#endif
 }
 
 InstructionSet choose_instruction_set() {
   if (const char* forced = std::getenv("MINIQUANT_ISA"); forced != nullptr && *forced != '\0') {
-    for (const InstructionSet candidate : kWeakestFirst) {
-      if (std::string(forced) == name(candidate) && is_supported(candidate)) {
-        return candidate;
-      }
+    const std::optional<InstructionSet> named = instruction_set_named(forced);
+    if (!named.has_value() || !is_supported(*named)) {
+      throw std::invalid_argument("MINIQUANT_ISA: expected one of the instruction sets supported here (" +
+                                  supported_names() + "), but got '" + forced + "'");
     }
-    throw std::invalid_argument("MINIQUANT_ISA: expected one of the instruction sets supported here (" +
-                                supported_names() + "), but got '" + forced + "'");
+    return *named;
   }
-  InstructionSet strongest = InstructionSet::kBaseline;
-  for (const InstructionSet candidate : kWeakestFirst) {
+  InstructionSet strongest = kInstructionSets.front();
+  for (const InstructionSet candidate : kInstructionSets) {
     if (is_supported(candidate)) {
       strongest = candidate;
     }

@@ -1,14 +1,33 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "kernels/instruction_sets.h"
 
 namespace miniquant::kernels {
 
-/// The instruction sets the kernels are compiled for, weakest first.
-enum class InstructionSet : std::uint8_t { kBaseline, kAvx2, kAvx512 };
+/// The instruction sets the kernels are compiled for, weakest first: kBaseline and, on x86-64, kAvx2 and kAvx512.
+enum class InstructionSet : std::uint8_t {
+#define MINIQUANT_ENUMERATOR(name, enumerator, supported) enumerator,
+  MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_ENUMERATOR)
+#undef MINIQUANT_ENUMERATOR
+};
+
+/// All of them.
+inline constexpr std::array kInstructionSets = {
+#define MINIQUANT_ELEMENT(name, enumerator, supported) InstructionSet::enumerator,
+    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_ELEMENT)
+#undef MINIQUANT_ELEMENT
+};
 
 /// "baseline", "avx2" or "avx512": also what MINIQUANT_ISA accepts.
 const char* name(InstructionSet instruction_set);
+
+/// The one of that name, if this build has kernels for it.
+std::optional<InstructionSet> instruction_set_named(std::string_view wanted);
 
 /// Whether this build has kernels for it and this CPU can run them.
 bool is_supported(InstructionSet instruction_set);

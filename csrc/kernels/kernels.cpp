@@ -1,31 +1,33 @@
 #include "kernels/kernels.h"
 
+#include <array>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
 namespace miniquant::kernels {
 
-extern const KernelTable kernel_table_baseline;
-#if defined(__x86_64__)
-extern const KernelTable kernel_table_avx2;
-extern const KernelTable kernel_table_avx512;
-#endif
+// Each is defined by kernels_isa.cpp as compiled for its instruction set.
+#define MINIQUANT_DECLARE_TABLE(name, enumerator, supported) extern const KernelTable kernel_table_##name;
+MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_DECLARE_TABLE)
+#undef MINIQUANT_DECLARE_TABLE
+
+namespace {
+
+constexpr std::array kTables = {
+#define MINIQUANT_TABLE(name, enumerator, supported) &kernel_table_##name,
+    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_TABLE)
+#undef MINIQUANT_TABLE
+};
+
+}  // namespace
 
 const KernelTable& kernels_for(InstructionSet instruction_set) {
   if (!is_supported(instruction_set)) {
     throw std::invalid_argument(std::string("kernels_for: expected a supported instruction set, but got '") +
                                 name(instruction_set) + "'");
   }
-  switch (instruction_set) {
-#if defined(__x86_64__)
-    case InstructionSet::kAvx512:
-      return kernel_table_avx512;
-    case InstructionSet::kAvx2:
-      return kernel_table_avx2;
-#endif
-    default:
-      return kernel_table_baseline;
-  }
+  return *kTables.at(static_cast<std::size_t>(instruction_set));
 }
 
 const KernelTable& kernels() {

@@ -78,7 +78,7 @@ struct QuadraticFormProblem {
   T* form;                         ///< [N]
 };
 
-/// What lowers the loss of a quantized weight: kernels/descent.inl and kernels/refine.inl.
+/// What lowers the loss of a quantized weight: kernels/descent-inl.h and kernels/refine-inl.h.
 template <typename T>
 struct RefineProblem {
   std::int64_t columns;  ///< K

@@ -1,43 +1,23 @@
-// Every kernel, for the one instruction set that this compilation's flags name. The kernels have internal linkage and
-// call nothing inline from the standard library, so that no code compiled for a newer instruction set can be linked in
-// place of the same function elsewhere.
+// The table of every kernel, for the one instruction set that this compilation is for: kernels/target-inl.h. What one
+// kernel is made of is seen in its own includes; sweep-inl.h is the place to start reading.
 
-#include <cmath>
-#include <cstdint>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+#include "kernels/cholesky-inl.h"
+#include "kernels/descent-inl.h"
+#include "kernels/instruction_set.h"
 #include "kernels/kernels.h"
-#include "kernels/triangle.h"
+#include "kernels/microkernel-inl.h"
+#include "kernels/quadratic_form-inl.h"
+#include "kernels/rank_update-inl.h"
+#include "kernels/refine-inl.h"
+#include "kernels/rtn-inl.h"
+#include "kernels/scale_search-inl.h"
+#include "kernels/sweep-inl.h"
+#include "kernels/target-inl.h"
+#include "kernels/vector-inl.h"
 
 namespace miniquant::kernels {
+namespace MINIQUANT_KERNEL_ISA {
 namespace {
-
-#include "kernels/vector.inl"
-//
-#include "kernels/grid.inl"
-#include "kernels/microkernel.inl"
-//
-#include "kernels/lanes.inl"
-//
-#include "kernels/cholesky.inl"
-#include "kernels/quadratic_form.inl"
-#include "kernels/rank_update.inl"
-#include "kernels/rtn.inl"
-#include "kernels/scale_search.inl"
-//
-#include "kernels/choices.inl"
-//
-#include "kernels/sweep_tile.inl"
-//
-#include "kernels/beam.inl"
-//
-#include "kernels/sweep.inl"
-//
-#include "kernels/descent.inl"
-//
-#include "kernels/refine.inl"
 
 template <typename T>
 constexpr TypedKernels<T> kTypedKernels = {
@@ -61,10 +41,18 @@ constexpr TypedKernels<T> kTypedKernels = {
     .solve_block = solve_block<T>,
 };
 
-[[maybe_unused]] constexpr InstructionSet baseline = InstructionSet::kBaseline;
-[[maybe_unused]] constexpr InstructionSet avx2 = InstructionSet::kAvx2;
-[[maybe_unused]] constexpr InstructionSet avx512 = InstructionSet::kAvx512;
+}  // namespace
+}  // namespace MINIQUANT_KERNEL_ISA
 
+namespace {
+namespace named {
+
+#define MINIQUANT_NAMED(name, enumerator, supported) \
+  [[maybe_unused]] constexpr InstructionSet name = InstructionSet::enumerator;
+MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_NAMED)
+#undef MINIQUANT_NAMED
+
+}  // namespace named
 }  // namespace
 
 #define MINIQUANT_JOIN_(a, b) a##b
@@ -72,9 +60,9 @@ constexpr TypedKernels<T> kTypedKernels = {
 
 extern const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA);
 const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA) = {
-    MINIQUANT_KERNEL_ISA,
-    kTypedKernels<float>,
-    kTypedKernels<double>,
+    named::MINIQUANT_KERNEL_ISA,
+    MINIQUANT_KERNEL_ISA::kTypedKernels<float>,
+    MINIQUANT_KERNEL_ISA::kTypedKernels<double>,
 };
 
 }  // namespace miniquant::kernels

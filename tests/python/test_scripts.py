@@ -148,24 +148,23 @@ def test_include_check_finds_what_points_up(root: Path, tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "lint_includes.py"
     script.parent.mkdir()
     shutil.copy(root / "scripts" / "lint_includes.py", script)
-    header = tmp_path / "csrc" / "kernels" / "kernel-inl.h"
+    header = tmp_path / "csrc" / "kernels" / "kernel.h"
     solver = tmp_path / "csrc" / "algorithms" / "solver.cpp"
     package = tmp_path / "src" / "miniquant"
     for folder in (header.parent, solver.parent, package):
         folder.mkdir(parents=True)
     header.write_text("#include <cstdint>\n")
-    solver.write_text(
-        '#include <ATen/core/Tensor.h>\n#include "kernels/kernel-inl.h"\n#include "miniquant/options.h"\n'
-    )
+    solver.write_text('#include <ATen/core/Tensor.h>\n#include "kernels/kernel.h"\n#include "miniquant/options.h"\n')
     (package / "low.py").write_text("import torch\n")
     (package / "high.py").write_text("from miniquant.low import thing\n")
     assert ended(sys.executable, script)[0] == 0
 
     header.write_text("#include <ATen/core/Tensor.h>\n")
-    solver.write_text('#  include "miniquant/gptq.h"\n')
+    solver.write_text('#  include "miniquant/gptq.h"\n#include "kernels/kernel-inl.h"\n')
     (package / "low.py").write_text("from miniquant import high\n")
     status, text = ended(sys.executable, script)
     assert status == 1
     assert "kernels/ may not include ATen/core/Tensor.h" in text
     assert "algorithms/ may not include miniquant/gptq.h" in text
+    assert "algorithms/ may not include kernels/kernel-inl.h" in text
     assert "modules import each other: " in text

@@ -19,7 +19,7 @@ at::Tensor sum_of(const at::Tensor& inputs, at::ScalarType dtype) {
 }
 
 // Sums of as many tokens as two packed tiles of 12 KiB hold, added up: (tokens per sum + number of sums) eps |X|^T |X|,
-// componentwise (kernels/rank_update.inl).
+// componentwise (kernels/rank_update-inl.h).
 template <typename T>
 at::Tensor bound(const at::Tensor& inputs) {
   const auto tokens_per_sum = 12288 / (typed_kernels<T>().tile_rows * static_cast<int64_t>(sizeof(T)));

@@ -74,7 +74,7 @@ class GuardedBuffer {
 
 inline std::vector<InstructionSet> supported_instruction_sets() {
   std::vector<InstructionSet> supported;
-  for (const InstructionSet candidate : {InstructionSet::kBaseline, InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+  for (const InstructionSet candidate : kInstructionSets) {
     if (is_supported(candidate)) {
       supported.push_back(candidate);
     }
@@ -82,13 +82,15 @@ inline std::vector<InstructionSet> supported_instruction_sets() {
   return supported;
 }
 
-/// Whether this CPU has both instruction sets with fused multiply-adds, which do the same arithmetic on every element
-/// whatever their vectors' length. A test that compares them is skipped, and says so, where there are no two.
-inline bool has_both_fused_instruction_sets() {
-  return is_supported(InstructionSet::kAvx2) && is_supported(InstructionSet::kAvx512);
+/// The supported instruction sets that fuse multiply-adds: all but the baseline. They do the same arithmetic on every
+/// element whatever their vectors' length. A test that compares them is skipped, and says so, where there are no two.
+inline std::vector<InstructionSet> fused_instruction_sets() {
+  std::vector<InstructionSet> fused = supported_instruction_sets();
+  std::erase(fused, InstructionSet::kBaseline);
+  return fused;
 }
 
-constexpr const char* kNeedsBothFused = "needs a CPU with AVX2 and AVX-512";
+constexpr const char* kNeedsTwoFused = "needs a CPU with two instruction sets that fuse multiply-adds";
 
 /// Calls body(kernels) for every instruction set that this CPU can run, named in the trace of a failure.
 template <typename T, typename Body>

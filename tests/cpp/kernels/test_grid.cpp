@@ -1,4 +1,4 @@
-// kernels/grid.inl, through the kernels that use it.
+// kernels/grid-inl.h, through the kernels that use it.
 
 #include <gtest/gtest.h>
 

@@ -4,6 +4,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/instruction_set.h"
 #include "kernels/kernel_testing.h"
@@ -55,16 +56,45 @@ std::string supported_names() {
 
 TEST(InstructionSet, HasTheNamesThatTheOverrideAccepts) {
   EXPECT_STREQ(name(InstructionSet::kBaseline), "baseline");
-  EXPECT_STREQ(name(InstructionSet::kAvx2), "avx2");
-  EXPECT_STREQ(name(InstructionSet::kAvx512), "avx512");
   EXPECT_STREQ(name(static_cast<InstructionSet>(17)), "unknown");
+  for (const InstructionSet candidate : kInstructionSets) {
+    EXPECT_EQ(instruction_set_named(name(candidate)), candidate);
+  }
+  for (const char* unknown : {"", "unknown", "Baseline", "baseline "}) {
+    EXPECT_FALSE(instruction_set_named(unknown).has_value()) << unknown;
+  }
 }
 
-TEST(InstructionSet, SupportsTheBaselineEverywhereAndAvx2WhereverAvx512Is) {
+TEST(InstructionSet, IsBuiltForThoseOfTheProcessor) {
+  std::vector<std::string> names;
+  for (const InstructionSet candidate : kInstructionSets) {
+    names.emplace_back(name(candidate));
+  }
+#if defined(__x86_64__)
+  EXPECT_EQ(names, (std::vector<std::string>{"baseline", "avx2", "avx512"}));
+#else
+  EXPECT_EQ(names, (std::vector<std::string>{"baseline"}));
+#endif
+}
+
+TEST(InstructionSet, SupportsTheBaselineEverywhereAndNothingThatIsNotBuilt) {
   EXPECT_TRUE(is_supported(InstructionSet::kBaseline));
-  EXPECT_TRUE(!is_supported(InstructionSet::kAvx512) || is_supported(InstructionSet::kAvx2));
   EXPECT_FALSE(is_supported(static_cast<InstructionSet>(17)));
 }
+
+#if defined(__x86_64__)
+TEST(InstructionSet, SupportsAvx2WhereverItSupportsAvx512) {
+  EXPECT_TRUE(!is_supported(InstructionSet::kAvx512) || is_supported(InstructionSet::kAvx2));
+}
+
+TEST(InstructionSet, SupportsWhatTheCpuHas) {
+  EXPECT_EQ(is_supported(InstructionSet::kAvx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  EXPECT_EQ(is_supported(InstructionSet::kAvx512),
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("fma"));
+}
+#endif
 
 TEST(InstructionSet, ChoosesTheStrongestWithoutAnOverride) {
   const InstructionSet strongest = testing::supported_instruction_sets().back();
@@ -84,7 +114,7 @@ TEST(InstructionSet, TakesEverySupportedOverride) {
 }
 
 TEST(InstructionSet, RefusesUnknownOverridesWithTheSupportedNames) {
-  for (const char* value : {"sse", "AVX2", " baseline", "avx51"}) {
+  for (const char* value : {"sse", "AVX2", " baseline", "avx51", "unknown"}) {
     const ScopedOverride forced(value);
     EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
                                        supported_names() + "), but got '" + value + "'");
@@ -92,7 +122,7 @@ TEST(InstructionSet, RefusesUnknownOverridesWithTheSupportedNames) {
 }
 
 TEST(InstructionSet, RefusesAnOverrideThatThisCpuCannotRun) {
-  for (const InstructionSet candidate : {InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+  for (const InstructionSet candidate : kInstructionSets) {
     if (is_supported(candidate)) {
       continue;
     }

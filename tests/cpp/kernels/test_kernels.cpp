@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/kernel_testing.h"
 #include "kernels/kernels.h"
@@ -16,8 +17,9 @@ TEST(Kernels, TableIsThatOfTheInstructionSetAskedFor) {
 }
 
 TEST(Kernels, RefusesAnInstructionSetThatIsNotSupported) {
-  for (const InstructionSet candidate :
-       {InstructionSet::kAvx2, InstructionSet::kAvx512, static_cast<InstructionSet>(17)}) {
+  std::vector<InstructionSet> candidates(kInstructionSets.begin(), kInstructionSets.end());
+  candidates.push_back(static_cast<InstructionSet>(17));
+  for (const InstructionSet candidate : candidates) {
     if (is_supported(candidate)) {
       continue;
     }

@@ -1,4 +1,4 @@
-// kernels/microkernel.inl, through rank_update, which is the microkernel and little else.
+// kernels/microkernel-inl.h, through rank_update, which is the microkernel and little else.
 
 #include <gtest/gtest.h>
 

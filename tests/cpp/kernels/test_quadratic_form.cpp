@@ -1,4 +1,4 @@
-// kernels/quadratic_form.inl: e H e^T per row.
+// kernels/quadratic_form-inl.h: e H e^T per row.
 
 #include <gtest/gtest.h>
 

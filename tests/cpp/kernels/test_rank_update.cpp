@@ -1,4 +1,4 @@
-// kernels/rank_update.inl: A += Y^T Y.
+// kernels/rank_update-inl.h: A += Y^T Y.
 
 #include <gtest/gtest.h>
 

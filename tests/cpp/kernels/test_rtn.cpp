@@ -1,4 +1,4 @@
-// kernels/rtn.inl: the grid of every group and rounding to it, against a scalar loop.
+// kernels/rtn-inl.h: the grid of every group and rounding to it, against a scalar loop.
 
 #include <gtest/gtest.h>
 

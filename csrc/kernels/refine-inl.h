@@ -1,3 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
+#include "kernels/microkernel-inl.h"
+#include "kernels/triangle.h"
+#include "kernels/vector-inl.h"
+
 // Refinement of codes and scales, rows as lanes. With E = W - dequantized and G = E H, the loss e H e^T of a row
 // changes
 //   by  t^2 H_jj - 2 t G_j                    if column j's dequantized value moves by t
@@ -16,6 +27,9 @@
 // Conrad and Wallach 1979, "Alternating methods for sets of linear equations".)
 //
 // (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Where the arrays of a pass lie in the workspace. B = columns of the longest group.
 template <typename T>
@@ -387,3 +401,6 @@ std::int64_t refine_workspace(const RefineProblem<T>& problem, std::int64_t rows
   const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
   return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,4 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/vector-inl.h"
+
 // What kernels that take rows of W as lanes share: their arrays are [tile][column][lane].
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
 template <typename T>
@@ -67,3 +76,6 @@ MINIQUANT_INLINE void add_loss(Vector<T>* loss, double* to) {
 
 /// Columns that are copied between rows and lanes at a time: what the lanes write then stays in the cache.
 constexpr std::int64_t kColumnsPerCopy = 128;
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,4 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+#include "kernels/target-inl.h"
+
 // The grid: how a scale comes from a range, and how a value is rounded. The one place for either.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 template <typename T>
 constexpr T kRoundToInteger = T(0);
@@ -56,3 +66,6 @@ MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T h
   grid_of_range(range, lowest * width, highest * width, round_scale, scale, zero_point);
   scale = factor < T(0) ? -scale : scale;
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,4 +1,15 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/vector-inl.h"
+
 // Scales of a weight's groups, and rounding to them.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Smallest and largest of `count` >= 1 values.
 template <typename T>
@@ -62,3 +73,6 @@ void round_to_nearest(const GridView<T>& grid, const T* weight, std::int64_t col
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

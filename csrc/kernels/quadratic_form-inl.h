@@ -1,4 +1,15 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+#include "kernels/microkernel-inl.h"
+#include "kernels/triangle.h"
+
 // e H e^T = sum_j e_j (2 sum_{i<j} e_i H_ij + H_jj e_j): half the products of e H, one tile of rows at a time.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 template <typename T>
 std::int64_t quadratic_form_workspace(const QuadraticFormProblem<T>& problem) {
@@ -44,3 +55,6 @@ void quadratic_form(const QuadraticFormProblem<T>& problem, std::int64_t row_beg
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

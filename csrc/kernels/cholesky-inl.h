@@ -1,5 +1,16 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/microkernel-inl.h"
+#include "kernels/triangle.h"
+
 // The pieces of A = L^T L (L lower triangular), factored from the last row up, on blocks [rows][kPanelColumns] of the
 // panels of a triangle.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 template <typename T>
 void subtract_products(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block) {
@@ -71,3 +82,6 @@ void solve_block(const T* diagonal, std::int64_t rows, T* block) {
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

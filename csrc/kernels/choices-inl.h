@@ -1,8 +1,18 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/triangle.h"
+#include "kernels/vector-inl.h"
+
 // The vectors of a beam search: kBeamWidth choices for each of as many scales as one register has room for. Choices are
 // numbered within their scale; no operation mixes those of two scales.
 
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
+
 /// Partial choices that a beam search keeps.
-constexpr std::int64_t kBeamWidth = 4;
+constexpr std::int64_t kBeamWidth = 4;  // Fours
 
 /// Columns whose errors are gathered before they reach the columns after them.
 constexpr std::int64_t kBeamColumns = 8;
@@ -17,24 +27,13 @@ constexpr std::int64_t kBeamLanes = kLanes<T> < kBeamWidth ? kBeamWidth : kLanes
 template <typename T>
 constexpr std::int64_t kScalesPerBeam = kBeamLanes<T> / kBeamWidth;
 
-template <typename T>
-struct BeamInteger;
-template <>
-struct BeamInteger<float> {
-  using type = std::int32_t;
-};
-template <>
-struct BeamInteger<double> {
-  using type = std::int64_t;
-};
-
 /// One value for each choice.
 template <typename T>
-using Choices = ShortVector<T, kBeamLanes<T>>::type;
+using Choices = Fours<T, kBeamLanes<T>>::Values;
 
 /// One integer for each choice.
 template <typename T>
-using ChoiceIntegers = ShortVector<typename BeamInteger<T>::type, kBeamLanes<T>>::type;
+using ChoiceIntegers = Fours<T, kBeamLanes<T>>::Integers;
 
 template <typename T>
 MINIQUANT_INLINE Choices<T> for_each_choice(T value) {
@@ -65,44 +64,13 @@ MINIQUANT_INLINE Choices<T> one_with_sign_of(Choices<T> values) {
 /// Of each scale's choices, those numbered `from`, 0 to 3.
 template <typename T>
 MINIQUANT_INLINE Choices<T> permute(Choices<T> values, ChoiceIntegers<T> from) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return reinterpret_cast<Choices<T>>(
-        _mm512_maskz_permutevar_ps(0xFFFF, reinterpret_cast<__m512>(values), reinterpret_cast<__m512i>(from)));
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return reinterpret_cast<Choices<T>>(
-        _mm256_permutevar_ps(reinterpret_cast<__m256>(values), reinterpret_cast<__m256i>(from)));
-  }
-#endif
-  Choices<T> result;
-  for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    result[lane] = values[lane / kBeamWidth * kBeamWidth + from[lane]];
-  }
-  return result;
+  return Fours<T, kBeamLanes<T>>::permute(values, from);
 }
 
 /// Each scale's integers with every kWith of them in the place of the next kWith.
 template <std::int64_t kWith, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
-  static_assert(kWith == 1 || kWith == 2);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return reinterpret_cast<ChoiceIntegers<T>>(_mm512_maskz_shuffle_epi32(0xFFFF, reinterpret_cast<__m512i>(values),
-                                                                          kWith == 1 ? _MM_PERM_CDAB : _MM_PERM_BADC));
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return reinterpret_cast<ChoiceIntegers<T>>(
-        _mm256_shuffle_epi32(reinterpret_cast<__m256i>(values), kWith == 1 ? 0xB1 : 0x4E));
-  }
-#endif
-  ChoiceIntegers<T> result;
-  for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    result[lane] = values[lane / kWith % 2 == 0 ? lane + kWith : lane - kWith];
-  }
-  return result;
+  return Fours<T, kBeamLanes<T>>::template exchange<kWith>(values);
 }
 
 /// A value for each choice by its number among those of its scale.
@@ -141,6 +109,9 @@ constexpr std::int64_t kChoicesPerKey = 2 * kBeamWidth;
 /// An integer that orders choices by their losses, which are not negative, and then by their numbers.
 template <typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> key_of(Choices<T> loss, ChoiceIntegers<T> number) {
-  using Integer = BeamInteger<T>::type;
+  using Integer = IntegerOf<T>::type;
   return (reinterpret_cast<ChoiceIntegers<T>>(loss) & static_cast<Integer>(-kChoicesPerKey)) | number;
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

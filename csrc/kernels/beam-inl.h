@@ -1,3 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/choices-inl.h"
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
+#include "kernels/microkernel-inl.h"
+#include "kernels/sweep_tile-inl.h"
+
 // A beam search over the columns of one row's group. The sweep's rule takes the level nearest to each target; here the
 // kBeamWidth partial choices of least loss are kept instead (the K-best search of sphere decoders, of which the nearest
 // plane is the width of 1):
@@ -10,6 +21,9 @@
 //
 // A vector holds the choices for as many scales as it has room for, four lanes each, so that every instruction set
 // chooses alike. Start reading at search_beams().
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Searches that run side by side, so that one computes while the others wait for their own results. What they share
 /// lies in their structures of arrays, and every step below is taken by one after the other. Weights, sums and errors
@@ -287,3 +301,6 @@ MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTi
     tile.loss[lane] += least[lane] - tile.kept.loss[lane];
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

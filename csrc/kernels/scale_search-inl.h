@@ -1,5 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/rtn-inl.h"
+
 // Scales of least squared error: of the scales that some factors of the widest range give, for each group the one that
 // leaves sum_j importance_j (w_j - dequantize(quantize(w_j)))^2 least.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Partial sums of an error, as many for every instruction set, so that all of them choose the same scale.
 constexpr std::int64_t kPartialSums = 16;
@@ -61,3 +72,6 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

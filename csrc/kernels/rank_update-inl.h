@@ -1,4 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/microkernel-inl.h"
+
 // A += Y^T Y on both triangles, tile by tile; Y is packed in tiles of kTileRows columns.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 template <typename T>
 void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile, T* tiles) {
@@ -58,3 +67,6 @@ void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, st
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,5 +1,15 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/triangle.h"
+#include "kernels/vector-inl.h"
+
 // The innermost loop, shared by everything that multiplies matrices here:
 //   accumulator[c] += sum_k coefficient[k, c] * lanes[k, :]     c < kStripColumns, one tile of lanes
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Terms that matrix products sum before they add the sum to the rest: rounding then does not grow with their number,
 /// and what is read stays in the first-level cache. The same for every instruction set.
@@ -173,3 +183,6 @@ MINIQUANT_INLINE void transpose_into_tile(const T* from, std::int64_t ld, std::i
     }
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,3 +1,15 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/beam-inl.h"
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
+#include "kernels/microkernel-inl.h"
+#include "kernels/sweep_tile-inl.h"
+#include "kernels/vector-inl.h"
+
 // The GPTQ sweep over rows, in the form without an inverse (docs/algorithm.md): with L = R^T, R_ij = L[j, i],
 //
 //   for each block of columns
@@ -9,10 +21,13 @@
 //         q_j      = quantize(target_j)
 //         E_j      = w_j - dequantize(q_j)
 //         loss    += R_jj^2 (target_j - dequantize(q_j))^2
-//       the same group again, row by row, by a search of its codes   if beam_scales says so: beam.inl
+//       the same group again, row by row, by a search of its codes   if beam_scales says so: beam-inl.h
 //   E H = (E R) R^T                                                  if a gradient is wanted
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 template <typename T>
 MINIQUANT_INLINE void clear_sums(const SweepTile<T>& tile, Span block) {
@@ -394,3 +409,6 @@ std::int64_t sweep_workspace(const SweepProblem<T>& problem, std::int64_t rows) 
   const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
   return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

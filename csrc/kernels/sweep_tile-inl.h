@@ -1,4 +1,17 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/choices-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
+#include "kernels/triangle.h"
+#include "kernels/vector-inl.h"
+
 // What a sweep works on: a few tiles of rows, as lanes. Arrays are [tile][column][lane].
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// The scales that suit a group best, for each row of a tile, those of least loss first.
 template <typename T>
@@ -201,3 +214,6 @@ MINIQUANT_INLINE void write_group_grid(const SweepProblem<T>& problem, const Swe
         static_cast<std::int8_t>(static_cast<std::int32_t>(tile.zero_point[group * kTileRows<T> + lane]));
   }
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

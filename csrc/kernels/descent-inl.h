@@ -1,3 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/grid-inl.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
+#include "kernels/triangle.h"
+#include "kernels/vector-inl.h"
+
 // Moves of single codes, scales held, until none lowers the loss by itself. With E = W - dequantized and G = E H,
 // moving column j's value by t changes the loss of a row by t^2 H_jj - 2 t G_j, and its G by -t H[j, :]:
 //
@@ -10,6 +20,9 @@
 // A few codes in a hundred move, so that the work is small beside a product with H, and a panel of H stays in the cache
 // for all rows. Columns are the lanes. (Greedy coordinate descent: CDQuant, arXiv:2406.17542.) Start reading at
 // descend().
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
 
 /// Of a row's loss, a change that might be rounding: nothing moves for it, so that the descent ends.
 template <typename T>
@@ -325,3 +338,6 @@ template <typename T>
 std::int64_t descent_workspace(const RefineProblem<T>& problem, std::int64_t rows) {
   return lay_out_descent<T>(problem, rows, nullptr).elements;
 }
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA
