@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <set>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -148,20 +149,26 @@ class PendingFile {
 
 }  // namespace
 
-void write_files(const fs::path& folder, const std::vector<OutputFile>& files) {
-  std::error_code error;
-  fs::create_directories(folder, error);
-  if (error) fail(error.value(), "cannot make the folder", folder);
+void write_files(const std::vector<OutputFile>& files) {
+  std::set<fs::path> folders;
+  for (const OutputFile& file : files) folders.insert(file.path.has_parent_path() ? file.path.parent_path() : ".");
+  for (const fs::path& folder : folders) {
+    std::error_code error;
+    fs::create_directories(folder, error);
+    if (error) fail(error.value(), "cannot make the folder", folder);
+  }
 
   std::vector<PendingFile> pending;
   pending.reserve(files.size());
-  for (const OutputFile& file : files) pending.emplace_back(folder / file.name, file.text);
+  for (const OutputFile& file : files) pending.emplace_back(file.path, file.text);
   for (PendingFile& file : pending) file.rename();
   for (PendingFile& file : pending) file.finish();
 
-  // The names are on disk once their folder is. The files are already whole: a failure here takes nothing back.
-  const Descriptor directory(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (directory.get() >= 0) ::fsync(directory.get());
+  // The names are on disk once their folders are. The files are already whole: a failure here takes nothing back.
+  for (const fs::path& folder : folders) {
+    const Descriptor directory(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (directory.get() >= 0) ::fsync(directory.get());
+  }
 }
 
 }  // namespace miniquant::driver

@@ -4,22 +4,18 @@
 #include <miniquant/miniquant.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <utility>
 
-#include "driver/error.h"
+#include "driver/inputs.h"
 #include "driver/sha256.h"
 
 namespace miniquant::driver {
 namespace {
 
 constexpr std::size_t kTopRows = 10;
-
-at::ScalarType compute_type(const at::Tensor& weight) {
-  return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 std::vector<double> to_vector(const at::Tensor& values) {
   const at::Tensor contiguous = values.to(at::kDouble).contiguous();
@@ -33,23 +29,6 @@ double sum(const std::vector<double>& values) { return std::accumulate(values.be
 at::Tensor hessian_of(const at::Tensor& inputs, HessianAccumulator& accumulator) {
   accumulator.update(inputs);
   return accumulator.hessian();
-}
-
-// GPTQ with the ridge of the options, or with one from the data, which is put in its place.
-GptqResult quantize(const at::Tensor& weight, const HessianAccumulator& accumulator, const at::Tensor& hessian,
-                    bool ridge_from_data, GptqOptions& options, std::optional<RidgeFigures>& ridge_choice) {
-  if (!ridge_from_data) return gptq(weight, hessian, options);
-  AutoGptqResult automatic = gptq_auto(weight, accumulator, options);
-  options.ridge = automatic.ridge;
-  ridge_choice = RidgeFigures{.choice = std::move(automatic.choice),
-                              .half_tokens = {accumulator.half_tokens(0), accumulator.half_tokens(1)},
-                              .failed = std::move(automatic.failed)};
-  return static_cast<const GptqResult&>(automatic);
-}
-
-// What codes and scales stand for, without rounding it to a half-precision weight's dtype.
-at::Tensor value_of(const QuantizedWeight& quantized, int64_t group_size, at::ScalarType dtype) {
-  return dequantize(quantized.codes, quantized.scales.to(dtype), quantized.zero_points, group_size);
 }
 
 std::string codes_sha256(const at::Tensor& codes) {
@@ -88,7 +67,7 @@ Agreement agreement_of(std::string name, const GptqResult& a, const GptqResult& 
 
 // Both implementations in float64, where they have to agree, and in the dtype the figures are computed in.
 CheckFigures run_check(const Problem& problem, const at::Tensor& hessian, const GptqOptions& options) {
-  const at::ScalarType dtype = compute_type(problem.weight);
+  const at::ScalarType dtype = compute_type(problem.weight.scalar_type());
   const at::Tensor weight64 = problem.weight.to(at::kDouble);
   const at::Tensor hessian64 = hessian.to(at::kDouble);
   const GptqResult reference64 = gptq_reference(weight64, hessian64, options);
@@ -123,8 +102,6 @@ GridOptions rtn_options(const GptqOptions& gptq) {
   options.symmetric = gptq.symmetric;
   return options;
 }
-
-GptqOptions best_options(const GptqOptions& gptq) { return preset_on_terms(Preset::kBest, gptq); }
 
 std::optional<double> ratio(double a, double b) { return b == 0.0 ? std::nullopt : std::optional<double>(a / b); }
 
@@ -176,78 +153,143 @@ std::vector<RowGain> top_rows_relative(const std::vector<double>& loss_rtn, cons
   return first_rows(std::move(gains), count);
 }
 
-std::size_t stage_count(const Problem& problem, bool check) {
-  return 5U + (problem.fresh_inputs ? 2U : 0U) + (check ? 1U : 0U);
+namespace {
+
+// A comparison taken apart into stages: each reads what those before it have left, and the figures are whole after the
+// last.
+class Comparer {
+ public:
+  struct Stage {
+    std::string name;
+    std::function<void()> work;
+  };
+
+  Comparer(const Problem& problem, const Options& options)
+      : problem_(problem),
+        options_(options),
+        dtype_(compute_type(problem.weight.scalar_type())),
+        used_(options.gptq),
+        accumulator_(problem.weight.size(1), dtype_, options.ridge_from_data ? Halves::kApart : Halves::kTogether) {}
+  Comparer(const Comparer&) = delete;
+  Comparer& operator=(const Comparer&) = delete;
+
+  [[nodiscard]] std::vector<Stage> stages() {
+    std::vector<Stage> list = {{"hessian", [this] { hessian_ = hessian_of(problem_.inputs, accumulator_); }},
+                               {"rtn", [this] { nearest_ = rtn(problem_.weight, rtn_options(used_)); }},
+                               {"gptq", [this] { quantize(); }},
+                               {"best", [this] { quantize_best(); }},
+                               {"loss", [this] { measure(); }}};
+    if (problem_.fresh_inputs) {
+      list.push_back({"fresh_hessian", [this] { sum_fresh_inputs(); }});
+      list.push_back({"fresh_loss", [this] { measure_on_fresh_inputs(); }});
+    }
+    if (options_.check) {
+      list.push_back({"check", [this] { result_.check = run_check(problem_, hessian_, used_); }});
+    }
+    return list;
+  }
+
+  // What the stages have found, and what follows from it alone.
+  [[nodiscard]] Comparison take() {
+    result_.n_grid_changes = count_differences(nearest_.codes, corrected_.codes).codes;
+    result_.grid_change_share =
+        static_cast<double>(result_.n_grid_changes) / static_cast<double>(problem_.weight.numel());
+    for (std::size_t row = 0; row < result_.rtn.row_loss.size(); ++row) {
+      if (result_.gptq.row_loss[row] < result_.rtn.row_loss[row]) ++result_.rows_improved;
+    }
+    result_.top_rows_absolute = top_rows_absolute(result_.rtn.row_loss, result_.gptq.row_loss, kTopRows);
+    result_.top_rows_relative = top_rows_relative(result_.rtn.row_loss, result_.gptq.row_loss, kTopRows);
+    result_.quantized = std::move(corrected_);
+    return std::move(result_);
+  }
+
+ private:
+  struct Scheme {
+    SchemeFigures* figures;
+    at::Tensor codes;
+    at::Tensor
+        value;  ///< of the codes with the scales as stored, without rounding it to a half-precision weight's dtype
+  };
+
+  // GPTQ with the ridge of the options, or with one from the data, which is put in its place.
+  void quantize() {
+    if (!options_.ridge_from_data) {
+      corrected_ = gptq(problem_.weight, hessian_, used_);
+      return;
+    }
+    AutoGptqResult automatic = gptq_auto(problem_.weight, accumulator_, used_);
+    used_.ridge = automatic.ridge;
+    result_.ridge_choice = RidgeFigures{.choice = std::move(automatic.choice),
+                                        .half_tokens = {accumulator_.half_tokens(0), accumulator_.half_tokens(1)},
+                                        .failed = std::move(automatic.failed)};
+    corrected_ = static_cast<const GptqResult&>(automatic);
+  }
+
+  void quantize_best() {
+    GptqOptions options = options_.best;
+    options.ridge = used_.ridge;
+    best_ = gptq(problem_.weight, hessian_, options);
+  }
+
+  void measure() {
+    const at::Tensor weight = problem_.weight.to(dtype_);
+    result_.ridge = used_.ridge;
+    result_.ridge_added = used_.ridge * mean_diagonal(hessian_);
+    const at::Tensor damped = hessian_.clone();
+    damped.diagonal().add_(result_.ridge_added);
+    const std::vector<double> row_energy = to_vector(quantization_loss(weight, at::zeros_like(weight), damped));
+    schemes_ = {scheme(result_.rtn, nearest_), scheme(result_.gptq, corrected_), scheme(result_.best, best_)};
+    for (const Scheme& s : schemes_) {
+      s.figures->row_loss = to_vector(quantization_loss(weight, s.value, damped));
+      s.figures->loss = sum(s.figures->row_loss);
+      s.figures->worst_row_perplexity_proxy = worst_row_perplexity_proxy(s.figures->row_loss, row_energy);
+      s.figures->codes_sha256 = codes_sha256(s.codes);
+    }
+  }
+
+  [[nodiscard]] Scheme scheme(SchemeFigures& figures, const QuantizedWeight& quantized) const {
+    return {.figures = &figures,
+            .codes = quantized.codes,
+            .value = dequantize(quantized.codes, quantized.scales.to(dtype_), quantized.zero_points, used_.group_size)};
+  }
+
+  void sum_fresh_inputs() {
+    HessianAccumulator accumulator(problem_.weight.size(1), dtype_);
+    fresh_hessian_ = hessian_of(*problem_.fresh_inputs, accumulator);
+  }
+
+  void measure_on_fresh_inputs() {
+    const at::Tensor weight = problem_.weight.to(dtype_);
+    for (const Scheme& s : schemes_) {
+      s.figures->fresh_loss = sum(to_vector(quantization_loss(weight, s.value, fresh_hessian_)));
+    }
+  }
+
+  const Problem& problem_;
+  const Options& options_;
+  at::ScalarType dtype_;
+  GptqOptions used_;  ///< the options' with the ridge that is used
+  HessianAccumulator accumulator_;
+  at::Tensor hessian_;        ///< [K, K] of the calibration inputs, without the ridge
+  at::Tensor fresh_hessian_;  ///< [K, K]
+  QuantizedWeight nearest_;
+  GptqResult corrected_;
+  GptqResult best_;
+  std::vector<Scheme> schemes_;
+  Comparison result_;
+};
+
+}  // namespace
+
+std::size_t stage_count(const Problem& problem, const Options& options) {
+  return Comparer(problem, options).stages().size();
 }
 
 Comparison compare(const Problem& problem, const Options& options, Stages& stages) {
-  if (options.ridge_from_data && problem.inputs.size(0) < 2) {
-    throw InputError("--ridge: expected at least 2 calibration tokens with auto, which judges by halves, but got " +
-                     std::to_string(problem.inputs.size(0)));
-  }
-  const at::ScalarType dtype = compute_type(problem.weight);
-  const at::Tensor weight = problem.weight.to(dtype);
-  HessianAccumulator accumulator(weight.size(1), dtype, options.ridge_from_data ? Halves::kApart : Halves::kTogether);
-  GptqOptions used = options.gptq;
-  Comparison result;
-
-  const at::Tensor hessian = stages.run("hessian", [&] { return hessian_of(problem.inputs, accumulator); });
-  const QuantizedWeight nearest = stages.run("rtn", [&] { return rtn(problem.weight, rtn_options(used)); });
-  const GptqResult corrected = stages.run("gptq", [&] {
-    return quantize(problem.weight, accumulator, hessian, options.ridge_from_data, used, result.ridge_choice);
-  });
-  const GptqResult best = stages.run("best", [&] { return gptq(problem.weight, hessian, best_options(used)); });
-
-  struct Scheme {
-    SchemeFigures& figures;
-    at::Tensor codes;
-    at::Tensor value;
-  };
-  const auto scheme = [&](SchemeFigures& figures, const QuantizedWeight& quantized) {
-    return Scheme{.figures = figures, .codes = quantized.codes, .value = value_of(quantized, used.group_size, dtype)};
-  };
-  const std::array<Scheme, 3> schemes = {scheme(result.rtn, nearest), scheme(result.gptq, corrected),
-                                         scheme(result.best, best)};
-  result.ridge = used.ridge;
-  result.ridge_added = used.ridge * mean_diagonal(hessian);
-  const at::Tensor hessian_damped = hessian.clone();
-  hessian_damped.diagonal().add_(result.ridge_added);
-  const std::vector<double> row_energy = stages.run("loss", [&] {
-    for (const Scheme& s : schemes) {
-      s.figures.row_loss = to_vector(quantization_loss(weight, s.value, hessian_damped));
-    }
-    return to_vector(quantization_loss(weight, at::zeros_like(weight), hessian_damped));
-  });
-  for (const Scheme& s : schemes) {
-    s.figures.loss = sum(s.figures.row_loss);
-    s.figures.worst_row_perplexity_proxy = worst_row_perplexity_proxy(s.figures.row_loss, row_energy);
-    s.figures.codes_sha256 = codes_sha256(s.codes);
-  }
-
-  if (problem.fresh_inputs) {
-    const at::Tensor fresh = stages.run("fresh_hessian", [&] {
-      HessianAccumulator fresh_accumulator(weight.size(1), dtype);
-      return hessian_of(*problem.fresh_inputs, fresh_accumulator);
-    });
-    const std::vector<double> losses = stages.run("fresh_loss", [&] {
-      std::vector<double> list;
-      list.reserve(schemes.size());
-      for (const Scheme& s : schemes) list.push_back(sum(to_vector(quantization_loss(weight, s.value, fresh))));
-      return list;
-    });
-    for (std::size_t i = 0; i < schemes.size(); ++i) schemes[i].figures.fresh_loss = losses[i];
-  }
-
-  result.n_grid_changes = count_differences(nearest.codes, corrected.codes).codes;
-  result.grid_change_share = static_cast<double>(result.n_grid_changes) / static_cast<double>(weight.numel());
-  for (std::size_t row = 0; row < result.rtn.row_loss.size(); ++row) {
-    if (result.gptq.row_loss[row] < result.rtn.row_loss[row]) ++result.rows_improved;
-  }
-  result.top_rows_absolute = top_rows_absolute(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
-  result.top_rows_relative = top_rows_relative(result.rtn.row_loss, result.gptq.row_loss, kTopRows);
-
-  if (options.check) result.check = stages.run("check", [&] { return run_check(problem, hessian, used); });
-  return result;
+  check_inputs(problem, options);
+  Comparer comparer(problem, options);
+  for (Comparer::Stage& stage : comparer.stages()) stages.run(std::move(stage.name), stage.work);
+  return comparer.take();
 }
 
 }  // namespace miniquant::driver

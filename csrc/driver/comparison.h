@@ -77,13 +77,11 @@ struct Comparison {
   std::vector<RowGain> top_rows_absolute;
   std::vector<RowGain> top_rows_relative;
   std::optional<CheckFigures> check;
+  GptqResult quantized;  ///< by GPTQ
 };
 
 /// What RTN rounds to in a run whose GPTQ has these options: the plain grid of the same bits, group size and symmetry.
 [[nodiscard]] GridOptions rtn_options(const GptqOptions& gptq);
-
-/// The best preset on the terms of the run's GPTQ.
-[[nodiscard]] GptqOptions best_options(const GptqOptions& gptq);
 
 /// a / b, or nothing where b is 0.
 [[nodiscard]] std::optional<double> ratio(double a, double b);
@@ -106,13 +104,15 @@ struct Comparison {
 [[nodiscard]] std::vector<RowGain> top_rows_relative(const std::vector<double>& loss_rtn,
                                                      const std::vector<double>& loss_gptq, std::size_t count);
 
-/// The stages that compare() runs on `problem`.
-[[nodiscard]] std::size_t stage_count(const Problem& problem, bool check);
+/// The number of stages that compare() runs.
+[[nodiscard]] std::size_t stage_count(const Problem& problem, const Options& options);
 
 /// Quantizes the layer in all three ways and judges each on its calibration and its fresh inputs.
 ///
 /// A ridge from the data is chosen once: it depends on the weight, the inputs and the grid's bits, group size and
-/// symmetry, which GPTQ and best share, and one H measures all three ways. InputError with fewer than two tokens.
+/// symmetry, which GPTQ and best share, and one H measures all three ways.
+///
+/// Before any other work: InputError where the inputs do not suit the options, see check_inputs().
 ///
 /// Computes in float64 for a float64 weight, else in float32 (losses accumulate in float64); every figure is the same
 /// for any number of threads.

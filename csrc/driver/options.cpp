@@ -1,5 +1,6 @@
 #include "driver/options.h"
 
+#include <miniquant/build.h>
 #include <miniquant/names.h>
 
 #include <CLI/CLI.hpp>
@@ -27,11 +28,13 @@ constexpr std::string_view kExamples = R"(Examples:
   gptq_toy
       the lab: W 768 x 768, 128 calibration tokens, 4 bits, groups of 64, seed 42
   gptq_toy --rows 256 --columns 1024 --bits 3 --group-size 128 --distribution normal --output run3
-      another layer on a coarser grid; the two files go into the folder run3
+      another layer on a coarser grid; results.json and manifest.json go into the folder run3
   gptq_toy --ridge auto
-      the lab with a ridge from the data, each run's own
+      the lab, each run with a ridge chosen from its inputs
   gptq_toy --preset fast --check
-      GPTQ with the options of a preset; also compares with the textbook implementation
+      GPTQ with the options of a preset, compared with the textbook implementation
+  gptq_toy --preset best --distribution normal --save layer.safetensors
+      also writes the quantized layer: codes, scales, zero points and the options used
   gptq_toy --column-order group --group-scales dynamic --scale-method loss
       other options for GPTQ, one by one
   gptq_toy --weights layer.safetensors --tensor fc.weight --inputs tokens.safetensors --fresh-inputs held_out.safetensors
@@ -39,7 +42,7 @@ constexpr std::string_view kExamples = R"(Examples:
 
 Exit codes: 0 done; 1 could not be computed or written, or --check found a difference; 2 bad option or input file.)";
 
-// For transform(): leaves the canonical decimal form behind, so that "010" is ten wherever it is read next.
+// For transform(): leaves the canonical decimal form, so "010" is ten wherever it is read next.
 CLI::Validator integer_from(int64_t low, int64_t high) {
   const auto check = [low, high](std::string& text) -> std::string {
     int64_t value = 0;
@@ -67,7 +70,7 @@ CLI::Validator group_size() {
 
 constexpr std::string_view kFromData = "auto";
 
-// The number, or nothing where the text is not one that a ridge may be.
+// The number, or nothing where the text is not a valid ridge.
 std::optional<double> ridge_in(std::string_view text) {
   double value = 0.0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
@@ -133,7 +136,7 @@ constexpr int64_t kMaxSize = 16'777'216;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxRounds = 1024;
 
-// What is said on top of the preset.
+// Options given on top of the preset.
 struct Overrides {
   std::optional<ColumnOrder> column_order;
   std::optional<GroupScales> group_scales;
@@ -162,8 +165,8 @@ void add_layer_options(CLI::App& app, SyntheticSource& source) {
   add("--rows", source.rows, 1, "output features N");
   add("--columns", source.columns, 1, "input features K");
   add("--tokens", source.tokens, 1, "calibration inputs n");
-  add("--fresh-tokens", source.fresh_tokens, 0, "inputs that calibration does not see; 0: none");
-  app.add_option("--seed", source.seed, "of the random numbers")
+  add("--fresh-tokens", source.fresh_tokens, 0, "held-out inputs for the fresh figures; 0: none");
+  app.add_option("--seed", source.seed, "seed of the random numbers")
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
@@ -172,7 +175,7 @@ void add_layer_options(CLI::App& app, SyntheticSource& source) {
   const Choices<Distributions> distributions = {{"normal", {Distribution::kNormal}},
                                                 {"cauchy", {Distribution::kCauchy}},
                                                 {"both", {Distribution::kNormal, Distribution::kCauchy}}};
-  add_choice(app, "--distribution", source.distributions, distributions, "of the inputs, one run each")
+  add_choice(app, "--distribution", source.distributions, distributions, "distribution of the inputs, one run each")
       ->default_str("both")
       ->group(group);
 }
@@ -180,13 +183,16 @@ void add_layer_options(CLI::App& app, SyntheticSource& source) {
 void add_file_options(CLI::App& app, FileSource& source) {
   const std::string group = "Layer from safetensors files (F64, F32, F16, BF16)";
   CLI::Option* weights = app.add_option("--weights", source.weights, "file with the weight [N, K]");
-  CLI::Option* tensor = app.add_option("--tensor", source.tensor, "name of the weight; may be left out if it is alone");
+  CLI::Option* tensor =
+      app.add_option("--tensor", source.tensor, "name of the weight; optional where the file has one tensor");
   CLI::Option* inputs = app.add_option("--inputs", source.inputs, "file with calibration inputs [..., K]");
-  CLI::Option* input_tensor =
-      app.add_option("--input-tensor", source.input_tensor, "name of the inputs; may be left out if they are alone");
-  CLI::Option* fresh = app.add_option("--fresh-inputs", source.fresh_inputs, "file with inputs for the fresh figures");
-  CLI::Option* fresh_tensor = app.add_option("--fresh-input-tensor", source.fresh_input_tensor,
-                                             "name of the fresh inputs; else the only one, or that of --input-tensor");
+  CLI::Option* input_tensor = app.add_option("--input-tensor", source.input_tensor,
+                                             "name of the inputs; optional where the file has one tensor");
+  CLI::Option* fresh =
+      app.add_option("--fresh-inputs", source.fresh_inputs, "file with held-out inputs [..., K] for the fresh figures");
+  CLI::Option* fresh_tensor = app.add_option(
+      "--fresh-input-tensor", source.fresh_input_tensor,
+      "name of the fresh inputs; default: the only tensor of the file, otherwise that of --input-tensor");
   for (CLI::Option* option : {weights, inputs, fresh}) option->type_name("FILE");
   for (CLI::Option* option : {tensor, input_tensor, fresh_tensor}) option->type_name("NAME");
   for (CLI::Option* option : {weights, tensor, inputs, input_tensor, fresh, fresh_tensor}) {
@@ -204,7 +210,7 @@ Choices<T> named(const std::vector<T>& values) {
 
 void add_quantization_options(CLI::App& app, GptqOptions& gptq, bool& ridge_from_data) {
   const std::string group = "Quantization";
-  app.add_option("--bits", gptq.bits, "per weight, 2 to 8")
+  app.add_option("--bits", gptq.bits, "bits per weight, 2 to 8")
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
@@ -215,19 +221,19 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq, bool& ridge_from
       ->group(group)
       ->check(group_size());
   app.add_flag("--symmetric,!--no-symmetric,!--asymmetric", gptq.symmetric,
-               "zero points at 0 (the default), or --asymmetric: zero points of their own")
+               "zero points 0 (default); --asymmetric: a zero point per group")
       ->group(group);
   const auto assign_ridge = [&gptq, &ridge_from_data](const std::string& text) {
     ridge_from_data = text == kFromData;
     gptq.ridge = ridge_in(text).value_or(gptq.ridge);
   };
   app.add_option_function<std::string>("--ridge", assign_ridge,
-                                       "added to diag(H), relative to its mean; auto: chosen from the tokens")
+                                       "added to diag(H), relative to its mean; auto: chosen from the inputs")
       ->type_name("FLOAT|auto")
       ->default_str("0.01")
       ->group(group)
       ->check(ridge());
-  app.add_option("--block-size", gptq.block_size, "columns per block of the sweep; changes time only")
+  app.add_option("--block-size", gptq.block_size, "columns per block of the sweep; changes the time only")
       ->type_name("INT")
       ->capture_default_str()
       ->group(group)
@@ -235,32 +241,32 @@ void add_quantization_options(CLI::App& app, GptqOptions& gptq, bool& ridge_from
 }
 
 void add_gptq_options(CLI::App& app, Preset& preset, Overrides& overrides) {
-  const std::string group = "GPTQ: a preset, and what to change of it";
+  const std::string group = "GPTQ: a preset and changes to it";
   add_choice(app, "--preset", preset, named<Preset>({Preset::kPlain, Preset::kFast, Preset::kBest}),
-             "what the options below start from; best is computed beside it in any case")
+             "the options to start from; the best preset is always computed as well")
       ->default_str("plain")
       ->group(group);
   add_choice(app, "--column-order", overrides.column_order,
              named<ColumnOrder>({ColumnOrder::kNatural, ColumnOrder::kActivation, ColumnOrder::kGroup}),
-             "left to right, by descending diag(H), or whole groups by descending mean diag(H)")
+             "left to right; by descending diag(H); or whole groups by descending mean of diag(H)")
       ->group(group);
   add_choice(app, "--group-scales", overrides.group_scales,
              named<GroupScales>({GroupScales::kStatic, GroupScales::kDynamic}),
-             "from the original weights, or from the weights as updated when the group is reached")
+             "computed from the original weights, or from the updated weights when the group is reached")
       ->group(group);
   add_choice(app, "--scale-method", overrides.scale_method,
              named<ScaleMethod>({ScaleMethod::kAbsmax, ScaleMethod::kMse, ScaleMethod::kHessian, ScaleMethod::kLoss}),
-             "the scale that holds the range, or of several the one of least error, error weighted by H, or loss")
+             "absmax: holds the range; mse, hessian, loss: least error, error weighted by H, loss among several")
       ->group(group);
   app.add_flag("--full-range,!--no-full-range", overrides.full_range,
-               "a symmetric grid with one code more on the negative side")
+               "symmetric grid with one more code on the negative side")
       ->group(group);
-  app.add_option("--refine", overrides.refine, "rounds of refinement after the sweep, at most")
+  app.add_option("--refine", overrides.refine, "max rounds of refinement after the sweep")
       ->type_name("INT")
       ->group(group)
       ->transform(integer_from(0, kMaxRounds));
   app.add_option("--beam-scales", overrides.beam_scales,
-                 "of the scales that --scale-method loss tries, how many a beam search of the codes takes")
+                 "number of the scales of --scale-method loss that a beam search of the codes tries")
       ->type_name("INT")
       ->group(group)
       ->transform(integer_from(0, kMostBeamScales));
@@ -279,7 +285,7 @@ GptqOptions gptq_options(const CLI::App& app, Preset preset, const GptqOptions& 
   return options;
 }
 
-// What the library would refuse, in the words of the command line.
+// Rejects what the library would reject, in the words of the command line.
 void check_gptq_options(const CLI::App& app, const Options& options) {
   const GptqOptions& gptq = options.gptq;
   // "loss", or "loss (of --preset best)" where that is where it comes from.
@@ -308,14 +314,14 @@ void check_gptq_options(const CLI::App& app, const Options& options) {
                      said("--beam-scales", std::to_string(gptq.beam_scales)));
   }
   if (gptq.full_range && !gptq.symmetric) {
-    throw InputError("--full-range: expected not with --asymmetric, whose grid has every code");
+    throw InputError("--full-range: not allowed with --asymmetric, because an asymmetric grid already uses every code");
   }
   if (options.check && loss) {
-    throw InputError(
-        "--check: expected --scale-method absmax, mse or hessian with it, as in the textbook form, but got " + method);
+    throw InputError("--check: expected --scale-method absmax, mse or hessian, which the textbook form has, but got " +
+                     method);
   }
   if (options.check && gptq.refine > 0) {
-    throw InputError("--check: expected --refine 0 with it, as the textbook form does not refine, but got " +
+    throw InputError("--check: expected --refine 0, because the textbook form does not refine, but got " +
                      said("--refine", std::to_string(gptq.refine)));
   }
 }
@@ -326,7 +332,8 @@ void check_combinations(const CLI::App& app, const Options& options) {
   if (from_files) {
     if (!given("--inputs")) throw InputError("--weights: expected --inputs with it, but it is missing");
     for (const char* name : {"--rows", "--columns", "--tokens", "--fresh-tokens", "--seed", "--distribution"}) {
-      if (given(name)) throw InputError(std::string(name) + ": expected not with --weights, where files say it");
+      if (given(name))
+        throw InputError(std::string(name) + ": not allowed with --weights, because the files determine it");
     }
     if (given("--fresh-input-tensor") && !given("--fresh-inputs")) {
       throw InputError("--fresh-input-tensor: expected --fresh-inputs with it, but it is missing");
@@ -335,6 +342,10 @@ void check_combinations(const CLI::App& app, const Options& options) {
     for (const char* name : {"--tensor", "--inputs", "--input-tensor", "--fresh-inputs", "--fresh-input-tensor"}) {
       if (given(name)) throw InputError(std::string(name) + ": expected --weights with it, but it is missing");
     }
+  }
+  const auto* synthetic = std::get_if<SyntheticSource>(&options.source);
+  if (given("--save") && synthetic != nullptr && synthetic->distributions.size() > 1) {
+    throw InputError("--save: expected one run, by --distribution normal or --distribution cauchy, but got both");
   }
   check_gptq_options(app, options);
 }
@@ -356,6 +367,16 @@ GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms) {
   return options;
 }
 
+namespace {
+
+std::string version_text() {
+  const BuildInfo& build = build_info();
+  return "gptq_toy " + build.miniquant + " (torch " + build.torch + ", instruction set " +
+         std::string(instruction_set()) + ")";
+}
+
+}  // namespace
+
 std::variant<Options, Information> parse_options(const std::vector<std::string>& arguments) {
   Parsed parsed;
   CLI::App app{std::string(kDescription), "gptq_toy"};
@@ -363,17 +384,21 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   const auto formatter = std::make_shared<HelpFormatter>();
   formatter->column_width(34);
   app.formatter(formatter);
-  app.set_version_flag("--version", "gptq_toy " + build_info().miniquant + " (torch " + build_info().torch + ")");
+  app.set_version_flag("--version", [] { return version_text(); });
   add_layer_options(app, parsed.synthetic);
   add_file_options(app, parsed.file);
   GptqOptions terms;
   add_quantization_options(app, terms, parsed.options.ridge_from_data);
   add_gptq_options(app, parsed.options.preset, parsed.overrides);
-  app.add_option("--output", parsed.options.output, "folder for results.json and manifest.json; made if missing")
+  app.add_option("--output", parsed.options.output, "folder for results.json and manifest.json, created if missing")
       ->type_name("DIR")
       ->capture_default_str()
       ->check(not_empty());
-  app.add_option("--threads", parsed.options.threads, "the default is LibTorch's")
+  app.add_option("--save", parsed.options.save,
+                 "safetensors file for the layer as GPTQ quantizes it (codes, scales, zero points); needs one run")
+      ->type_name("FILE")
+      ->check(not_empty());
+  app.add_option("--threads", parsed.options.threads, "number of threads; default: LibTorch's")
       ->type_name("INT")
       ->transform(integer_from(1, kMaxThreads));
   app.add_flag("--check", parsed.options.check, "compare with the textbook implementation, code for code");
@@ -390,12 +415,13 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
     throw InputError(error.what());
   }
   parsed.options.gptq = gptq_options(app, parsed.options.preset, terms, parsed.overrides);
-  check_combinations(app, parsed.options);
+  parsed.options.best = preset_on_terms(Preset::kBest, parsed.options.gptq);
   if (parsed.file.weights.empty()) {
     parsed.options.source = parsed.synthetic;
   } else {
     parsed.options.source = parsed.file;
   }
+  check_combinations(app, parsed.options);
   return parsed.options;
 }
 

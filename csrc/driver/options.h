@@ -1,6 +1,6 @@
 #pragma once
 
-#include <miniquant/gptq.h>
+#include <miniquant/options.h>
 #include <miniquant/presets.h>
 
 #include <cstdint>
@@ -38,20 +38,22 @@ struct FileSource {
   std::string fresh_input_tensor;      ///< empty: the only tensor of its file, else the name of the inputs' tensor
 };
 
+/// The preset with what is the same for every scheme of a run: bits, group size, symmetry, ridge and block size of
+/// `terms`. An asymmetric grid has every code: there the full range of a preset does not apply.
+[[nodiscard]] GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms);
+
 struct Options {
   std::variant<SyntheticSource, FileSource> source;
-  Preset preset = Preset::kPlain;  ///< what `gptq` started from
-  GptqOptions gptq;              ///< the preset's, and what the command line says otherwise
-  bool ridge_from_data = false;  ///< choose_ridge() for every run, in place of gptq.ridge
+  Preset preset = Preset::kPlain;                         ///< what `gptq` started from
+  GptqOptions gptq;                                       ///< the preset's, and what the command line says otherwise
+  GptqOptions best = preset_on_terms(Preset::kBest, {});  ///< the best preset on the terms of `gptq`
+  bool ridge_from_data = false;                           ///< choose_ridge() for every run, in place of gptq.ridge
   std::filesystem::path output = "gptq-toy";
-  int threads = 0;  ///< 0: what LibTorch chooses
+  std::filesystem::path save;  ///< file for the layer as quantized by `gptq`; empty: none
+  int threads = 0;             ///< 0: what LibTorch chooses
   bool check = false;
   bool quiet = false;
 };
-
-/// The preset with what is the same for every scheme of a run: bits, group size, symmetry, ridge and block size of
-/// `terms`. An asymmetric grid has every code, so that there a preset's full range goes.
-[[nodiscard]] GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms);
 
 /// The command line asks for a text (help, version) instead of a run.
 struct Information {

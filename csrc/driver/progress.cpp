@@ -41,6 +41,13 @@ bool error_stream_is_terminal() {
   return ::isatty(STDERR_FILENO) == 1 && terminal != nullptr && std::string_view(terminal) != "dumb";
 }
 
+void Stages::run(std::string name, const std::function<void()>& work) {
+  announce_(name);
+  const double start = now();
+  work();
+  seconds_.emplace_back(std::move(name), now() - start);
+}
+
 double Stages::now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }

@@ -40,15 +40,8 @@ class Stages {
  public:
   explicit Stages(std::function<void(std::string_view)> announce) : announce_(std::move(announce)) {}
 
-  /// Calls `work` and returns what it returns.
-  template <typename Work>
-  auto run(std::string name, const Work& work) {
-    announce_(name);
-    const double start = now();
-    auto result = work();
-    seconds_.emplace_back(std::move(name), now() - start);
-    return result;
-  }
+  /// Calls `work`.
+  void run(std::string name, const std::function<void()>& work);
 
   /// Stage and seconds, in the order they were run.
   [[nodiscard]] const std::vector<std::pair<std::string, double>>& seconds() const { return seconds_; }

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <miniquant/build.h>
 #include <miniquant/names.h>
 
 #include <cmath>
@@ -20,7 +21,8 @@ using json = nlohmann::ordered_json;
 // results.json's: 2 added the best preset and the options of GPTQ that presets set; with 3 setup.ridge may be "auto",
 // and a run has its own ridge and how that was found.
 constexpr int kResultsVersion = 3;
-constexpr int kManifestVersion = 1;
+// manifest.json's: 2 added instruction_set.
+constexpr int kManifestVersion = 2;
 
 json or_null(const std::optional<double>& value) { return value ? json(*value) : json(nullptr); }
 
@@ -139,7 +141,7 @@ json setup_json(const Options& options, const Problem& problem) {
                 {"block_size", gptq.block_size},
                 {"preset", name_of(options.preset)}};
   setup.update(preset_json(gptq));
-  setup["best"] = preset_json(best_options(gptq));
+  setup["best"] = preset_json(options.best);
   setup["seed"] = seed_json(options);
   setup["weight_source"] = source_json(problem.weight_origin);
   return setup;
@@ -228,7 +230,7 @@ std::string results_json(const Options& options, const std::vector<Run>& runs) {
 }
 
 std::string manifest_json(const Options& options, const std::vector<Run>& runs, const std::vector<std::string>& command,
-                          const std::string& results) {
+                          const std::vector<OutputFile>& outputs) {
   const BuildInfo& build = build_info();
   json document;
   document["schema_version"] = kManifestVersion;
@@ -239,6 +241,7 @@ std::string manifest_json(const Options& options, const std::vector<Run>& runs, 
                           {"compiler", build.compiler},
                           {"cxx_standard", build.cxx_standard}};
   document["git_revision"] = build.git_revision.empty() ? json(nullptr) : json(build.git_revision);
+  document["instruction_set"] = instruction_set();
   document["cpu_capability"] = at::get_cpu_capability();
   document["threads"] = at::get_num_threads();
   document["seconds"] = json::object();
@@ -248,7 +251,7 @@ std::string manifest_json(const Options& options, const std::vector<Run>& runs, 
     for (const auto& [stage, time] : run.seconds) seconds[stage] = time;
     if (const auto& check = run.comparison.check) document["check"][run.problem.name] = check_json(*check);
   }
-  document["outputs"] = {{kResultsName, sha256(results)}};
+  for (const OutputFile& output : outputs) document["outputs"][output.path.filename().string()] = sha256(output.text);
   return text_of(document);
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "driver/atomic_file.h"
 #include "driver/comparison.h"
 #include "driver/options.h"
 #include "driver/problem.h"
@@ -25,9 +26,10 @@ inline constexpr const char* kManifestName = "manifest.json";
 /// same bytes. Its JSON Schema is docs/results.schema.json.
 [[nodiscard]] std::string results_json(const Options& options, const std::vector<Run>& runs);
 
-/// manifest.json: how results.json, whose text is `results`, came about. `command` is the program's name and its
+/// manifest.json: how the other files of a run, `outputs`, came about. `command` is the program's name and its
 /// arguments. Its JSON Schema is docs/manifest.schema.json.
 [[nodiscard]] std::string manifest_json(const Options& options, const std::vector<Run>& runs,
-                                        const std::vector<std::string>& command, const std::string& results);
+                                        const std::vector<std::string>& command,
+                                        const std::vector<OutputFile>& outputs);
 
 }  // namespace miniquant::driver

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -27,6 +28,8 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t kLengthBytes = 8;
+// Of the data in a file that is written, as the reference does.
+constexpr std::size_t kAlignment = 8;
 // The limit that the format itself sets.
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
 // Objects and lists inside one another: the limit of the reference's parser, which keys that nobody reads can reach.
@@ -54,6 +57,13 @@ constexpr std::array kItemTypes = {ItemType{"F64", 64, at::kDouble},     ItemTyp
 const ItemType* find_item_type(std::string_view name) {
   const auto* found = std::ranges::find_if(kItemTypes, [&](const auto& t) { return t.name == name; });
   return found == kItemTypes.end() ? nullptr : found;
+}
+
+std::string_view dtype_name(at::ScalarType dtype) {
+  if (dtype == at::kChar) return "I8";
+  const auto* found = std::ranges::find_if(kItemTypes, [&](const auto& t) { return t.scalar_type == dtype; });
+  TORCH_INTERNAL_ASSERT(found != kItemTypes.end(), "no safetensors dtype for ", dtype);
+  return found->name;
 }
 
 // 'text', cut to a length that leaves a message readable, without control characters.
@@ -387,6 +397,28 @@ void SafetensorsFile::read_exactly(void* destination, uint64_t size, uint64_t of
     offset += static_cast<uint64_t>(count);
     size -= static_cast<uint64_t>(count);
   }
+}
+
+std::string safetensors_text(std::vector<NamedTensor> tensors, const std::map<std::string, std::string>& metadata) {
+  std::ranges::stable_sort(tensors, std::ranges::greater{},
+                           [](const NamedTensor& tensor) { return tensor.data.element_size(); });
+  nlohmann::ordered_json header;
+  header["__metadata__"] = metadata;
+  std::string data;
+  for (const auto& [name, tensor] : tensors) {
+    const at::Tensor contiguous = tensor.contiguous();
+    const std::size_t begin = data.size();
+    data.append(static_cast<const char*>(contiguous.const_data_ptr()), contiguous.nbytes());
+    header[name] = {{"dtype", dtype_name(contiguous.scalar_type())},
+                    {"shape", contiguous.sizes().vec()},
+                    {"data_offsets", {begin, data.size()}}};
+  }
+  std::string text = header.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace);
+  text.resize((text.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');
+  const uint64_t length = text.size();
+  std::string file(sizeof(length), '\0');
+  std::memcpy(file.data(), &length, sizeof(length));
+  return file.append(text).append(data);
 }
 
 }  // namespace miniquant::driver

@@ -53,4 +53,15 @@ class SafetensorsFile {
   std::map<std::string, Entry> entries_;
 };
 
+/// A tensor and its name in a file. Its dtype is float64, float32, float16, bfloat16 or int8.
+struct NamedTensor {
+  std::string name;
+  at::Tensor data;
+};
+
+/// The bytes of a safetensors file with these tensors and this `__metadata__`. The widest dtypes come first, so every
+/// tensor starts at a multiple of the size of its items.
+[[nodiscard]] std::string safetensors_text(std::vector<NamedTensor> tensors,
+                                           const std::map<std::string, std::string>& metadata);
+
 }  // namespace miniquant::driver

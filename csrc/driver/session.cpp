@@ -3,12 +3,14 @@
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
+#include <miniquant/build.h>
 
 #include <exception>
 #include <filesystem>
 #include <functional>
 #include <optional>
 #include <ostream>
+#include <stdexcept>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -17,6 +19,7 @@
 #include "driver/atomic_file.h"
 #include "driver/comparison.h"
 #include "driver/error.h"
+#include "driver/layer_file.h"
 #include "driver/options.h"
 #include "driver/problem.h"
 #include "driver/progress.h"
@@ -64,9 +67,9 @@ std::vector<Run> run_all(const Options& options, std::ostream& error, bool progr
       if (line) line->step(run + ": " + std::string(stage));
     });
     Run run;
-    run.problem = stages.run("inputs", make);
+    stages.run("inputs", [&problem = run.problem, &make_problem = make] { problem = make_problem(); });
     if (!line) {
-      line.emplace(error, progress, all.size() * (stage_count(run.problem, options.check) + 1U));
+      line.emplace(error, progress, all.size() * (stage_count(run.problem, options) + 1U));
       line->step(name + ": inputs");
     }
     run.comparison = compare(run.problem, options, stages);
@@ -78,11 +81,51 @@ std::vector<Run> run_all(const Options& options, std::ostream& error, bool progr
 }
 
 // Before any work: what is sure to fail at its end.
-void check_output_folder(const std::filesystem::path& folder) {
+void check_folder(std::string_view option, const std::filesystem::path& folder) {
   std::error_code ignored;
   if (std::filesystem::exists(folder, ignored) && !std::filesystem::is_directory(folder, ignored)) {
-    throw InputError("--output: expected a folder, but " + folder.string() + " is a file");
+    throw InputError(std::string(option) + ": expected a folder, but " + folder.string() + " is a file");
   }
+}
+
+void check_outputs(const Options& options) {
+  check_folder("--output", options.output);
+  if (options.save.empty()) return;
+  check_folder("--save", options.save.parent_path());
+  std::error_code ignored;
+  if (std::filesystem::is_directory(options.save, ignored)) {
+    throw InputError("--save: expected a file, but " + options.save.string() + " is a folder");
+  }
+  // The manifest lists files by name.
+  if (options.save.filename() == kResultsName || options.save.filename() == kManifestName) {
+    throw InputError("--save: expected another name than " + std::string(kResultsName) + " and " + kManifestName +
+                     ", but got " + options.save.string());
+  }
+}
+
+// The manifest last, as it vouches for the others.
+std::vector<OutputFile> output_files(const Options& options, const std::vector<Run>& runs,
+                                     const std::vector<std::string>& command) {
+  std::vector<OutputFile> files;
+  if (!options.save.empty()) {
+    const Run& run = runs.front();
+    GptqOptions gptq = options.gptq;
+    gptq.ridge = run.comparison.ridge;
+    files.push_back({options.save, layer_file(run.comparison.quantized, gptq, run.problem.weight_origin.tensor)});
+  }
+  files.push_back({options.output / kResultsName, results_json(options, runs)});
+  files.push_back({options.output / kManifestName, manifest_json(options, runs, command, files)});
+  return files;
+}
+
+// "a, b and c"
+std::string listed(const std::vector<OutputFile>& files) {
+  std::string text;
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    if (i > 0) text += i + 1 == files.size() ? " and " : ", ";
+    text += files[i].path.string();
+  }
+  return text;
 }
 
 bool all_checks_passed(const std::vector<Run>& runs) {
@@ -92,19 +135,28 @@ bool all_checks_passed(const std::vector<Run>& runs) {
   return true;
 }
 
+// The library chooses its kernels at their first use, which is late to hear that MINIQUANT_ISA names none.
+void check_environment() {
+  try {
+    static_cast<void>(instruction_set());
+  } catch (const std::invalid_argument& error) {
+    throw InputError(error.what());
+  }
+}
+
 int run_options(const Options& options, const std::vector<std::string>& command, std::ostream& out, std::ostream& error,
                 bool progress) {
-  check_output_folder(options.output);
+  check_environment();
+  check_outputs(options);
   if (options.threads > 0) at::set_num_threads(options.threads);
   const c10::InferenceMode inference;
   const std::vector<Run> runs = run_all(options, error, progress && !options.quiet);
 
   // The files come first: a reader of the table that goes away early (`| head`) ends the program.
   std::exception_ptr write_error;
+  const std::vector<OutputFile> files = output_files(options, runs, command);
   try {
-    const std::string results = results_json(options, runs);
-    const std::string manifest = manifest_json(options, runs, command, results);
-    write_files(options.output, {{kResultsName, results}, {kManifestName, manifest}});
+    write_files(files);
   } catch (const std::exception&) {
     write_error = std::current_exception();
   }
@@ -113,10 +165,7 @@ int run_options(const Options& options, const std::vector<std::string>& command,
     out.flush();
     std::rethrow_exception(write_error);
   }
-  if (!options.quiet) {
-    out << "\nwrote " << (options.output / kResultsName).string() << " and "
-        << (options.output / kManifestName).string() << '\n';
-  }
+  if (!options.quiet) out << "\nwrote " << listed(files) << '\n';
   out.flush();
   if (all_checks_passed(runs)) return kDone;
   error << "gptq_toy: --check: gptq and gptq_reference differ in float64 by more than " << kMaxLossDifference

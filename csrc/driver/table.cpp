@@ -77,7 +77,7 @@ std::string heading(const Options& options, const Problem& problem) {
          std::to_string(gptq.bits) + " bits, " + (gptq.symmetric ? "symmetric" : "asymmetric") + ", " + groups +
          "; ridge " + (options.ridge_from_data ? "from the data" : short_figure(gptq.ridge)) + ", blocks of " +
          std::to_string(gptq.block_size) + "\n" + "  GPTQ    " + scheme_text(gptq) + "\n" + "  best    " +
-         scheme_text(best_options(gptq)) + "\n";
+         scheme_text(options.best) + "\n";
 }
 
 class Grid {

@@ -17,6 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import miniquant
@@ -176,6 +177,65 @@ def test_manifest(lab: Path) -> None:
         assert list(manifest["seconds"][run]) == stages
         assert manifest["seconds"][run]["gptq"] < 30, "the lab's bound for a layer"
     assert manifest["check"] is None
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx1024"])
+def test_the_instruction_set_that_the_environment_names(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("MINIQUANT_ISA", name)
+    result = subprocess.run(
+        [program, *SMALL, "--output", tmp_path / "out", "--quiet"], capture_output=True, text=True, check=False
+    )
+    if name == "baseline":
+        assert load(tmp_path / "out" / "manifest.json")["instruction_set"] == "baseline"
+        validate(tmp_path / "out")
+    else:
+        assert result.returncode == 2
+        assert result.stderr.startswith("gptq_toy: MINIQUANT_ISA: expected ")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "best", "--asymmetric", "--bits", "3"], ["--ridge", "auto"]])
+def test_save_writes_the_layer(driver: Driver, tmp_path: Path, options: list[str]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, inputs = torch.randn(24, 80, generator=generator) * 0.05, torch.randn(300, 80, generator=generator)
+    save_file({"block.fc": weight.bfloat16(), "other": weight}, tmp_path / "w.safetensors")
+    save_file({"x": inputs}, tmp_path / "x.safetensors")
+    files = ["--weights", tmp_path / "w.safetensors", "--tensor", "block.fc", "--inputs", tmp_path / "x.safetensors"]
+    saved = tmp_path / "layers" / "fc.safetensors"
+    driver(*files, *options, "--group-size", "32", "--output", tmp_path, "--save", saved)
+    validate(tmp_path)
+    results, manifest = load(tmp_path / "results.json"), load(tmp_path / "manifest.json")
+    assert manifest["outputs"]["fc.safetensors"] == hashlib.sha256(saved.read_bytes()).hexdigest()
+
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+        codes, scales, zero_points, row_loss = (
+            file.get_tensor(name) for name in ("codes", "scales", "zero_points", "row_loss")
+        )
+        assert len(file.keys()) == 4
+    run = results["runs"]["file"]
+    assert hashlib.sha256(codes.numpy().tobytes()).hexdigest() == run["codes_sha256_gptq"]
+    assert codes.dtype == zero_points.dtype == torch.int8
+    assert (codes.shape, scales.shape, zero_points.shape) == ((24, 80), (24, 3), (24, 3))
+    assert scales.dtype == torch.bfloat16
+    # The loss is summed from other products than row_loss.
+    assert row_loss.double().sum().item() == pytest.approx(run["loss_gptq"], rel=1e-4)
+
+    assert (metadata["format"], metadata["version"], metadata["layer"]) == ("miniquant.layer", "1", "block.fc")
+    asymmetric = "--asymmetric" in options
+    assert (metadata["bits"], metadata["group_size"]) == ("3" if asymmetric else "4", "32")
+    assert (metadata["symmetric"], metadata["full_range"]) == ("false" if asymmetric else "true", "false")
+    assert bool(zero_points.any()) == asymmetric
+    stated = json.loads(metadata["options"])
+    assert stated["ridge"] == run["ridge"]
+    # The options are those of the library: they give the layer again.
+    accumulator = miniquant.HessianAccumulator(80, halves="auto" in options)
+    accumulator.update(inputs)
+    again = miniquant.gptq(weight.bfloat16(), accumulator.hessian(), **stated)
+    assert torch.equal(again.codes, codes)
+    assert torch.equal(again.scales, scales)
 
 
 def test_check_says_how_far_the_textbook_form_is(driver: Driver, tmp_path: Path) -> None:
@@ -427,6 +487,10 @@ def bad_files(folder: Path) -> dict[str, Path]:
     save_file({"x": torch.randn(20, 15)}, folder / "narrow.safetensors")
     save_file({"x": torch.full((20, 16), float("inf"))}, folder / "infinite.safetensors")
     save_file({"x": torch.ones(20, 16, dtype=torch.int64)}, folder / "integers.safetensors")
+    save_file({"x": torch.zeros(20, 16)}, folder / "zeros.safetensors")
+    save_file({"x": torch.full((20, 16), 1e30)}, folder / "large.safetensors")
+    save_file({"x": torch.full((20, 16), 1e-30)}, folder / "small.safetensors")
+    save_file({"w": torch.ones([1] * 65 + [8, 16])}, folder / "deep.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "x.safetensors").read_bytes()[:-1])
     return {path.stem: path for path in folder.glob("*.safetensors")}
 
@@ -445,6 +509,27 @@ FILE_ERRORS: list[tuple[list[str], str]] = [
     (["--weights", "w", "--tensor", "w", "--inputs", "cut"], "reach past the end of the data"),
     (["--weights", "w", "--tensor", "w", "--inputs", "x", "--fresh-inputs", "narrow"], "--fresh-inputs: "),
     (["--weights", "w", "--tensor", "w", "--inputs", "missing"], "cannot be opened: No such file or directory"),
+    (
+        ["--weights", "deep", "--inputs", "x"],
+        "deep.safetensors: tensor 'w': expected a weight [N, K] with N, K >= 1, but",
+    ),
+    (
+        ["--weights", "w", "--tensor", "w", "--inputs", "large"],
+        "--inputs: large.safetensors: tensor 'x': the squares of the inputs are summed in float32: expected at most ",
+    ),
+    (
+        ["--weights", "w", "--tensor", "w", "--inputs", "small"],
+        "--inputs: small.safetensors: tensor 'x': the squares of the inputs are summed in float32: expected at least ",
+    ),
+    (
+        ["--weights", "w", "--tensor", "w", "--inputs", "x", "--fresh-inputs", "large"],
+        "--fresh-inputs: large.safetensors: tensor 'x': the squares of the inputs are summed in float32: expected at ",
+    ),
+    (
+        ["--weights", "w", "--tensor", "w", "--inputs", "zeros", "--ridge", "auto"],
+        "--inputs: zeros.safetensors: tensor 'x': expected a value other than 0 for --ridge auto, but all are 0",
+    ),
+    (["--weights", "w", "--tensor", "w", "--inputs", "x", "--ridge", "1e40"], "--ridge: expected at most "),
 ]
 
 
@@ -483,8 +568,11 @@ def test_bad_files_end_with_two_and_write_nothing(
             ["--preset", "best", "--group-scales", "static"],
             "absmax, mse or hessian with --group-scales static, but got loss (of --preset best)",
         ),
-        (["--asymmetric", "--full-range"], "--full-range: expected not with --asymmetric, whose grid has every code"),
-        (["--preset", "best", "--check"], "--check: expected --scale-method absmax, mse or hessian with it"),
+        (
+            ["--asymmetric", "--full-range"],
+            "--full-range: not allowed with --asymmetric, because an asymmetric grid already uses every code",
+        ),
+        (["--preset", "best", "--check"], "--check: expected --scale-method absmax, mse or hessian, which the textbook form has"),
     ],
 )
 def test_bad_options_end_with_two(driver: Driver, tmp_path: Path, arguments: Sequence[str], message: str) -> None:

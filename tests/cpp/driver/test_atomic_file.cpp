@@ -40,7 +40,7 @@ using testing::IsEmpty;
 
 TEST(AtomicFile, WritesAllIntoAFolderItMakes) {
   const TemporaryFolder folder;
-  write_files(folder.path() / "a" / "b", {{"one", "1\n"}, {"two", std::string("\0x", 2)}});
+  write_files({{folder.path() / "a" / "b" / "one", "1\n"}, {folder.path() / "a" / "b" / "two", std::string("\0x", 2)}});
   EXPECT_EQ(folder.read("a/b/one"), "1\n");
   EXPECT_EQ(folder.read("a/b/two"), std::string("\0x", 2));
   EXPECT_EQ(fs::hard_link_count(folder.path() / "a/b/one"), 1U);
@@ -49,7 +49,7 @@ TEST(AtomicFile, WritesAllIntoAFolderItMakes) {
 TEST(AtomicFile, ReplacesAndLeavesNothingElse) {
   const TemporaryFolder folder;
   static_cast<void>(folder.write("one", "a longer text than the new one"));
-  write_files(folder.path(), {{"one", "new"}, {"two", ""}});
+  write_files({{folder.path() / "one", "new"}, {folder.path() / "two", ""}});
   EXPECT_EQ(folder.read("one"), "new");
   EXPECT_EQ(folder.read("two"), "");
   EXPECT_THAT(folder.names(), ElementsAre("one", "two"));
@@ -58,7 +58,7 @@ TEST(AtomicFile, ReplacesAndLeavesNothingElse) {
 TEST(AtomicFile, FollowsTheUmask) {
   const TemporaryFolder folder;
   const mode_t before = ::umask(027);
-  write_files(folder.path(), {{"one", "1"}});
+  write_files({{folder.path() / "one", "1"}});
   ::umask(before);
   EXPECT_EQ(fs::status(folder.path() / "one").permissions(), fs::perms(0640));
 }
@@ -68,7 +68,7 @@ TEST(AtomicFile, AFolderInThePlaceOfOneFileStopsAll) {
   static_cast<void>(folder.write("one", "old"));
   fs::create_directory(folder.path() / "two");
   try {
-    write_files(folder.path(), {{"one", "new"}, {"two", "2"}, {"three", "3"}});
+    write_files({{folder.path() / "one", "new"}, {folder.path() / "two", "2"}, {folder.path() / "three", "3"}});
     FAIL() << "expected std::system_error";
   } catch (const std::system_error& error) {
     EXPECT_THAT(error.what(), HasSubstr((folder.path() / "two").string()));
@@ -86,7 +86,8 @@ TEST(AtomicFile, AFileThatDoesNotFitTakesTheOthersBack) {
   const rlimit small{.rlim_cur = 1000, .rlim_max = before.rlim_max};
   const auto handler = std::signal(SIGXFSZ, SIG_IGN);
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
-  EXPECT_THROW(write_files(folder.path(), {{"one", "new"}, {"two", std::string(2000, 'x')}}), std::system_error);
+  EXPECT_THROW(write_files({{folder.path() / "one", "new"}, {folder.path() / "two", std::string(2000, 'x')}}),
+               std::system_error);
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
   std::signal(SIGXFSZ, handler);
   EXPECT_EQ(folder.read("one"), "old");
@@ -99,7 +100,9 @@ TEST(AtomicFile, ARenameThatFailsPutsBackWhatWasThere) {
   static_cast<void>(folder.write("one", "old"));
   static_cast<void>(folder.write("three", "old 3"));
   failing_rename = (folder.path() / "three").string();
-  EXPECT_THROW(write_files(folder.path(), {{"one", "new"}, {"two", "2"}, {"three", "3"}}), std::system_error);
+  EXPECT_THROW(
+      write_files({{folder.path() / "one", "new"}, {folder.path() / "two", "2"}, {folder.path() / "three", "3"}}),
+      std::system_error);
   failing_rename.clear();
   EXPECT_EQ(folder.read("one"), "old");
   EXPECT_EQ(folder.read("three"), "old 3");
@@ -109,8 +112,8 @@ TEST(AtomicFile, ARenameThatFailsPutsBackWhatWasThere) {
 TEST(AtomicFile, AFileIsNotAFolder) {
   const TemporaryFolder folder;
   const fs::path file = folder.write("file", "");
-  EXPECT_THROW(write_files(file, {{"one", "1"}}), std::system_error);
-  EXPECT_THROW(write_files(file / "below", {{"one", "1"}}), std::system_error);
+  EXPECT_THROW(write_files({{file / "one", "1"}}), std::system_error);
+  EXPECT_THROW(write_files({{file / "below" / "one", "1"}}), std::system_error);
   EXPECT_THAT(folder.read("file"), IsEmpty());
 }
 

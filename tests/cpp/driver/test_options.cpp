@@ -49,6 +49,7 @@ TEST(Options, DefaultsAreTheLab) {
   EXPECT_EQ(options.threads, 0);
   EXPECT_FALSE(options.check);
   EXPECT_FALSE(options.quiet);
+  EXPECT_EQ(options.save, "");
 }
 
 TEST(Options, EverythingCanBeSaid) {
@@ -102,6 +103,8 @@ TEST(Options, EverythingCanBeSaid) {
   EXPECT_FALSE(parsed({"--no-symmetric"}).gptq.symmetric);
   EXPECT_TRUE(parsed({"--symmetric"}).gptq.symmetric);
   EXPECT_EQ(parsed({"--seed=9223372036854775807"}).output, "gptq-toy");
+  EXPECT_EQ(parsed({"--distribution", "normal", "--save", "a/b.safetensors"}).save, "a/b.safetensors");
+  EXPECT_EQ(parsed({"--weights", "w", "--inputs", "x", "--save", "f"}).save, "f");
 }
 
 void expect_same_choices(const GptqOptions& actual, const GptqOptions& expected) {
@@ -233,9 +236,12 @@ TEST(Options, BadValuesAreNamed) {
       {{"--fresh-inputs", "f"}, "--fresh-inputs: expected --weights with it, but it is missing"},
       {{"--weights", "w", "--inputs", "i", "--fresh-input-tensor", "y"},
        "--fresh-input-tensor: expected --fresh-inputs with it, but it is missing"},
-      {{"--weights", "w", "--inputs", "i", "--rows", "3"}, "--rows: expected not with --weights"},
-      {{"--weights", "w", "--inputs", "i", "--seed", "3"}, "--seed: expected not with --weights"},
-      {{"--weights", "w", "--inputs", "i", "--distribution", "both"}, "--distribution: expected not with --weights"},
+      {{"--weights", "w", "--inputs", "i", "--rows", "3"},
+       "--rows: not allowed with --weights, because the files determine it"},
+      {{"--weights", "w", "--inputs", "i", "--seed", "3"},
+       "--seed: not allowed with --weights, because the files determine it"},
+      {{"--weights", "w", "--inputs", "i", "--distribution", "both"},
+       "--distribution: not allowed with --weights, because the files determine it"},
       {{"--group-scales", "dynamic", "--column-order", "activation"},
        "--group-scales: expected static with --column-order activation, but got dynamic"},
       {{"--preset", "best", "--column-order", "activation"},
@@ -254,15 +260,18 @@ TEST(Options, BadValuesAreNamed) {
        "--beam-scales: expected 0 with --scale-method absmax, but got 2 (of --preset best)"},
       {{"--beam-scales", "2"}, "--beam-scales: expected 0 with --scale-method absmax (of --preset plain), but got 2"},
       {{"--beam-scales", "26"}, "--beam-scales: expected an integer from 0 to 25, but got '26'"},
-      {{"--full-range", "--asymmetric"}, "--full-range: expected not with --asymmetric, whose grid has every code"},
-      {{"--preset", "best", "--full-range", "--no-symmetric"}, "--full-range: expected not with --asymmetric"},
+      {{"--full-range", "--asymmetric"},
+       "--full-range: not allowed with --asymmetric, because an asymmetric grid already uses every code"},
+      {{"--preset", "best", "--full-range", "--no-symmetric"}, "--full-range: not allowed with --asymmetric"},
       {{"--preset", "best", "--check"},
-       "--check: expected --scale-method absmax, mse or hessian with it, as in the textbook form, but got loss (of "
+       "--check: expected --scale-method absmax, mse or hessian, which the textbook form has, but got loss (of "
        "--preset best)"},
       {{"--refine", "2", "--check"},
-       "--check: expected --refine 0 with it, as the textbook form does not refine, but got 2"},
+       "--check: expected --refine 0, because the textbook form does not refine, but got 2"},
       {{"--preset", "worst"}, "--preset: expected one of plain, fast, best, but got 'worst'"},
       {{"--scale-method", "max"}, "--scale-method: expected one of absmax, mse, hessian, loss, but got 'max'"},
+      {{"--save", "f"}, "--save: expected one run, by --distribution normal or --distribution cauchy, but got both"},
+      {{"--save", "", "--distribution", "normal"}, "--save: expected a name, but got an empty one"},
       {{"--refine", "-1"}, "--refine: expected an integer from 0 to 1024, but got '-1'"},
   };
   for (const Case& c : cases) EXPECT_THAT(error_of(c.arguments), StartsWith(c.message)) << c.message;
@@ -283,13 +292,13 @@ TEST(Options, HelpAndVersion) {
         "--weights",      "--tensor",     "--inputs",       "--input-tensor", "--fresh-inputs", "--fresh-input-tensor",
         "--bits",         "--group-size", "--asymmetric",   "--ridge",        "--block-size",   "--column-order",
         "--group-scales", "--preset",     "--scale-method", "--full-range",   "--refine",       "--beam-scales",
-        "--output",       "--threads",    "--check",        "--quiet",        "--version",      "Examples:",
-        "Exit codes:"}) {
+        "--output",       "--threads",    "--check",        "--quiet",        "--save",         "--version",
+        "Examples:",      "Exit codes:"}) {
     EXPECT_THAT(help, HasSubstr(option));
   }
   EXPECT_THAT(help, testing::Not(HasSubstr("{false}")));
   EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,
-              testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\.13\\..*\\)\n"));
+              testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\..*, instruction set (baseline|avx2|avx512)\\)\n"));
 }
 
 }  // namespace

@@ -43,12 +43,9 @@ TEST(Progress, ShowsWhatIsDoneAndWipesItself) {
 TEST(Stages, AnnouncesRunsAndTakesTheTime) {
   std::vector<std::string> announced;
   Stages stages([&](std::string_view name) { announced.emplace_back(name); });
-  EXPECT_EQ(stages.run("a", [] { return 7; }), 7);
+  stages.run("a", [&] { EXPECT_THAT(announced, ElementsAre("a")); });
   const auto pause = std::chrono::milliseconds(20);
-  EXPECT_TRUE(stages.run("b", [&] {
-    std::this_thread::sleep_for(pause);
-    return true;
-  }));
+  stages.run("b", [&] { std::this_thread::sleep_for(pause); });
   EXPECT_THAT(announced, ElementsAre("a", "b"));
   ASSERT_EQ(stages.seconds().size(), 2U);
   EXPECT_EQ(stages.seconds()[0].first, "a");
@@ -60,7 +57,7 @@ TEST(Stages, AnnouncesRunsAndTakesTheTime) {
 
 TEST(Stages, AStageThatFailsHasNoTime) {
   Stages stages([](std::string_view) {});
-  EXPECT_THROW(stages.run("a", []() -> int { throw std::runtime_error("a"); }), std::runtime_error);
+  EXPECT_THROW(stages.run("a", [] { throw std::runtime_error("a"); }), std::runtime_error);
   EXPECT_TRUE(stages.seconds().empty());
 }
 

@@ -1,6 +1,7 @@
 #include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <miniquant/build.h>
 
 #include <nlohmann/json.hpp>
 
@@ -20,9 +21,9 @@ std::string results_of(const std::vector<Run>& runs) {
 }
 
 std::string manifest_of(const std::vector<Run>& runs, const std::vector<std::string>& command,
-                        const std::string& results) {
+                        const std::vector<OutputFile>& outputs) {
   const Options options;
-  return manifest_json(options, runs, command, results);
+  return manifest_json(options, runs, command, outputs);
 }
 
 TEST(Report, ResultsHoldTheFigures) {
@@ -83,6 +84,7 @@ TEST(Report, SetupHoldsTheOptionsOfGptqAndOfBest) {
                      {"full_range", true},      {"beam_scales", 2},          {"refine", 2}};
   EXPECT_EQ(setup["best"], best);
   options.gptq.symmetric = false;
+  options.best = preset_on_terms(Preset::kBest, options.gptq);
   setup = json::parse(results_json(options, sample_runs()))["setup"];
   EXPECT_EQ(setup["best"]["full_range"], false);
 }
@@ -131,7 +133,7 @@ TEST(Report, FilesHaveNoSeed) {
   EXPECT_TRUE(document["setup"]["seed"].is_null());
   EXPECT_EQ(document["setup"]["weight_source"]["kind"], "file");
   EXPECT_EQ(document["setup"]["weight_source"]["tensor"], "fc.weight");
-  EXPECT_TRUE(json::parse(manifest_json(options, runs, {}, ""))["seed"].is_null());
+  EXPECT_TRUE(json::parse(manifest_json(options, runs, {}, {}))["seed"].is_null());
 }
 
 TEST(Report, TimesAreInTheManifestOnly) {
@@ -145,11 +147,13 @@ TEST(Report, TimesAreInTheManifestOnly) {
   options.quiet = true;
   EXPECT_EQ(results_json(options, runs), results);
 
-  const json manifest = json::parse(manifest_of(runs, {"gptq_toy", "--bits", "4"}, results));
+  const json manifest = json::parse(manifest_of(runs, {"gptq_toy", "--bits", "4"},
+                                                {{"some/where/results.json", results}, {"/x.safetensors", "layer"}}));
   EXPECT_EQ(manifest["seconds"]["normal"], json({{"inputs", 123.0}, {"gptq", 0.25}}));
   EXPECT_EQ(manifest["seconds"]["cauchy"]["inputs"], 0.5);
   EXPECT_EQ(manifest["command"], json({"gptq_toy", "--bits", "4"}));
-  EXPECT_EQ(manifest["outputs"], json({{"results.json", sha256(results)}}));
+  EXPECT_EQ(manifest["outputs"], json({{"results.json", sha256(results)}, {"x.safetensors", sha256("layer")}}));
+  EXPECT_EQ(manifest["instruction_set"], instruction_set());
   EXPECT_EQ(manifest["threads"], at::get_num_threads());
   EXPECT_TRUE(manifest["check"].is_null());
 }
@@ -162,14 +166,14 @@ TEST(Report, TheManifestHoldsTheCheck) {
                                                           .largest_row_loss_difference = 0.5,
                                                           .loss_difference = 0.25}},
                                           .passed = true};
-  const json manifest = json::parse(manifest_of(runs, {}, ""));
+  const json manifest = json::parse(manifest_of(runs, {}, {}));
   EXPECT_EQ(manifest["check"]["normal"]["passed"], true);
   EXPECT_EQ(manifest["check"]["normal"]["agreements"][0]["differing_codes"], 3);
   EXPECT_FALSE(manifest["check"].contains("cauchy"));
 }
 
 TEST(Report, AnArgumentThatIsNotUtf8IsReplaced) {
-  const std::string text = manifest_of(sample_runs(), {"gptq_toy", "--output", "\xFF"}, "");
+  const std::string text = manifest_of(sample_runs(), {"gptq_toy", "--output", "\xFF"}, {});
   EXPECT_EQ(json::parse(text)["command"][2], "\xEF\xBF\xBD");
 }
 

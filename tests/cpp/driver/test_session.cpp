@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "driver/safetensors.h"
 #include "driver/session.h"
 #include "driver/sha256.h"
 #include "safetensors_bytes.h"
@@ -146,6 +147,47 @@ TEST_F(Session, PresetsLeaveRtnAndBestAlone) {
   EXPECT_NE(codes("rtn"), rtn);
   EXPECT_NE(codes("best"), best);
   EXPECT_EQ(codes("gptq"), codes("best"));
+}
+
+TEST_F(Session, SavesTheLayer) {
+  const std::filesystem::path path = folder_.path() / "layers" / "fc.safetensors";
+  EXPECT_EQ(run_small({"--distribution", "cauchy", "--preset", "best", "--save", path.string()}), 0) << error_;
+  EXPECT_THAT(
+      out_, HasSubstr("wrote " + path.string() + ", " + output_ + "/results.json and " + output_ + "/manifest.json\n"));
+  const json results = json::parse(folder_.read("out/results.json"));
+  const std::string saved = folder_.read("layers/fc.safetensors");
+  EXPECT_EQ(json::parse(folder_.read("out/manifest.json"))["outputs"]["fc.safetensors"], sha256(saved));
+  const SafetensorsFile file(path);
+  const SafetensorsFile::Entry& codes = file.find("codes").second;
+  EXPECT_EQ(codes.shape, (std::vector<uint64_t>{40, 96}));
+  EXPECT_EQ(sha256(std::string_view(saved).substr(codes.begin, codes.end - codes.begin)),
+            results["runs"]["cauchy"]["codes_sha256_gptq"]);
+  EXPECT_EQ(file.find("scales").second.shape, (std::vector<uint64_t>{40, 2}));
+}
+
+TEST_F(Session, WhereALayerCannotBeSavedIsSeenBeforeAnyWork) {
+  EXPECT_EQ(run_small({"--distribution", "normal", "--save", folder_.path().string()}), 2);
+  EXPECT_EQ(error_, "gptq_toy: --save: expected a file, but " + folder_.path().string() + " is a folder\n");
+  EXPECT_EQ(run_small({"--distribution", "normal", "--save", output_ + "/../out/results.json"}), 2);
+  EXPECT_THAT(error_, StartsWith("gptq_toy: --save: expected another name than results.json and manifest.json, but "));
+  EXPECT_EQ(run_small({"--save", (folder_.path() / "f").string()}), 2);
+  EXPECT_THAT(folder_.names(), IsEmpty());
+  const std::string file = folder_.write("file", "kept").string();
+  EXPECT_EQ(run_small({"--distribution", "normal", "--save", file + "/layer"}), 2);
+  EXPECT_EQ(error_, "gptq_toy: --save: expected a folder, but " + file + " is a file\n");
+}
+
+TEST_F(Session, InputsAndRidgesOutOfRangeEndWithTwo) {
+  EXPECT_EQ(run_small({"--ridge", "1e40"}), 2);
+  EXPECT_THAT(error_, StartsWith("gptq_toy: --ridge: expected at most "));
+  const std::string w = folder_.write("w", one_tensor_file("fc", "[2,3]", {1, 2, 3, 4, 5, 6})).string();
+  const std::string large = folder_.write("x", one_tensor_file("x", "[2,3]", {1, 2, 1e30F, 3, 4, 5})).string();
+  EXPECT_EQ(run({"--weights", w, "--inputs", large}), 2);
+  EXPECT_THAT(error_, StartsWith("gptq_toy: --inputs: x: tensor 'x': the squares of the inputs are summed in float32"));
+  const std::string zeros = folder_.write("y", one_tensor_file("x", "[2,3]", {0, 0, 0, 0, 0, 0})).string();
+  EXPECT_EQ(run({"--weights", w, "--inputs", zeros, "--ridge", "auto"}), 2);
+  EXPECT_THAT(error_, StartsWith("gptq_toy: --inputs: y: tensor 'x': expected a value other than 0 for --ridge auto"));
+  EXPECT_FALSE(std::filesystem::exists(output_));
 }
 
 TEST_F(Session, HelpAndVersionWriteNothing) {

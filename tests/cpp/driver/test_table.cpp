@@ -55,6 +55,7 @@ TEST(Table, TheHeadingSaysWhatGptqWasGiven) {
   options.gptq.scale_method = ScaleMethod::kHessian;
   options.gptq.symmetric = false;
   options.gptq.refine = 3;
+  options.best = preset_on_terms(Preset::kBest, options.gptq);
   const std::string text = table(options, sample_runs());
   EXPECT_EQ(line_with(text, "  GPTQ "), "  GPTQ    activation order, static scales by hessian, 3 rounds of refinement");
   EXPECT_EQ(line_with(text, "  best "),
