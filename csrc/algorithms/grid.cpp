@@ -17,24 +17,26 @@
 namespace miniquant::algorithms {
 namespace {
 
+/// `scale` as dtype Stored holds it; to the 16-bit dtypes through float32, as ATen converts.
 template <typename T, typename Stored>
 T round_scale(T scale) {
   static const T smallest = static_cast<T>(smallest_scale(c10::CppTypeToScalarType<Stored>::value));
-  return std::max(static_cast<T>(static_cast<Stored>(scale)), smallest);
+  using Through = std::conditional_t<sizeof(Stored) == 2, float, Stored>;
+  return std::max(static_cast<T>(static_cast<Stored>(static_cast<Through>(scale))), smallest);
 }
 
-/// float64 is computed in float64 alone; everything else in float32.
 template <typename T>
 kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (stored == at::kBFloat16) {
-      return round_scale<float, c10::BFloat16>;
-    }
-    if (stored == at::kHalf) {
-      return round_scale<float, c10::Half>;
-    }
+  switch (stored) {
+    case at::kBFloat16:
+      return round_scale<T, c10::BFloat16>;
+    case at::kHalf:
+      return round_scale<T, c10::Half>;
+    case at::kFloat:
+      return round_scale<T, float>;
+    default:
+      return round_scale<T, T>;
   }
-  return round_scale<T, T>;
 }
 
 }  // namespace
@@ -79,7 +81,7 @@ Grid make_grid(const at::Tensor& weight, const GridOptions& options) {
   const auto bytes = weight.options().dtype(at::kChar).memory_format(at::MemoryFormat::Contiguous);
   Grid grid{.range = code_range(options.bits, options.symmetric, options.full_range),
             .group_size = columns_per_group(options.group_size, columns),
-            .stored = weight.scalar_type(),
+            .stored = options.scale_dtype.value_or(weight.scalar_type()),
             .codes = at::empty({rows, columns}, bytes),
             .scales = scales.has_value() ? scales->to(dtype).clone(at::MemoryFormat::Contiguous)
                                          : at::empty({rows, groups}, bytes.dtype(dtype)),

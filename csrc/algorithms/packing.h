@@ -6,8 +6,8 @@
 
 namespace miniquant::algorithms {
 
-/// As miniquant::pack_int4 and miniquant::unpack_int4, arguments already checked; any device.
-at::Tensor pack_int4(const at::Tensor& codes);
-at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns);
+/// As miniquant::pack and miniquant::unpack, arguments already checked; any device.
+at::Tensor pack(const at::Tensor& codes, int64_t bits);
+at::Tensor unpack(const at::Tensor& packed, int64_t bits, int64_t columns);
 
 }  // namespace miniquant::algorithms

@@ -1,6 +1,16 @@
 #include "miniquant/presets.h"
 
+#include <array>
+
+#include "ops/names.h"
+
 namespace miniquant {
+
+template <>
+inline constexpr std::array<ops::Named<Preset>, 3> ops::kNames<Preset>{
+    {{Preset::kPlain, "plain"}, {Preset::kFast, "fast"}, {Preset::kBest, "best"}}};
+
+std::string_view name_of(Preset preset) { return ops::name_of_choice(preset); }
 
 GptqOptions options_of(Preset preset) {
   GptqOptions options;

@@ -7,11 +7,13 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "algorithms/finite.h"
 #include "algorithms/grid.h"
 #include "algorithms/symmetric.h"
+#include "ops/names.h"
 
 namespace miniquant::ops {
 namespace {
@@ -42,7 +44,22 @@ std::string first_value(const at::Tensor& tensor, const at::Tensor& bad) {
   return c10::str(tensor.masked_select(bad)[0].item<double>(), " at ", first_position(bad));
 }
 
+/// What holds a tensor whose elements do not lie in memory as sizes and strides say; "" for one whose elements do.
+std::string special_layout_of(const at::Tensor& tensor) {
+  if (tensor.unsafeGetTensorImpl()->is_nested()) {
+    return "a nested tensor";
+  }
+  return tensor.layout() == at::kStrided ? "" : c10::str("a tensor of layout ", tensor.layout());
+}
+
+void check_strided(const char* op, const char* argument, const at::Tensor& tensor) {
+  const std::string layout = special_layout_of(tensor);
+  TORCH_CHECK_VALUE(layout.empty(), op, ": expected ", argument, " to be a dense tensor of layout Strided, but got ",
+                    layout);
+}
+
 void check_matrix(const char* op, const char* argument, const char* shape, const at::Tensor& tensor) {
+  check_strided(op, argument, tensor);
   TORCH_CHECK_VALUE(tensor.dim() == 2, op, ": expected ", argument, " to be a matrix ", shape, ", but got shape ",
                     tensor.sym_sizes());
 }
@@ -76,6 +93,10 @@ void check_hessian_of(const char* op, const at::Tensor& weight, const at::Tensor
   check_same_device(op, argument, hessian, "weight", weight);
 }
 
+void check_bits(const char* op, int64_t bits) {
+  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, op, ": expected bits to be 2 to 8, but got ", bits);
+}
+
 void check_group_size(const char* op, int64_t group_size) {
   TORCH_CHECK_VALUE(group_size == -1 || group_size >= 1, op,
                     ": expected group_size to be positive, or -1 for one group per row, but got ", group_size);
@@ -83,6 +104,7 @@ void check_group_size(const char* op, int64_t group_size) {
 
 void check_per_group(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& weight,
                      int64_t group_size) {
+  check_strided(op, argument, tensor);
   const c10::SymInt groups = groups_per_row(group_size, weight.sym_size(1));
   TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.sym_size(0) == weight.sym_size(0) && tensor.sym_size(1) == groups, op,
                     ": expected ", argument, " to have shape [N, groups] = [", weight.sym_size(0), ", ", groups,
@@ -94,23 +116,19 @@ void check_zero_point_dtype(const char* op, const at::Tensor& zero_points) {
                    name_of(zero_points.scalar_type()));
 }
 
-ScaleMethod scale_method_of(const char* op, std::string_view text) {
-  if (text == "absmax") {
-    return ScaleMethod::kAbsmax;
-  }
-  if (text == "mse") {
-    return ScaleMethod::kMse;
-  }
-  if (text == "hessian") {
-    return ScaleMethod::kHessian;
-  }
-  TORCH_CHECK_VALUE(text == "loss", op, ": expected scale_method to be 'absmax', 'mse', 'hessian' or 'loss', but got '",
-                    text, "'");
-  return ScaleMethod::kLoss;
+/// The dtype that scales are stored in.
+at::ScalarType check_scale_dtype(const char* op, const at::Tensor& weight, std::optional<at::ScalarType> scale_dtype) {
+  const at::ScalarType dtype = scale_dtype.value_or(weight.scalar_type());
+  const bool is_double = weight.scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kDouble && is_double), op,
+      ": expected scale_dtype to be float32, bfloat16", is_double ? ", float16 or float64" : " or float16", " for a ",
+      name_of(weight.scalar_type()), " weight, but got ", name_of(dtype));
+  return dtype;
 }
 
 GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArguments& grid) {
-  TORCH_CHECK_VALUE(grid.bits >= 2 && grid.bits <= 8, op, ": expected bits to be 2 to 8, but got ", grid.bits);
+  check_bits(op, grid.bits);
   check_group_size(op, grid.group_size);
   TORCH_CHECK_VALUE(grid.symmetric || !grid.full_range, op,
                     ": expected full_range to be False where symmetric=False (an asymmetric grid has every code), but "
@@ -119,13 +137,14 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
                     ": expected zero_points to come with scales, but got no scales");
   TORCH_CHECK_VALUE(grid.symmetric || !grid.scales.has_value() || grid.zero_points.has_value(), op,
                     ": expected scales to come with zero_points where symmetric=False, but got no zero_points");
-  const ScaleMethod scale_method = scale_method_of(op, grid.scale_method);
+  const ScaleMethod scale_method = choice_named<ScaleMethod>(op, "scale_method", grid.scale_method);
+  const at::ScalarType scale_dtype = check_scale_dtype(op, weight, grid.scale_dtype);
   if (grid.scales.has_value()) {
     TORCH_CHECK_VALUE(scale_method == ScaleMethod::kAbsmax, op, ": expected no scales with scale_method='",
                       grid.scale_method, "', which computes them, but got scales of shape ", grid.scales->sym_sizes());
-    TORCH_CHECK_TYPE(grid.scales->scalar_type() == weight.scalar_type(), op,
-                     ": expected scales to have the dtype of weight (", name_of(weight.scalar_type()), "), but got ",
-                     name_of(grid.scales->scalar_type()));
+    TORCH_CHECK_TYPE(grid.scales->scalar_type() == scale_dtype, op, ": expected scales to have ",
+                     grid.scale_dtype.has_value() ? "scale_dtype (" : "the dtype of weight (", name_of(scale_dtype),
+                     "), but got ", name_of(grid.scales->scalar_type()));
     check_per_group(op, "scales", *grid.scales, weight, grid.group_size);
     check_same_device(op, "scales", *grid.scales, "weight", weight);
   }
@@ -142,6 +161,7 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
   options.scale_method = scale_method;
   options.scales = grid.scales;
   options.zero_points = grid.zero_points;
+  options.scale_dtype = grid.scale_dtype;
   return options;
 }
 
@@ -173,8 +193,8 @@ void check_grid_values(const char* op, const GridArguments& grid) {
 }
 
 /// Rounding leaves the two halves of a computed X X^T apart by some units in the last place; half of the digits is far
-/// more than that, and far less than the difference of a matrix that is not meant to be symmetric.
-void check_hessian_values(const char* op, const at::Tensor& hessian, const char* argument = "hessian") {
+/// more than that, and far less than the difference of a matrix that is not meant to be symmetric. Returns max |H_ij|.
+double check_hessian_values(const char* op, const at::Tensor& hessian, const char* argument = "hessian") {
   const algorithms::SymmetrySurvey survey = algorithms::survey_symmetry(hessian);
   if (!survey.finite) {
     check_finite(op, argument, hessian);
@@ -187,29 +207,39 @@ void check_hessian_values(const char* op, const at::Tensor& hessian, const char*
     TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be symmetric to within ", tolerance, ", but got ",
                       first_value(hessian, bad), " and ", first_value(hessian.mT(), bad), " of its transpose");
   }
+  return survey.largest;
 }
 
-GroupScales group_scales_of(const char* op, std::string_view text) {
-  if (text == "static") {
-    return GroupScales::kStatic;
-  }
-  TORCH_CHECK_VALUE(text == "dynamic", op, ": expected group_scales to be 'static' or 'dynamic', but got '", text, "'");
-  return GroupScales::kDynamic;
+/// The largest finite value of the dtype that a weight is computed in.
+double largest_computed(const at::Tensor& weight) {
+  return algorithms::compute_dtype(weight.scalar_type()) == at::kDouble ? std::numeric_limits<double>::max()
+                                                                        : std::numeric_limits<float>::max();
 }
 
-ColumnOrder column_order_of(const char* op, std::string_view text) {
-  if (text == "natural") {
-    return ColumnOrder::kNatural;
+void check_ridge(const char* op, const at::Tensor& weight, double ridge) {
+  TORCH_CHECK_VALUE(std::isfinite(ridge) && ridge >= 0, op, ": expected ridge to be finite and not negative, but got ",
+                    ridge);
+  TORCH_CHECK_VALUE(ridge <= largest_computed(weight), op, ": expected ridge to be at most ", largest_computed(weight),
+                    " for a ", name_of(weight.scalar_type()), " weight, but got ", ridge);
+}
+
+/// That ridge * mean(diag H) is finite in the dtype of computation. `largest` is max |H_ij|.
+void check_ridge_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian, double largest, double ridge) {
+  if (ridge * largest <= largest_computed(weight)) {
+    return;
   }
-  if (text == "activation") {
-    return ColumnOrder::kActivation;
-  }
-  TORCH_CHECK_VALUE(text == "group", op, ": expected column_order to be 'natural', 'activation' or 'group', but got '",
-                    text, "'");
-  return ColumnOrder::kGroup;
+  const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();
+  TORCH_CHECK_VALUE(ridge * mean <= largest_computed(weight), op, ": expected ridge to be at most ",
+                    largest_computed(weight) / mean, " for a hessian with a mean diagonal of ", mean, ", but got ",
+                    ridge);
 }
 
 }  // namespace
+
+void check_on_cpu(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_cpu(), op, ": expected ", argument, " to be on the CPU, but got a tensor on ",
+                    tensor.device());
+}
 
 c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns) {
   if (columns == 0) {
@@ -237,8 +267,7 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
   check_weight(op, weight);
   GptqOptions options{check_grid(op, weight, grid)};
   check_hessian_of(op, weight, hessian);
-  TORCH_CHECK_VALUE(std::isfinite(sweep.ridge) && sweep.ridge >= 0, op,
-                    ": expected ridge to be finite and not negative, but got ", sweep.ridge);
+  check_ridge(op, weight, sweep.ridge);
   TORCH_CHECK_VALUE(sweep.block_size >= 1, op, ": expected block_size to be positive, but got ", sweep.block_size);
   TORCH_CHECK_VALUE(sweep.refine >= 0, op, ": expected refine to be a number of rounds, 0 or more, but got ",
                     sweep.refine);
@@ -246,8 +275,8 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
                     ": expected beam_scales to be from 0 to ", kMostBeamScales, ", but got ", sweep.beam_scales);
   options.ridge = sweep.ridge;
   options.block_size = sweep.block_size;
-  options.group_scales = group_scales_of(op, sweep.group_scales);
-  options.column_order = column_order_of(op, sweep.column_order);
+  options.group_scales = choice_named<GroupScales>(op, "group_scales", sweep.group_scales);
+  options.column_order = choice_named<ColumnOrder>(op, "column_order", sweep.column_order);
   options.refine = sweep.refine;
   options.beam_scales = sweep.beam_scales;
   if (options.group_scales == GroupScales::kDynamic) {
@@ -292,9 +321,11 @@ GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::T
   return options;
 }
 
-void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid) {
+void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                       const SweepArguments& sweep) {
   check_rtn_values(op, weight, grid);
-  check_hessian_values(op, hessian);
+  const double largest = check_hessian_values(op, hessian);
+  check_ridge_of(op, weight, hessian, largest, sweep.ridge);
 }
 
 GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
@@ -318,6 +349,7 @@ void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {
   constexpr const char* op = "hessian_update_";
   check_hessian(op, hessian);
+  check_strided(op, "inputs", inputs);
   TORCH_CHECK_TYPE(is_weight_dtype(inputs.scalar_type()), op, ": expected inputs to be ", kWeightDtypes, ", but got ",
                    name_of(inputs.scalar_type()));
   TORCH_CHECK_VALUE(inputs.dim() >= 1 && inputs.sym_size(-1) == hessian.sym_size(0), op,
@@ -332,6 +364,7 @@ void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tenso
                                        const at::Tensor& hessian) {
   constexpr const char* op = "quantization_loss";
   check_weight(op, weight);
+  check_strided(op, "dequantized", dequantized);
   TORCH_CHECK_VALUE(dequantized.sym_sizes() == weight.sym_sizes(), op,
                     ": expected dequantized to have the shape of weight ", weight.sym_sizes(), ", but got shape ",
                     dequantized.sym_sizes());
@@ -358,25 +391,38 @@ void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scale
   check_same_device(op, "zero_points", zero_points, "codes", codes);
 }
 
-void check_pack_int4_arguments(const at::Tensor& codes) {
-  check_matrix("pack_int4", "codes", "[N, K]", codes);
-  TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar, "pack_int4: expected codes to be int8, but got ",
+c10::SymInt packed_bytes(const c10::SymInt& columns, int64_t bits) { return (columns * bits + 7) / 8; }
+
+void check_pack_arguments(const char* op, const at::Tensor& codes, int64_t bits) {
+  check_matrix(op, "codes", "[N, K]", codes);
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar, op, ": expected codes to be int8, but got ",
                    name_of(codes.scalar_type()));
+  check_bits(op, bits);
 }
 
-void check_pack_int4_values(const at::Tensor& codes) {
-  const at::Tensor bad = (codes < -8).logical_or(codes > 7);
-  TORCH_CHECK_VALUE(!bad.any().item<bool>(), "pack_int4: expected codes to be in [-8, 7], but got ",
-                    first_value(codes, bad));
+void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits) {
+  if (bits == 8) {
+    return;
+  }
+  const auto half = static_cast<int64_t>(1) << (bits - 1);
+  const at::Tensor bad = (codes < -half).logical_or(codes >= half);
+  TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected codes to be in [", -half, ", ", half - 1, "] for ", bits,
+                    " bits, but got ", first_value(codes, bad));
 }
 
-void check_unpack_int4_arguments(const at::Tensor& packed, const c10::SymInt& columns) {
-  check_matrix("unpack_int4", "packed", "[N, ceil(K / 2)]", packed);
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "unpack_int4: expected packed to be uint8, but got ",
+void check_unpack_arguments(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& columns) {
+  check_matrix(op, "packed", "[N, ceil(K * bits / 8)]", packed);
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": expected packed to be uint8, but got ",
                    name_of(packed.scalar_type()));
-  TORCH_CHECK_VALUE(columns >= 0 && packed.sym_size(1) == columns / 2 + columns % 2,
-                    "unpack_int4: expected columns to be ", packed.sym_size(1) * 2, " or one less for packed of shape ",
-                    packed.sym_sizes(), ", but got ", columns);
+  check_bits(op, bits);
+  // More columns than that have a number of bits that int64_t does not hold.
+  constexpr int64_t kMostColumns = std::numeric_limits<int64_t>::max() / 16;
+  TORCH_CHECK_VALUE(columns >= 0 && columns <= kMostColumns, op, ": expected columns to be 0 to ", kMostColumns,
+                    ", but got ", columns);
+  TORCH_CHECK_VALUE(packed.sym_size(1) == packed_bytes(columns, bits), op,
+                    ": expected packed to have shape [N, ceil(K * bits / 8)] = [", packed.sym_size(0), ", ",
+                    packed_bytes(columns, bits), "] for ", columns, " columns of ", bits, " bits, but got shape ",
+                    packed.sym_sizes());
 }
 
 }  // namespace miniquant::ops

@@ -4,10 +4,9 @@
 #include <c10/core/SymInt.h>
 
 #include <cstdint>
-#include <optional>
-#include <string_view>
 
 #include "miniquant/options.h"
+#include "ops/signature.h"
 
 // What the operators check before they touch memory. Messages read
 //   <op>: expected <argument> <requirement>, but got <value>
@@ -18,26 +17,8 @@
 
 namespace miniquant::ops {
 
-/// Arguments of the grid, as in the schemas.
-struct GridArguments {
-  int64_t bits;
-  int64_t group_size;
-  bool symmetric;
-  const std::optional<at::Tensor>& scales;
-  const std::optional<at::Tensor>& zero_points;
-  bool full_range;
-  std::string_view scale_method;
-};
-
-/// What gptq has beside the grid, as in the schema.
-struct SweepArguments {
-  double ridge;
-  int64_t block_size;
-  std::string_view group_scales;
-  std::string_view column_order;
-  int64_t refine;
-  int64_t beam_scales;
-};
+/// What an operator that is implemented for the CPU alone asks of a tensor.
+void check_on_cpu(const char* op, const char* argument, const at::Tensor& tensor);
 
 /// Groups of a row of `columns`, where group_size has been checked.
 c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns);
@@ -49,10 +30,11 @@ void check_rtn_values(const char* op, const at::Tensor& weight, const GridArgume
 /// Returns the options that the arguments name.
 GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
                                  const GridArguments& grid, const SweepArguments& sweep);
-/// The same, without what gptq_reference leaves to gptq.
+/// The same, without what gptq_reference does not have.
 GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::Tensor& hessian,
                                            const GridArguments& grid, const SweepArguments& sweep);
-void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid);
+void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                       const SweepArguments& sweep);
 
 /// Returns the options that the arguments name.
 GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
@@ -68,8 +50,10 @@ void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tenso
 void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                                 int64_t group_size);
 
-void check_pack_int4_arguments(const at::Tensor& codes);
-void check_pack_int4_values(const at::Tensor& codes);
-void check_unpack_int4_arguments(const at::Tensor& packed, const c10::SymInt& columns);
+/// Bytes of a row of `columns` codes.
+c10::SymInt packed_bytes(const c10::SymInt& columns, int64_t bits);
+void check_pack_arguments(const char* op, const at::Tensor& codes, int64_t bits);
+void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits);
+void check_unpack_arguments(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& columns);
 
 }  // namespace miniquant::ops

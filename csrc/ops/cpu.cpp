@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <string_view>
 
 #include "algorithms/gptq.h"
 #include "algorithms/hessian.h"
@@ -16,8 +15,8 @@
 #include "ops/checks.h"
 #include "ops/results.h"
 
-// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone is registered
-// for every device.
+// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone works on every
+// device, all else on the CPU.
 
 namespace miniquant::ops {
 namespace {
@@ -30,56 +29,46 @@ class PlainOperations {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
-using Algorithm = GptqResult (*)(const at::Tensor&, const at::Tensor&, const GptqOptions&);
-
-QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points,
-                   bool full_range, std::string_view scale_method) {
+QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
   const PlainOperations plain;
-  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
   const GridOptions options = check_rtn_arguments("rtn", weight, grid);
+  check_on_cpu("rtn", "weight", weight);
   check_rtn_values("rtn", weight, grid);
   const QuantizedWeight result = algorithms::rtn(weight, options);
   return {result.codes, result.scales, result.zero_points};
 }
 
-GptqTuple run_gptq(const char* op, Algorithm algorithm, const at::Tensor& weight, const at::Tensor& hessian,
-                   const GridArguments& grid, const GptqOptions& options) {
-  const PlainOperations plain;
-  check_gptq_values(op, weight, hessian, grid);
-  const GptqResult result = algorithm(weight, hessian, options);
+GptqTuple checked(const char* op, const GptqResult& result, double ridge) {
   TORCH_CHECK_VALUE(result.row_loss.isfinite().all().item<bool>(), op,
                     ": expected weight and hessian whose products are finite in ",
-                    c10::getDtypeNames(result.row_loss.scalar_type()).first, ", but got a row loss that is not");
+                    c10::getDtypeNames(result.row_loss.scalar_type()).first, " with ridge ", ridge,
+                    ", but got a row loss that is not");
   return {result.codes, result.scales, result.zero_points, result.row_loss};
 }
 
-GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
-               double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
-               std::string_view scale_method, int64_t refine, int64_t beam_scales) {
-  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
-  const GptqOptions options = check_gptq_arguments(
-      "gptq", weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
-  return run_gptq("gptq", algorithms::gptq, weight, hessian, grid, options);
+GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+               const SweepArguments& sweep) {
+  const PlainOperations plain;
+  const GptqOptions options = check_gptq_arguments("gptq", weight, hessian, grid, sweep);
+  check_on_cpu("gptq", "weight", weight);
+  check_gptq_values("gptq", weight, hessian, grid, sweep);
+  return checked("gptq", algorithms::gptq(weight, hessian, options), sweep.ridge);
 }
 
-GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
-                         bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
-                         std::string_view column_order, const std::optional<at::Tensor>& scales,
-                         const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
-                         int64_t refine, int64_t beam_scales) {
-  const GridArguments grid{bits, group_size, symmetric, scales, zero_points, full_range, scale_method};
-  const GptqOptions options = check_gptq_reference_arguments(
-      weight, hessian, grid, {ridge, block_size, group_scales, column_order, refine, beam_scales});
-  return run_gptq("gptq_reference", algorithms::gptq_reference, weight, hessian, grid, options);
+GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                         const SweepArguments& sweep) {
+  const PlainOperations plain;
+  const GptqOptions options = check_gptq_reference_arguments(weight, hessian, grid, sweep);
+  check_gptq_values("gptq_reference", weight, hessian, grid, sweep);
+  return checked("gptq_reference", algorithms::gptq_reference(weight, hessian, options), sweep.ridge);
 }
 
 RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
                         int64_t bits, int64_t group_size, bool symmetric) {
   const PlainOperations plain;
   const GridOptions options = check_choose_ridge_arguments(
-      weight, first, second, tokens, {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax"});
+      weight, first, second, tokens, {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax", {}});
+  check_on_cpu("choose_ridge", "weight", weight);
   check_choose_ridge_values(weight, first, second);
   const at::Tensor ridges = algorithms::judged_ridges(tokens, weight.size(1));
   const at::Tensor losses = algorithms::judge_ridges(weight, first, second, ridges, options);
@@ -89,6 +78,7 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
 void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
   const PlainOperations plain;
   check_hessian_update_arguments(hessian, inputs);
+  check_on_cpu("hessian_update_", "hessian", hessian);
   check_hessian_update_values(inputs);
   algorithms::hessian_update(hessian, inputs);
   // Autograd sees the change: no generated kernel above this one counts it.
@@ -98,6 +88,7 @@ void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   const PlainOperations plain;
   check_quantization_loss_arguments(weight, dequantized, hessian);
+  check_on_cpu("quantization_loss", "weight", weight);
   return algorithms::quantization_loss(weight, dequantized, hessian);
 }
 
@@ -108,33 +99,50 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const a
   return algorithms::dequantize(codes, scales, zero_points, group_size);
 }
 
-at::Tensor pack_int4(const at::Tensor& codes) {
-  check_pack_int4_arguments(codes);
-  check_pack_int4_values(codes);
-  return algorithms::pack_int4(codes);
+at::Tensor pack_as(const char* op, const at::Tensor& codes, int64_t bits) {
+  check_pack_arguments(op, codes, bits);
+  check_pack_values(op, codes, bits);
+  return algorithms::pack(codes, bits);
 }
 
+at::Tensor unpack_as(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& columns) {
+  check_unpack_arguments(op, packed, bits, columns);
+  return algorithms::unpack(packed, bits, columns.guard_int(__FILE__, __LINE__));
+}
+
+at::Tensor pack(const at::Tensor& codes, int64_t bits) { return pack_as("pack", codes, bits); }
+
+at::Tensor pack_int4(const at::Tensor& codes) { return pack_as("pack_int4", codes, 4); }
+
 // Registration takes a SymInt by value only.
-// NOLINTNEXTLINE(performance-unnecessary-value-param)
+// NOLINTBEGIN(performance-unnecessary-value-param)
+at::Tensor unpack(const at::Tensor& packed, int64_t bits, c10::SymInt columns) {
+  return unpack_as("unpack", packed, bits, columns);
+}
+
 at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
-  check_unpack_int4_arguments(packed, columns);
-  return algorithms::unpack_int4(packed, columns.guard_int(__FILE__, __LINE__));
+  return unpack_as("unpack_int4", packed, 4, columns);
+}
+// NOLINTEND(performance-unnecessary-value-param)
+
+/// For every device and layout: an implementation says itself what it does not serve, rather than the dispatcher.
+void implement(torch::Library& m) {
+  m.impl("rtn", rtn_operator<rtn>);
+  m.impl("gptq", gptq_operator<gptq>);
+  m.impl("gptq_reference", gptq_operator<gptq_reference>);
+  m.impl("choose_ridge", choose_ridge);
+  m.impl("hessian_update_", hessian_update_);
+  m.impl("quantization_loss", quantization_loss);
+  m.impl("dequantize", dequantize);
+  m.impl("pack", pack);
+  m.impl("unpack", unpack);
+  m.impl("pack_int4", pack_int4);
+  m.impl("unpack_int4", unpack_int4);
 }
 
 }  // namespace
 }  // namespace miniquant::ops
 
-TORCH_LIBRARY_IMPL(miniquant, CPU, m) {
-  m.impl("rtn", miniquant::ops::rtn);
-  m.impl("gptq", miniquant::ops::gptq);
-  m.impl("choose_ridge", miniquant::ops::choose_ridge);
-  m.impl("hessian_update_", miniquant::ops::hessian_update_);
-  m.impl("quantization_loss", miniquant::ops::quantization_loss);
-}
-
-TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) {
-  m.impl("gptq_reference", miniquant::ops::gptq_reference);
-  m.impl("dequantize", miniquant::ops::dequantize);
-  m.impl("pack_int4", miniquant::ops::pack_int4);
-  m.impl("unpack_int4", miniquant::ops::unpack_int4);
-}
+TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) { miniquant::ops::implement(m); }
+// The one kind of tensor that the key above does not cover.
+TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement(m); }

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <string_view>
 #include <utility>
 
 #include "algorithms/grid.h"
@@ -16,52 +15,42 @@
 namespace miniquant::ops {
 namespace {
 
-QuantizedTuple empty_quantized(const at::Tensor& weight, int64_t group_size) {
+QuantizedTuple empty_quantized(const at::Tensor& weight, const GridArguments& grid) {
   const c10::SymInt rows = weight.sym_size(0);
-  const c10::SymInt groups = groups_per_row(group_size, weight.sym_size(1));
+  const c10::SymInt groups = groups_per_row(grid.group_size, weight.sym_size(1));
   const auto bytes = weight.options().dtype(at::kChar);
-  return {at::empty_symint({rows, weight.sym_size(1)}, bytes), at::empty_symint({rows, groups}, weight.options()),
+  const auto scales = weight.options().dtype(grid.scale_dtype.value_or(weight.scalar_type()));
+  return {at::empty_symint({rows, weight.sym_size(1)}, bytes), at::empty_symint({rows, groups}, scales),
           at::empty_symint({rows, groups}, bytes)};
 }
 
-QuantizedTuple rtn(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric,
-                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points,
-                   bool full_range, std::string_view scale_method) {
-  check_rtn_arguments("rtn", weight, {bits, group_size, symmetric, scales, zero_points, full_range, scale_method});
-  return empty_quantized(weight, group_size);
+QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
+  check_rtn_arguments("rtn", weight, grid);
+  return empty_quantized(weight, grid);
 }
 
-GptqTuple empty_gptq(const at::Tensor& weight, int64_t group_size) {
-  auto [codes, scales, zero_points] = empty_quantized(weight, group_size);
+GptqTuple empty_gptq(const at::Tensor& weight, const GridArguments& grid) {
+  auto [codes, scales, zero_points] = empty_quantized(weight, grid);
   const auto options = weight.options().dtype(algorithms::compute_dtype(weight.scalar_type()));
   return {codes, scales, zero_points, at::empty_symint({weight.sym_size(0)}, options)};
 }
 
-GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size, bool symmetric,
-               double ridge, int64_t block_size, std::string_view group_scales, std::string_view column_order,
-               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zero_points, bool full_range,
-               std::string_view scale_method, int64_t refine, int64_t beam_scales) {
-  check_gptq_arguments("gptq", weight, hessian,
-                       {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
-                       {ridge, block_size, group_scales, column_order, refine, beam_scales});
-  return empty_gptq(weight, group_size);
+GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+               const SweepArguments& sweep) {
+  check_gptq_arguments("gptq", weight, hessian, grid, sweep);
+  return empty_gptq(weight, grid);
 }
 
-GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, int64_t bits, int64_t group_size,
-                         bool symmetric, double ridge, int64_t block_size, std::string_view group_scales,
-                         std::string_view column_order, const std::optional<at::Tensor>& scales,
-                         const std::optional<at::Tensor>& zero_points, bool full_range, std::string_view scale_method,
-                         int64_t refine, int64_t beam_scales) {
-  check_gptq_reference_arguments(weight, hessian,
-                                 {bits, group_size, symmetric, scales, zero_points, full_range, scale_method},
-                                 {ridge, block_size, group_scales, column_order, refine, beam_scales});
-  return empty_gptq(weight, group_size);
+GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                         const SweepArguments& sweep) {
+  check_gptq_reference_arguments(weight, hessian, grid, sweep);
+  return empty_gptq(weight, grid);
 }
 
 RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
                         int64_t bits, int64_t group_size, bool symmetric) {
   check_choose_ridge_arguments(weight, first, second, tokens,
-                               {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax"});
+                               {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax", {}});
   const auto options = weight.options().dtype(at::kDouble);
   return {at::empty({}, options), at::empty({algorithms::kJudgedRidges}, options),
           at::empty({algorithms::kJudgedRidges}, options)};
@@ -81,27 +70,41 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const a
   return at::empty_symint(codes.sym_sizes(), scales.options());
 }
 
-at::Tensor pack_int4(const at::Tensor& codes) {
-  check_pack_int4_arguments(codes);
-  return at::empty_symint({codes.sym_size(0), (codes.sym_size(1) + 1) / 2}, codes.options().dtype(at::kByte));
+at::Tensor empty_packed(const char* op, const at::Tensor& codes, int64_t bits) {
+  check_pack_arguments(op, codes, bits);
+  return at::empty_symint({codes.sym_size(0), packed_bytes(codes.sym_size(1), bits)}, codes.options().dtype(at::kByte));
+}
+
+at::Tensor empty_unpacked(const char* op, const at::Tensor& packed, int64_t bits, c10::SymInt columns) {
+  check_unpack_arguments(op, packed, bits, columns);
+  return at::empty_symint({packed.sym_size(0), std::move(columns)}, packed.options().dtype(at::kChar));
+}
+
+at::Tensor pack(const at::Tensor& codes, int64_t bits) { return empty_packed("pack", codes, bits); }
+
+at::Tensor pack_int4(const at::Tensor& codes) { return empty_packed("pack_int4", codes, 4); }
+
+at::Tensor unpack(const at::Tensor& packed, int64_t bits, c10::SymInt columns) {
+  return empty_unpacked("unpack", packed, bits, std::move(columns));
 }
 
 at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
-  check_unpack_int4_arguments(packed, columns);
-  return at::empty_symint({packed.sym_size(0), std::move(columns)}, packed.options().dtype(at::kChar));
+  return empty_unpacked("unpack_int4", packed, 4, std::move(columns));
 }
 
 }  // namespace
 }  // namespace miniquant::ops
 
 TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
-  m.impl("rtn", miniquant::ops::rtn);
-  m.impl("gptq", miniquant::ops::gptq);
-  m.impl("gptq_reference", miniquant::ops::gptq_reference);
+  m.impl("rtn", miniquant::ops::rtn_operator<miniquant::ops::rtn>);
+  m.impl("gptq", miniquant::ops::gptq_operator<miniquant::ops::gptq>);
+  m.impl("gptq_reference", miniquant::ops::gptq_operator<miniquant::ops::gptq_reference>);
   m.impl("choose_ridge", miniquant::ops::choose_ridge);
   m.impl("hessian_update_", miniquant::ops::hessian_update_);
   m.impl("quantization_loss", miniquant::ops::quantization_loss);
   m.impl("dequantize", miniquant::ops::dequantize);
+  m.impl("pack", miniquant::ops::pack);
+  m.impl("unpack", miniquant::ops::unpack);
   m.impl("pack_int4", miniquant::ops::pack_int4);
   m.impl("unpack_int4", miniquant::ops::unpack_int4);
 }

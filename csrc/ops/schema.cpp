@@ -2,30 +2,24 @@
 #include <torch/library.h>
 
 #include <string>
+#include <vector>
 
 #include "ops/build.h"
+#include "ops/signature.h"
 
 // The operators' signatures. include/miniquant/*.h documents them; cpu.cpp and meta.cpp implement them.
 
 TORCH_LIBRARY(miniquant, m) {
+  using miniquant::ops::kGridSchema;
+  using miniquant::ops::kSweepSchema;
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def(
-      "rtn(Tensor weight, *, int bits=4, int group_size=64, bool symmetric=True, Tensor? scales=None, "
-      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\") "
-      "-> (Tensor codes, Tensor scales, Tensor zero_points)",
-      tags);
-  m.def(
-      "gptq(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, float ridge=0.01, "
-      "int block_size=128, str group_scales=\"static\", str column_order=\"natural\", Tensor? scales=None, "
-      "Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", int refine=0, int beam_scales=0) "
-      "-> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
-      tags);
-  m.def(
-      "gptq_reference(Tensor weight, Tensor hessian, *, int bits=4, int group_size=64, bool symmetric=True, "
-      "float ridge=0.01, int block_size=128, str group_scales=\"static\", str column_order=\"natural\", "
-      "Tensor? scales=None, Tensor? zero_points=None, bool full_range=False, str scale_method=\"absmax\", "
-      "int refine=0, int beam_scales=0) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor row_loss)",
-      tags);
+  const char* const results = " -> (Tensor codes, Tensor scales, Tensor zero_points";
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+  define(c10::str("rtn(Tensor weight, *, ", kGridSchema, ")", results, ")"));
+  for (const char* op : {"gptq", "gptq_reference"}) {
+    define(c10::str(op, "(Tensor weight, Tensor hessian, *, ", kGridSchema, ", ", kSweepSchema, ")", results,
+                    ", Tensor row_loss)"));
+  }
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
   m.def(
       "choose_ridge(Tensor weight, Tensor first, Tensor second, int tokens, *, int bits=4, int group_size=64, "
@@ -33,6 +27,8 @@ TORCH_LIBRARY(miniquant, m) {
       tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);
   m.def("dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor", tags);
+  m.def("pack(Tensor codes, int bits) -> Tensor", tags);
+  m.def("unpack(Tensor packed, int bits, SymInt columns) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
   m.def("unpack_int4(Tensor packed, SymInt columns) -> Tensor", tags);
   // No tensors, so that one implementation serves every dispatch key.
@@ -43,7 +39,7 @@ TORCH_LIBRARY(miniquant, m) {
 // None of the operators has a derivative: results never require a gradient, whatever their inputs do.
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
   for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "quantization_loss",
-                         "dequantize", "pack_int4", "unpack_int4"}) {
+                         "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

@@ -40,7 +40,7 @@ from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402  (the 
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
-from miniquant.packing import pack_int4, unpack_int4  # noqa: E402
+from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
@@ -58,9 +58,11 @@ __all__ = [
     "gptq_auto",
     "gptq_reference",
     "hessian_update_",
+    "pack",
     "pack_int4",
     "preset",
     "quantization_loss",
     "rtn",
+    "unpack",
     "unpack_int4",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from miniquant.grid import ScaleMethod
+from miniquant.operators import call
 
 GroupScales = Literal["static", "dynamic"]
 ColumnOrder = Literal["natural", "activation", "group"]
@@ -16,7 +17,7 @@ class GptqResult(NamedTuple):
 
     Attributes:
         codes: int8 [N, K].
-        scales: [N, G], in the weight's dtype.
+        scales: [N, G], of ``scale_dtype``.
         zero_points: int8 [N, G]; all 0 for a symmetric grid.
         row_loss: [N], e H e^T of each row with the ridge in H; float64 for a float64 weight, else float32.
     """
@@ -42,6 +43,7 @@ def gptq(
     zero_points: Tensor | None = None,
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
+    scale_dtype: torch.dtype | None = None,
     refine: int = 0,
     beam_scales: int = 0,
 ) -> GptqResult:
@@ -68,14 +70,16 @@ def gptq(
         column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
             a shorter last one last, and their columns so that from the last on each has the least variance given those
             behind it. Scales stay with the stored columns.
-        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive (not 0 with ``full_range``).
+        scales: [N, G] to use instead of the weight's own; of ``scale_dtype``, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
         full_range: the symmetric grid with one code more (see the package).
         scale_method: how scales are computed: "absmax"; "mse", the one of least squared error of several; "hessian",
             the same with column j weighted by H_jj; "loss" (dynamic scales only), the one of several with which the
             sweep adds least to the loss.
-        refine: rounds of refinement after the sweep, at most. The first moves single codes, scales held, until hardly
-            any move lowers the loss; further ones fit the scales to their codes as well. Stops when nothing changes.
+        scale_dtype: the dtype in which scales will be stored: float32, bfloat16, float16 or, for a float64 weight,
+            float64; None is the weight's. Scales are rounded to it before codes are chosen, and returned in it.
+        refine: max rounds of refinement after the sweep. The first moves single codes, scales held, until hardly any
+            move lowers the loss; further rounds fit the scales to their codes as well. Stops when nothing changes.
         beam_scales: of the scales that ``scale_method="loss"`` tries, the number, up to 25, with which each group is
             quantized once more by a beam search that keeps four partial choices of codes.
 
@@ -85,7 +89,8 @@ def gptq(
             ridge used and what to try.
     """
     return GptqResult(
-        *torch.ops.miniquant.gptq(
+        *call(
+            "gptq",
             weight,
             hessian,
             bits=bits,
@@ -99,6 +104,7 @@ def gptq(
             zero_points=zero_points,
             full_range=full_range,
             scale_method=scale_method,
+            scale_dtype=scale_dtype,
             refine=refine,
             beam_scales=beam_scales,
         )
@@ -120,6 +126,7 @@ def gptq_reference(
     zero_points: Tensor | None = None,
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
+    scale_dtype: torch.dtype | None = None,
     refine: int = 0,
     beam_scales: int = 0,
 ) -> GptqResult:
@@ -130,12 +137,13 @@ def gptq_reference(
     ``err = (w_k - q_k) / Hinv[k, k]``,  ``W[:, k:] -= outer(err, Hinv[k, k:])``
 
     Written on PyTorch's own operations, for any device; slow, and what :func:`gptq` is tested against. The two agree
-    code for code but where a target lies on a rounding tie to within the precision of the arithmetic. Arguments, result
-    and errors are those of :func:`gptq`, but that ``scale_method="loss"``, ``beam_scales`` and ``refine`` are left to
-    it, and that other methods than "absmax" need the CPU.
+    code for code except where a target lies on a rounding tie to within the precision of the arithmetic. Arguments,
+    result and errors are those of :func:`gptq`, except that it has no ``scale_method="loss"``, ``beam_scales`` and
+    ``refine``, and that scale methods other than "absmax" need the CPU.
     """
     return GptqResult(
-        *torch.ops.miniquant.gptq_reference(
+        *call(
+            "gptq_reference",
             weight,
             hessian,
             bits=bits,
@@ -149,6 +157,7 @@ def gptq_reference(
             zero_points=zero_points,
             full_range=full_range,
             scale_method=scale_method,
+            scale_dtype=scale_dtype,
             refine=refine,
             beam_scales=beam_scales,
         )

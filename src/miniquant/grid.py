@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from miniquant.operators import call
+
 ScaleMethod = Literal["absmax", "mse", "hessian", "loss"]
 
 
@@ -13,7 +15,7 @@ class QuantizedWeight(NamedTuple):
 
     Attributes:
         codes: int8 [N, K].
-        scales: [N, G], in the weight's dtype.
+        scales: [N, G], of ``scale_dtype``.
         zero_points: int8 [N, G]; all 0 for a symmetric grid.
     """
 
@@ -32,6 +34,7 @@ def rtn(
     zero_points: Tensor | None = None,
     full_range: bool = False,
     scale_method: Literal["absmax", "mse"] = "absmax",
+    scale_dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
     """Rounds every weight to the nearest point of its group's grid, ties to even.
 
@@ -42,17 +45,20 @@ def rtn(
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
         symmetric: which of the two grids (see the package).
-        scales: [N, G] to use instead of the weight's own; the weight's dtype, positive (not 0 with ``full_range``).
+        scales: [N, G] to use instead of the weight's own; of ``scale_dtype``, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
         full_range: the symmetric grid with one code more (see the package).
         scale_method: "absmax", or "mse": of scales that hold from half to 1.1 times the group's range the one of least
             squared error.
+        scale_dtype: the dtype in which scales will be stored: float32, bfloat16, float16 or, for a float64 weight,
+            float64; None is the weight's. Scales are rounded to it before codes are chosen, and returned in it.
 
     Raises:
         ValueError, TypeError: for a bad argument.
     """
     return QuantizedWeight(
-        *torch.ops.miniquant.rtn(
+        *call(
+            "rtn",
             weight,
             bits=bits,
             group_size=group_size,
@@ -61,6 +67,7 @@ def rtn(
             zero_points=zero_points,
             full_range=full_range,
             scale_method=scale_method,
+            scale_dtype=scale_dtype,
         )
     )
 
@@ -80,4 +87,4 @@ def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: i
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return cast("Tensor", torch.ops.miniquant.dequantize(codes, scales, zero_points, group_size))
+    return cast("Tensor", call("dequantize", codes, scales, zero_points, group_size))

@@ -2,8 +2,9 @@
 
 from typing import cast
 
-import torch
 from torch import Tensor
+
+from miniquant.operators import call
 
 
 def quantization_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:
@@ -20,4 +21,4 @@ def quantization_loss(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> T
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return cast("Tensor", torch.ops.miniquant.quantization_loss(weight, dequantized, hessian))
+    return cast("Tensor", call("quantization_loss", weight, dequantized, hessian))

@@ -1,33 +1,37 @@
-"""Codes as they are stored: several to a byte."""
+"""Codes as they are stored: without gaps between their bits."""
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
+from miniquant.operators import call
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two signed 4-bit codes per byte, in two's complement.
 
-    Column 2i is the low half of byte i and column 2i + 1 the high half; the high half after an odd last column is 0.
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes of ``bits`` bits without gaps.
+
+    A row is one little-endian stream of bits: bit i of column k, in two's complement, is bit ``k * bits + i`` of the
+    row, and bit j of the row is bit ``j % 8`` of byte ``j // 8``. What is left of the last byte is 0.
 
     Args:
-        codes: int8 [N, K], values in [-8, 7].
+        codes: int8 [N, K], values in [-2^(bits - 1), 2^(bits - 1) - 1].
+        bits: 2 to 8.
 
     Returns:
-        uint8 [N, ceil(K / 2)].
+        uint8 [N, ceil(K * bits / 8)].
 
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return cast("Tensor", torch.ops.miniquant.pack_int4(codes))
+    return cast("Tensor", call("pack", codes, bits))
 
 
-def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """The inverse of :func:`pack_int4`.
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of :func:`pack`.
 
     Args:
-        packed: uint8 [N, ceil(columns / 2)].
+        packed: uint8 [N, ceil(columns * bits / 8)].
+        bits: 2 to 8.
         columns: K.
 
     Returns:
@@ -36,4 +40,14 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return cast("Tensor", torch.ops.miniquant.unpack_int4(packed, columns))
+    return cast("Tensor", call("unpack", packed, bits, columns))
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """:func:`pack` with 4 bits: two codes per byte, column 2i in the low half of byte i."""
+    return cast("Tensor", call("pack_int4", codes))
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """:func:`unpack` with 4 bits."""
+    return cast("Tensor", call("unpack_int4", packed, columns))

@@ -33,6 +33,7 @@ def gptq_calls(op: str) -> list[Call]:
         (op, (weight.clone().requires_grad_(), hessian.clone().requires_grad_()), {}),
         (op, (weight, hessian), {"group_size": 8, "symmetric": False, "scales": scales, "zero_points": zero_points}),
         (op, (weight[:0], hessian), {}),
+        (op, (weight.double(), hessian), {"group_size": 8, "scale_dtype": torch.float16}),
     ]
 
 
@@ -60,6 +61,10 @@ def calls() -> list[Call]:
         ("dequantize", (codes, scales, zero_points, 8), {}),
         ("dequantize", (codes, scales[:, :1].bfloat16(), zero_points[:, :1], -1), {}),
         ("dequantize", (codes, scales.clone().requires_grad_(), zero_points, 8), {}),
+        ("rtn", (weight,), {"group_size": 8, "scale_dtype": torch.bfloat16}),
+        *(("pack", (codes, bits), {}) for bits in (4, 5, 6, 7, 8)),
+        *(("pack", (codes.t().contiguous().t(), bits), {}) for bits in (4, 8)),
+        *(("unpack", (packed, bits, 48 // bits), {}) for bits in range(2, 9)),
         ("pack_int4", (codes,), {}),
         ("pack_int4", (codes[:, :7],), {}),
         ("unpack_int4", (packed, 12), {}),

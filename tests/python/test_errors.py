@@ -367,24 +367,45 @@ OTHERS = [
     Bad(
         "pack_int4",
         {"codes": one_bad(zeros8(3, 6), 8, 2, 5)},
-        "codes to be in [-8, 7], but got 8 at [2, 5]",
+        "codes to be in [-8, 7] for 4 bits, but got 8 at [2, 5]",
         reads_values=True,
     ),
     Bad(
         "pack_int4",
         {"codes": one_bad(zeros8(3, 6), -9, 0, 1)},
-        "codes to be in [-8, 7], but got -9 at [0, 1]",
+        "codes to be in [-8, 7] for 4 bits, but got -9 at [0, 1]",
         reads_values=True,
     ),
     Bad(
         "unpack_int4",
         {"packed": torch.zeros(3, dtype=torch.uint8)},
-        "packed to be a matrix [N, ceil(K / 2)], but got shape [3]",
+        "packed to be a matrix [N, ceil(K * bits / 8)], but got shape [3]",
     ),
     Bad("unpack_int4", {"packed": zeros8(3, 3)}, "packed to be uint8, but got int8", TypeError),
-    Bad("unpack_int4", {"columns": 7}, "columns to be 6 or one less for packed of shape [3, 3], but got 7"),
-    Bad("unpack_int4", {"columns": 4}, "columns to be 6 or one less for packed of shape [3, 3], but got 4"),
-    Bad("unpack_int4", {"columns": -1}, "columns to be 6 or one less for packed of shape [3, 3], but got -1"),
+    Bad(
+        "unpack_int4",
+        {"columns": 7},
+        "packed to have shape [N, ceil(K * bits / 8)] = [3, 4] for 7 columns of 4 bits, but got shape [3, 3]",
+    ),
+    Bad(
+        "unpack_int4",
+        {"columns": 4},
+        "packed to have shape [N, ceil(K * bits / 8)] = [3, 2] for 4 columns of 4 bits, but got shape [3, 3]",
+    ),
+    Bad("unpack_int4", {"columns": -1}, "columns to be 0 to 576460752303423487, but got -1"),
+    Bad("pack", {"bits": 9}, "bits to be 2 to 8, but got 9"),
+    Bad(
+        "pack",
+        {"codes": one_bad(zeros8(3, 6), 4, 2, 5)},
+        "codes to be in [-4, 3] for 3 bits, but got 4 at [2, 5]",
+        reads_values=True,
+    ),
+    Bad("unpack", {"bits": 1}, "bits to be 2 to 8, but got 1"),
+    Bad(
+        "unpack",
+        {"columns": 9},
+        "packed to have shape [N, ceil(K * bits / 8)] = [3, 4] for 9 columns of 3 bits, but got shape [3, 3]",
+    ),
 ]
 
 
@@ -411,6 +432,8 @@ def good_call(op: str) -> dict[str, Any]:
         "hessian_update_": {"hessian": torch.zeros(4, 4), "inputs": torch.ones(2, 4)},
         "quantization_loss": {**weight, "dequantized": torch.zeros(3, 6), "hessian": torch.eye(6)},
         "dequantize": {"codes": zeros8(3, 6), "scales": full(1, 3, 2), "zero_points": zeros8(3, 2), "group_size": 4},
+        "pack": {"codes": zeros8(3, 6), "bits": 3},
+        "unpack": {"packed": torch.zeros(3, 3, dtype=torch.uint8), "bits": 3, "columns": 6},
         "pack_int4": {"codes": zeros8(3, 6)},
         "unpack_int4": {"packed": torch.zeros(3, 3, dtype=torch.uint8), "columns": 6},
     }

@@ -1,4 +1,4 @@
-"""pack_int4 and unpack_int4: two signed codes per byte."""
+"""pack and unpack: codes of 2 to 8 bits without gaps; pack_int4 and unpack_int4: two codes per byte."""
 
 from __future__ import annotations
 
@@ -52,3 +52,48 @@ def test_does_not_alias_its_input() -> None:
     packed = miniquant.pack_int4(codes)
     codes.fill_(0)
     assert packed.tolist() == [[0x21]]
+
+
+def stream_of_bits(row: list[int], bits: int) -> list[int]:
+    """The bytes of a row, from the definition: one little-endian number of all its bits."""
+    number = sum((code % 2**bits) << (bits * k) for k, code in enumerate(row))
+    return list(number.to_bytes((len(row) * bits + 7) // 8, "little"))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 7, 8, 9, 64, 129])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_row_is_one_stream_of_bits(bits: int, columns: int) -> None:
+    low = -(2 ** (bits - 1))
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(low, -low, (4, columns), generator=generator, dtype=torch.int8)
+    packed = miniquant.pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [stream_of_bits(row, bits) for row in codes.tolist()]
+    assert torch.equal(miniquant.unpack(packed, bits, columns), codes)
+    strided = codes.t().contiguous().t()
+    assert miniquant.pack(strided, bits).is_contiguous()
+    assert torch.equal(miniquant.pack(strided, bits), packed)
+    assert miniquant.unpack(packed.t().contiguous().t(), bits, columns).is_contiguous()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_code_of_every_width_round_trips(bits: int) -> None:
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8).repeat(3, 1)
+    assert torch.equal(miniquant.unpack(miniquant.pack(codes, bits), bits, codes.shape[1]), codes)
+
+
+def test_four_bits_are_pack_int4() -> None:
+    codes = torch.randint(-8, 8, (5, 33), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed = miniquant.pack(codes, 4)
+    assert torch.equal(packed, miniquant.pack_int4(codes))
+    assert torch.equal(miniquant.unpack(packed, 4, 33), miniquant.unpack_int4(packed, 33))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_bytes_share_no_memory_with_codes(bits: int) -> None:
+    codes = torch.ones(1, 8, dtype=torch.int8)
+    packed = miniquant.pack(codes, bits)
+    unpacked = miniquant.unpack(packed, bits, 8)
+    codes.zero_()
+    packed.zero_()
+    assert unpacked.tolist() == [[1] * 8]

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
@@ -35,17 +36,20 @@ struct GridOptions {
   bool full_range = false;
   /// How scales are computed.
   ScaleMethod scale_method = ScaleMethod::kAbsmax;
-  /// Scales to use instead of those computed from the weight: [N, G], the weight's dtype, positive (not 0 if
+  /// Scales to use instead of those computed from the weight: [N, G], of `scale_dtype`, positive (not 0 if
   /// `full_range`).
   std::optional<at::Tensor> scales = std::nullopt;
   /// Zero points that go with `scales`: int8 [N, G]; needed where `symmetric` is false.
   std::optional<at::Tensor> zero_points = std::nullopt;
+  /// The dtype in which scales will be stored, the weight's by default: kHalf, kBFloat16, kFloat or, for a kDouble
+  /// weight, kDouble. Scales are rounded to it before codes are chosen, and returned in it.
+  std::optional<at::ScalarType> scale_dtype = std::nullopt;
 };
 
 /// A weight on its grid.
 struct QuantizedWeight {
   at::Tensor codes;        ///< int8 [N, K]
-  at::Tensor scales;       ///< [N, G], the weight's dtype; G = ceil(K / group_size), or 1 for group_size = -1
+  at::Tensor scales;       ///< [N, G], of GridOptions::scale_dtype; G = ceil(K / group_size), or 1 for group_size = -1
   at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
 };
 

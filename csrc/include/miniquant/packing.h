@@ -7,13 +7,22 @@
 
 namespace miniquant {
 
-/// Two signed 4-bit codes per byte: [N, K] int8 in [-8, 7] -> [N, ceil(K / 2)] uint8. Column 2i is the low half of
-/// byte i, in two's complement; the high half after an odd last column is 0.
-/// Throws c10::ValueError for a code out of range or another shape, c10::TypeError for another dtype.
+/// Codes of `bits` bits, 2 to 8, without gaps: int8 [N, K] -> uint8 [N, ceil(K * bits / 8)].
+///
+/// A row is one little-endian stream of bits: bit i of column k, in two's complement, is bit k * bits + i of the row,
+/// and bit j of the row is bit j % 8 of byte j / 8. What is left of the last byte is 0. Throws c10::ValueError for a
+/// code out of [-2^(bits-1), 2^(bits-1) - 1] or another shape, c10::TypeError for another dtype.
+MINIQUANT_API at::Tensor pack(const at::Tensor& codes, int64_t bits);
+
+/// The inverse of pack: uint8 [N, ceil(K * bits / 8)] -> int8 [N, K], with K = `columns`.
+/// Throws c10::ValueError where the packed width is not that of `columns`, or for another argument that is wrong,
+/// c10::TypeError for another dtype.
+MINIQUANT_API at::Tensor unpack(const at::Tensor& packed, int64_t bits, int64_t columns);
+
+/// pack with 4 bits: two codes per byte, column 2i in the low half of byte i.
 MINIQUANT_API at::Tensor pack_int4(const at::Tensor& codes);
 
-/// The inverse of pack_int4: [N, ceil(K / 2)] uint8 -> [N, columns] int8. `columns` is K, which the
-/// packed width leaves two choices for. Throws c10::ValueError / c10::TypeError on bad arguments.
+/// unpack with 4 bits.
 MINIQUANT_API at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns);
 
 }  // namespace miniquant

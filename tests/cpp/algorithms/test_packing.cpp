@@ -5,6 +5,7 @@
 #include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "algorithms/packing.h"
@@ -17,7 +18,7 @@ TEST(Packing, EveryPairOfCodesHasItsByte) {
   const at::Tensor code = at::arange(-8, 8, at::kChar);
   const at::Tensor low = code.repeat({16});
   const at::Tensor high = code.repeat_interleave(16);
-  const at::Tensor packed = pack_int4(at::stack({low, high}, 1));
+  const at::Tensor packed = pack(at::stack({low, high}, 1), 4);
   ASSERT_EQ(packed.sizes(), (std::vector<int64_t>{256, 1}));
   ASSERT_EQ(packed.scalar_type(), at::kByte);
   for (int64_t i = 0; i < 256; ++i) {
@@ -25,40 +26,71 @@ TEST(Packing, EveryPairOfCodesHasItsByte) {
     const int expected = (low[i].item<int>() + 16) % 16 + 16 * ((high[i].item<int>() + 16) % 16);
     EXPECT_EQ(packed[i][0].item<int>(), expected) << low[i].item<int>() << ", " << high[i].item<int>();
   }
-  EXPECT_TRUE(at::equal(unpack_int4(packed, 2), at::stack({low, high}, 1)));
+  EXPECT_TRUE(at::equal(unpack(packed, 4, 2), at::stack({low, high}, 1)));
 }
 
 TEST(Packing, EvenColumnsAreTheLowHalves) {
   const at::Tensor codes = at::tensor({1, 2, -1, -8}, at::kChar).unsqueeze(0);
-  const at::Tensor packed = pack_int4(codes);
+  const at::Tensor packed = pack(codes, 4);
   EXPECT_EQ(packed[0][0].item<int>(), 0x21);
   EXPECT_EQ(packed[0][1].item<int>(), 0x8F);
 }
 
 TEST(Packing, AnOddLastColumnLeavesTheHighHalfZero) {
   const at::Tensor codes = at::tensor({1, 2, -1}, at::kChar).unsqueeze(0);
-  const at::Tensor packed = pack_int4(codes);
+  const at::Tensor packed = pack(codes, 4);
   ASSERT_EQ(packed.sizes(), (std::vector<int64_t>{1, 2}));
   EXPECT_EQ(packed[0][1].item<int>(), 0x0F);
-  EXPECT_TRUE(at::equal(unpack_int4(packed, 3), codes));
+  EXPECT_TRUE(at::equal(unpack(packed, 4, 3), codes));
 }
 
 TEST(Packing, RoundTripOfAnyShapeAndStride) {
   const at::Tensor codes = at::arange(0, 35 * 12, at::kLong).remainder(16).sub(8).to(at::kChar).view({35, 12});
   for (const at::Tensor& matrix : {codes, codes.mT(), codes.slice(1, 1, 12, 2), codes.slice(1, 0, 1)}) {
-    const at::Tensor round_trip = unpack_int4(pack_int4(matrix), matrix.size(1));
+    const at::Tensor round_trip = unpack(pack(matrix, 4), 4, matrix.size(1));
     EXPECT_TRUE(at::equal(round_trip, matrix)) << matrix.sizes();
     EXPECT_TRUE(round_trip.is_contiguous());
   }
-  const at::Tensor packed = pack_int4(codes);
-  EXPECT_TRUE(at::equal(unpack_int4(packed.mT().contiguous().mT(), 12), codes));
+  const at::Tensor packed = pack(codes, 4);
+  EXPECT_TRUE(at::equal(unpack(packed.mT().contiguous().mT(), 4, 12), codes));
+}
+
+// Bit by bit, as miniquant/packing.h defines the stream.
+TEST(Packing, ARowIsAStreamOfBitsOfAnyWidth) {
+  for (int64_t bits = 2; bits <= 8; ++bits) {
+    const int64_t levels = int64_t{1} << bits;
+    for (const int64_t columns : {1, 2, 3, 7, 8, 9, 16, 31}) {
+      SCOPED_TRACE(c10::str(bits, " bits, ", columns, " columns"));
+      const at::Tensor codes = at::arange(0, 3 * columns, at::kLong)
+                                   .mul(37)
+                                   .remainder(levels)
+                                   .sub(levels / 2)
+                                   .to(at::kChar)
+                                   .view({3, columns});
+      const at::Tensor packed = pack(codes, bits);
+      ASSERT_EQ(packed.sizes(), (std::vector<int64_t>{3, (columns * bits + 7) / 8}));
+      ASSERT_TRUE(packed.is_contiguous());
+      for (int64_t row = 0; row < 3; ++row) {
+        std::vector<uint8_t> expected(static_cast<size_t>(packed.size(1)));
+        for (int64_t bit = 0; bit < columns * bits; ++bit) {
+          const auto code = static_cast<unsigned>(codes[row][bit / bits].item<int>());
+          expected[static_cast<size_t>(bit / 8)] |= static_cast<uint8_t>(
+              ((code >> static_cast<unsigned>(bit % bits)) & 1U) << static_cast<unsigned>(bit % 8));
+        }
+        const auto* const found = packed.const_data_ptr<uint8_t>() + row * packed.size(1);
+        EXPECT_EQ(std::vector<uint8_t>(found, found + packed.size(1)), expected);
+      }
+      EXPECT_TRUE(at::equal(unpack(packed, bits, columns), codes));
+      EXPECT_TRUE(at::equal(pack(codes.mT().contiguous().mT(), bits), packed));
+    }
+  }
 }
 
 TEST(Packing, KeepsEmptyShapes) {
-  EXPECT_EQ(pack_int4(at::empty({0, 5}, at::kChar)).sizes(), (std::vector<int64_t>{0, 3}));
-  EXPECT_EQ(pack_int4(at::empty({4, 0}, at::kChar)).sizes(), (std::vector<int64_t>{4, 0}));
-  EXPECT_EQ(unpack_int4(at::empty({0, 3}, at::kByte), 5).sizes(), (std::vector<int64_t>{0, 5}));
-  EXPECT_EQ(unpack_int4(at::empty({4, 0}, at::kByte), 0).sizes(), (std::vector<int64_t>{4, 0}));
+  EXPECT_EQ(pack(at::empty({0, 5}, at::kChar), 4).sizes(), (std::vector<int64_t>{0, 3}));
+  EXPECT_EQ(pack(at::empty({4, 0}, at::kChar), 4).sizes(), (std::vector<int64_t>{4, 0}));
+  EXPECT_EQ(unpack(at::empty({0, 3}, at::kByte), 4, 5).sizes(), (std::vector<int64_t>{0, 5}));
+  EXPECT_EQ(unpack(at::empty({4, 0}, at::kByte), 4, 0).sizes(), (std::vector<int64_t>{4, 0}));
 }
 
 }  // namespace

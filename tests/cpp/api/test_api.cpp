@@ -25,6 +25,11 @@ TEST(Api, DefaultsAreThoseOfTheSchema) {
   EXPECT_EQ(options.column_order == ColumnOrder::kNatural, default_of("column_order").toStringRef() == "natural");
   EXPECT_FALSE(options.scales.has_value());
   EXPECT_FALSE(options.zero_points.has_value());
+  EXPECT_EQ(options.full_range, default_of("full_range").toBool());
+  EXPECT_EQ(name_of(options.scale_method), default_of("scale_method").toStringRef());
+  EXPECT_EQ(options.scale_dtype.has_value(), !default_of("scale_dtype").isNone());
+  EXPECT_EQ(options.refine, default_of("refine").toInt());
+  EXPECT_EQ(options.beam_scales, default_of("beam_scales").toInt());
 }
 
 // Each option changes the result in the way that the same change through the dispatcher does.
@@ -34,13 +39,15 @@ TEST(Api, EveryOptionReachesTheOperator) {
   GptqOptions base;
   base.group_size = 16;
   const GptqResult plain = gptq(weight, hessian, base);
-  std::vector<GptqOptions> changed(6, base);
+  std::vector<GptqOptions> changed(8, base);
   changed[0].bits = 3;
   changed[1].group_size = 8;
   changed[2].symmetric = false;
   changed[3].ridge = 1.0;
   changed[4].group_scales = GroupScales::kDynamic;
   changed[5].column_order = ColumnOrder::kActivation;
+  changed[6].full_range = true;
+  changed[7].scale_dtype = at::kBFloat16;
   for (size_t i = 0; i < changed.size(); ++i) {
     for (const testing::NamedAlgorithm& form : testing::kForms) {
       const GptqResult result = form.run(weight, hessian, changed[i]);
@@ -67,6 +74,8 @@ TEST(Api, EveryOptionReachesTheOperator) {
 TEST(Api, PackedCodesComeBack) {
   const QuantizedWeight quantized = rtn(testing::normal({5, 33}, 3));
   EXPECT_TRUE(at::equal(unpack_int4(pack_int4(quantized.codes), 33), quantized.codes));
+  EXPECT_TRUE(at::equal(pack(quantized.codes, 4), pack_int4(quantized.codes)));
+  EXPECT_TRUE(at::equal(unpack(pack(quantized.codes, 5), 5, 33), quantized.codes));
 }
 
 }  // namespace

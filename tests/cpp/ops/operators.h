@@ -5,10 +5,11 @@
 #include <miniquant/gptq.h>
 
 #include <cstdint>
-#include <optional>
+#include <map>
 #include <string>
 #include <string_view>
-#include <tuple>
+#include <utility>
+#include <vector>
 
 namespace miniquant::testing {
 
@@ -23,21 +24,39 @@ inline c10::OperatorHandle find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("miniquant::") + name).c_str(), "");
 }
 
+/// What an operator returns, through the dispatcher: its arguments in order, then options by name; those not named take
+/// the schema's defaults.
+inline std::vector<c10::IValue> call_operator(const char* name, std::vector<c10::IValue> arguments,
+                                              const std::map<std::string, c10::IValue>& options = {}) {
+  const c10::OperatorHandle op = find_operator(name);
+  for (size_t i = arguments.size(); i < op.schema().arguments().size(); ++i) {
+    const c10::Argument& argument = op.schema().arguments()[i];
+    const auto found = options.find(argument.name());
+    arguments.push_back(found != options.end() ? found->second : argument.default_value().value());
+  }
+  op.callBoxed(&arguments);
+  return arguments;
+}
+
 /// gptq or gptq_reference through the dispatcher, with the texts of its choices.
 inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at::Tensor& hessian,
                             std::string_view group_scales, std::string_view column_order,
                             const GptqOptions& options = {}) {
-  using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-  using OptionalTensor = const std::optional<at::Tensor>&;
-  const auto op =
-      find_operator(name)
-          .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, bool, double, int64_t, std::string_view,
-                        std::string_view, OptionalTensor, OptionalTensor, bool, std::string_view, int64_t, int64_t)>();
-  auto [codes, scales, zero_points, row_loss] =
-      op.call(weight, hessian, options.bits, options.group_size, options.symmetric, options.ridge, options.block_size,
-              group_scales, column_order, options.scales, options.zero_points, options.full_range, "absmax",
-              options.refine, options.beam_scales);
-  return {{codes, scales, zero_points}, row_loss};
+  const std::vector<c10::IValue> results = call_operator(name, {weight, hessian},
+                                                         {{"bits", options.bits},
+                                                          {"group_size", options.group_size},
+                                                          {"symmetric", options.symmetric},
+                                                          {"ridge", options.ridge},
+                                                          {"block_size", options.block_size},
+                                                          {"group_scales", std::string(group_scales)},
+                                                          {"column_order", std::string(column_order)},
+                                                          {"scales", options.scales},
+                                                          {"zero_points", options.zero_points},
+                                                          {"full_range", options.full_range},
+                                                          {"scale_dtype", options.scale_dtype},
+                                                          {"refine", options.refine},
+                                                          {"beam_scales", options.beam_scales}});
+  return {{results[0].toTensor(), results[1].toTensor(), results[2].toTensor()}, results[3].toTensor()};
 }
 
 }  // namespace miniquant::testing

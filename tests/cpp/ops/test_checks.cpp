@@ -1,10 +1,12 @@
 // Every message of ops/checks.cpp, whole. Messages about shapes, dtypes, devices and options come from a real and from
 // a meta tensor alike; those about values from real ones.
 
+#include <ATen/ops/_nested_tensor_from_tensor_list.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/quantize_per_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 #include <miniquant/miniquant.h>
@@ -99,6 +101,21 @@ std::vector<BadCall> bad_arguments() {
          options.scales = on(device, {2, 2});
          options.zero_points = on(device, {1, 2}, at::kChar);
        })},
+      {Kind::kType,
+       "gptq: expected scale_dtype to be float32, bfloat16 or float16 for a float32 weight, but got float64",
+       gptq_with([](GptqOptions& options, at::Device) { options.scale_dtype = at::kDouble; })},
+      {Kind::kType,
+       "gptq: expected scale_dtype to be float32, bfloat16, float16 or float64 for a float64 weight, but got int8",
+       [](at::Device device) {
+         GptqOptions options;
+         options.scale_dtype = at::kChar;
+         gptq(on(device, {2, 4}, at::kDouble), on(device, {4, 4}), options);
+       }},
+      {Kind::kType, "gptq: expected scales to have scale_dtype (bfloat16), but got float32",
+       gptq_with([](GptqOptions& options, at::Device device) {
+         options.scale_dtype = at::kBFloat16;
+         options.scales = on(device, {2, 2});
+       })},
       // the Hessian
       {Kind::kValue, "gptq: expected hessian to be a matrix [K, K], but got shape [4, 4, 1]",
        [](at::Device device) { gptq(on(device, {2, 4}), on(device, {4, 4, 1})); }},
@@ -116,6 +133,8 @@ std::vector<BadCall> bad_arguments() {
        gptq_with([](GptqOptions& options, at::Device) { options.ridge = kNan; })},
       {Kind::kValue, "gptq: expected ridge to be finite and not negative, but got inf",
        gptq_with([](GptqOptions& options, at::Device) { options.ridge = kInf; })},
+      {Kind::kValue, "gptq: expected ridge to be at most 3.40282e+38 for a float32 weight, but got 1e+40",
+       gptq_with([](GptqOptions& options, at::Device) { options.ridge = 1e40; })},
       {Kind::kValue, "gptq: expected block_size to be positive, but got 0",
        gptq_with([](GptqOptions& options, at::Device) { options.block_size = 0; })},
       {Kind::kValue, "gptq: expected group_scales to be 'static' or 'dynamic', but got 'Static'",
@@ -205,17 +224,27 @@ std::vector<BadCall> bad_arguments() {
        [](at::Device device) { pack_int4(on(device, {4}, at::kChar)); }},
       {Kind::kType, "pack_int4: expected codes to be int8, but got int32",
        [](at::Device device) { pack_int4(on(device, {2, 4}, at::kInt)); }},
-      {Kind::kValue, "unpack_int4: expected packed to be a matrix [N, ceil(K / 2)], but got shape [4]",
+      {Kind::kValue, "pack: expected bits to be 2 to 8, but got 1",
+       [](at::Device device) { pack(on(device, {2, 4}, at::kChar), 1); }},
+      {Kind::kValue, "unpack_int4: expected packed to be a matrix [N, ceil(K * bits / 8)], but got shape [4]",
        [](at::Device device) { unpack_int4(on(device, {4}, at::kByte), 8); }},
       {Kind::kType, "unpack_int4: expected packed to be uint8, but got int8",
        [](at::Device device) { unpack_int4(on(device, {2, 4}, at::kChar), 8); }},
+      {Kind::kValue, "unpack: expected bits to be 2 to 8, but got 9",
+       [](at::Device device) { unpack(on(device, {2, 4}, at::kByte), 9, 4); }},
+      {Kind::kValue, "unpack: expected columns to be 0 to 576460752303423487, but got -1",
+       [](at::Device device) { unpack(on(device, {2, 4}, at::kByte), 3, -1); }},
+      {Kind::kValue, "unpack: expected columns to be 0 to 576460752303423487, but got 9223372036854775807",
+       [](at::Device device) { unpack(on(device, {2, 4}, at::kByte), 3, std::numeric_limits<int64_t>::max()); }},
+      {Kind::kValue,
+       "unpack: expected packed to have shape [N, ceil(K * bits / 8)] = [2, 5] for 11 columns of 3 bits, but got shape "
+       "[2, 4]",
+       [](at::Device device) { unpack(on(device, {2, 4}, at::kByte), 3, 11); }},
+      {Kind::kValue,
+       "unpack_int4: expected packed to have shape [N, ceil(K * bits / 8)] = [2, 3] for 6 columns of 4 bits, but got "
+       "shape [2, 4]",
+       [](at::Device device) { unpack_int4(on(device, {2, 4}, at::kByte), 6); }},
   };
-  for (const int64_t columns : {6, 9, -1}) {
-    table.push_back({Kind::kValue,
-                     "unpack_int4: expected columns to be 8 or one less for packed of shape [2, 4], but got " +
-                         std::to_string(columns),
-                     [columns](at::Device device) { unpack_int4(on(device, {2, 4}, at::kByte), columns); }});
-  }
   return table;
 }
 
@@ -341,8 +370,50 @@ TEST(Checks, CodesThatDoNotFitFourBits) {
   for (const int64_t code : {-9, 8, 127, -128}) {
     EXPECT_EQ(message_of<c10::ValueError>(
                   [&] { pack_int4(with_entry(at::zeros({2, 4}, at::kChar), 1, 3, static_cast<double>(code))); }),
-              "pack_int4: expected codes to be in [-8, 7], but got " + std::to_string(code) + " at [1, 3]");
+              "pack_int4: expected codes to be in [-8, 7] for 4 bits, but got " + std::to_string(code) + " at [1, 3]");
   }
+}
+
+TEST(Checks, RidgesThatOverflowOnTheHessian) {
+  GptqOptions options;
+  options.ridge = 1e30;
+  for (const testing::NamedAlgorithm& form : testing::kForms) {
+    EXPECT_EQ(
+        message_of<c10::ValueError>([&] { form.run(at::ones({2, 4}), at::eye(4) * 1e10, options); }),
+        std::string(form.name) +
+            ": expected ridge to be at most 3.40282e+28 for a hessian with a mean diagonal of 1e+10, but got 1e+30");
+    EXPECT_EQ(message_of<c10::ValueError>([&] { form.run(at::ones({2, 4}), at::eye(4) * 1e-10, options); }),
+              "no exception");
+  }
+}
+
+// The dispatcher knows no kernel of ours for them; the operators say what they take all the same.
+TEST(Checks, TensorsThatAreNotStrided) {
+  const at::Tensor weight = at::ones({2, 4});
+  const at::Tensor hessian = at::eye(4);
+  const std::string expected = ": expected weight to be a dense tensor of layout Strided, but got ";
+  EXPECT_EQ(message_of<c10::ValueError>([&] { rtn(weight.to_sparse()); }),
+            "rtn" + expected + "a tensor of layout Sparse");
+  EXPECT_EQ(message_of<c10::ValueError>([&] { gptq(weight.to_sparse_csr(), hessian); }),
+            "gptq" + expected + "a tensor of layout SparseCsr");
+  EXPECT_EQ(message_of<c10::ValueError>([&] { gptq(weight.to_mkldnn(), hessian); }),
+            "gptq" + expected + "a tensor of layout Mkldnn");
+  EXPECT_EQ(message_of<c10::ValueError>([&] { gptq(weight, hessian.to_sparse()); }),
+            "gptq: expected hessian to be a dense tensor of layout Strided, but got a tensor of layout Sparse");
+  EXPECT_EQ(
+      message_of<c10::ValueError>([&] { quantization_loss(weight, weight.to_sparse(), hessian); }),
+      "quantization_loss: expected dequantized to be a dense tensor of layout Strided, but got a tensor of layout "
+      "Sparse");
+  EXPECT_EQ(
+      message_of<c10::ValueError>([&] {
+        at::Tensor sum = at::zeros({4, 4});
+        hessian_update_(sum, weight.to_sparse());
+      }),
+      "hessian_update_: expected inputs to be a dense tensor of layout Strided, but got a tensor of layout Sparse");
+  EXPECT_EQ(message_of<c10::ValueError>([&] { rtn(at::_nested_tensor_from_tensor_list({weight[0], weight[1]})); }),
+            "rtn" + expected + "a nested tensor");
+  EXPECT_EQ(message_of<c10::TypeError>([&] { rtn(at::quantize_per_tensor(weight, 0.1, 0, at::kQInt8)); }),
+            "rtn: expected weight to be float32, float64, bfloat16 or float16, but got qint8");
 }
 
 TEST(Checks, HessianThatIsNotPositiveDefinite) {
@@ -363,7 +434,9 @@ TEST(Checks, ProductsThatOverflow) {
   for (const testing::NamedAlgorithm& form : testing::kForms) {
     EXPECT_EQ(message_of<c10::ValueError>([&] { form.run(weight, at::eye(4), {}); }),
               std::string(form.name) +
-                  ": expected weight and hessian whose products are finite in float32, but got a row loss that is not");
+                  ": expected weight and hessian whose products are finite in float32 with ridge 0.01, but got a row "
+                  "loss that "
+                  "is not");
   }
 }
 

@@ -1,0 +1,109 @@
+"""The one way in which the typed functions call their operators: with arguments whose Python types are checked."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def _expectations(name: str) -> Mapping[str, str]:
+    """What the schema of an operator expects of each argument, in order: "Tensor", "Optional[Tensor]", "int", ..."""
+    schema = getattr(torch.ops.miniquant, name).default._schema  # noqa: SLF001  (there is no public way)
+    return MappingProxyType({argument.name: str(argument.real_type) for argument in schema.arguments})
+
+
+# Read once: torch.compile does not trace through schemas.
+_EXPECTED = {
+    name: _expectations(name)
+    for name in (
+        "choose_ridge",
+        "dequantize",
+        "gptq",
+        "gptq_reference",
+        "hessian_update_",
+        "pack",
+        "pack_int4",
+        "quantization_loss",
+        "rtn",
+        "unpack",
+        "unpack_int4",
+    )
+}
+_WORDS = {
+    "Tensor": "a torch.Tensor",
+    "int": "an int",
+    "SymInt": "an int",
+    "float": "a float",
+    "bool": "a bool",
+    "str": "a str",
+    "ScalarType": "a torch.dtype",
+}
+
+
+def _is_number(expected: str, value: object) -> bool:
+    """Whether the dispatcher takes a value for "int", "SymInt", "float" or "bool"."""
+    if isinstance(value, Tensor):  # one element is a number, too
+        return value.numel() == 1 and (expected == "float" or not value.is_floating_point())
+    # Numbers of other libraries convert themselves.
+    if expected == "float":
+        return isinstance(value, NUMBERS) or hasattr(value, "__float__")
+    if expected == "bool":
+        return isinstance(value, (int, torch.SymBool)) or type(value).__name__ in ("bool", "bool_")
+    return isinstance(value, (int, torch.SymInt)) or (hasattr(value, "__index__") and not isinstance(value, float))
+
+
+def _is_a(expected: str, value: object) -> bool:
+    """Whether the dispatcher takes a value for a type of the schema language."""
+    if expected == "Tensor":
+        return isinstance(value, Tensor)
+    if expected == "str":
+        return isinstance(value, str)
+    if expected == "ScalarType":
+        return isinstance(value, torch.dtype)
+    return _is_number(expected, value)
+
+
+def _described(value: object) -> str:
+    """A value as a message shows it: whole where it is short."""
+    if value is None or isinstance(value, (str, bool, int, float, torch.dtype)):
+        return f"{value!r}" if value is None else f"{value!r} of type {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a torch.Tensor of shape {list(value.shape)}"
+    shape = getattr(value, "shape", None)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return f"a {kind}" if shape is None else f"a {kind} of shape {list(shape)}"
+
+
+def check_argument(op: str, name: str, expected: str, value: object) -> None:
+    """Raises the TypeError of `op` where the argument `name` is not of a type of the schema language."""
+    optional = expected.startswith("Optional[")
+    inner = expected.removeprefix("Optional[").removesuffix("]")
+    if (value is None and optional) or _is_a(inner, value):
+        # Nested tensors of torch.jagged answer every operator themselves, so ours would not see them.
+        if inner == "Tensor" and isinstance(value, Tensor) and value.layout == torch.jagged:
+            raise ValueError(
+                f"{op}: expected {name} to be a dense tensor of layout Strided, "
+                "but got a nested tensor of layout Jagged"
+            )
+        return
+    raise TypeError(
+        f"{op}: expected {name} to be {_WORDS[inner]}{' or None' if optional else ''}, but got {_described(value)}"
+    )
+
+
+def call(name: str, *arguments: Any, **options: Any) -> Any:
+    """Calls ``torch.ops.miniquant.<name>`` with arguments in the schema's order and options by name.
+
+    Raises:
+        TypeError: for an argument of another Python type, named by the argument; whatever the operator raises.
+    """
+    expected = _EXPECTED[name]
+    for (argument, kind), value in zip(expected.items(), arguments, strict=False):
+        check_argument(name, argument, kind, value)
+    for option, value in options.items():
+        check_argument(name, option, expected[option], value)
+    return getattr(torch.ops.miniquant, name)(*arguments, **options)
