@@ -1,8 +1,8 @@
 """Times gptq, and torch.mm of as many operations, in a process that has to share its processors.
 
-Run by benchmarks.speed. `python -m benchmarks.speed.shared N K GROUP THREADS SECONDS` prints the median seconds of a call
-of either as JSON; `python -m benchmarks.speed.shared load THREADS` is the other program: it multiplies matrices until it
-is ended.
+Run by benchmarks.speed. `python -m benchmarks.speed.shared N K GROUP THREADS SECONDS` prints the median seconds of a
+call of either as JSON; `python -m benchmarks.speed.shared load THREADS` is the other program: it multiplies matrices
+until it is ended.
 """
 
 import json

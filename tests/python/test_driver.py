@@ -572,7 +572,7 @@ def test_bad_files_end_with_two_and_write_nothing(
             ["--asymmetric", "--full-range"],
             "--full-range: not allowed with --asymmetric, because an asymmetric grid already uses every code",
         ),
-        (["--preset", "best", "--check"], "--check: expected --scale-method absmax, mse or hessian, which the textbook form has"),
+        (["--preset", "best", "--check"], "--check: expected --scale-method absmax, mse or hessian, which"),
     ],
 )
 def test_bad_options_end_with_two(driver: Driver, tmp_path: Path, arguments: Sequence[str], message: str) -> None:
