@@ -12,8 +12,8 @@
 //   <op>: expected <argument> <requirement>, but got <value>
 // Wrong dtypes are TypeErrors, all else ValueErrors.
 //
-// check_*_arguments look at shapes, dtypes, devices and options only and serve real and Meta tensors alike, so that a
-// fake tensor gets the message that a real one would. check_*_values read the data.
+// check_*_arguments look at shapes, dtypes, devices and options only and serve real and Meta tensors alike, so a fake
+// tensor gets the message that a real tensor would get. check_*_values read the data.
 
 namespace miniquant::ops {
 

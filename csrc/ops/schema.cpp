@@ -7,7 +7,7 @@
 #include "ops/build.h"
 #include "ops/signature.h"
 
-// The operators' signatures. include/miniquant/*.h documents them; cpu.cpp and meta.cpp implement them.
+// The operators' schemas. include/miniquant/*.h documents them; cpu.cpp and meta.cpp implement them.
 
 TORCH_LIBRARY(miniquant, m) {
   using miniquant::ops::kGridSchema;
@@ -31,7 +31,7 @@ TORCH_LIBRARY(miniquant, m) {
   m.def("unpack(Tensor packed, int bits, SymInt columns) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
   m.def("unpack_int4(Tensor packed, SymInt columns) -> Tensor", tags);
-  // No tensors, so that one implementation serves every dispatch key.
+  // Without tensors: one implementation serves every dispatch key.
   m.def("version() -> str", [] { return std::string(miniquant::ops::version()); });
   m.def("instruction_set() -> str", [] { return std::string(miniquant::ops::instruction_set()); });
 }
