@@ -134,7 +134,7 @@ def installed_wheel(python: Path, wheel: Path) -> bool:
     return True
 
 
-def test_row(row: Row, work: Path, output: Path, wheels: list[Path]) -> str:
+def test_row(row: Row, work: Path, output: Path, wheels: list[Path], build_dir: Path | None) -> str:
     """Makes the environment of a row, installs a wheel in it and runs the tests; the row of the table."""
     folder = work / "environment"
     shutil.rmtree(folder, ignore_errors=True)
@@ -147,13 +147,16 @@ def test_row(row: Row, work: Path, output: Path, wheels: list[Path]) -> str:
             how = f"{wheel.name}, loaded"
             break
     if not how:
-        source = next((work / "source tree").glob("*"), None) or make_source(python, work)
+        source = ROOT if build_dir else next((work / "source tree").glob("*"), None) or make_source(python, work)
+        environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+        if build_dir:
+            environment["MINIQUANT_BUILD_DIR"] = str(build_dir)
         built = work / "built"
         shutil.rmtree(built, ignore_errors=True)
         run(
             *(str(python), "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"),
             *("-w", built, source),
-            env={"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"},
+            env=environment,
         )
         (wheel,) = built.glob("*.whl")
         wheels.append(Path(shutil.copy(wheel, output)))
@@ -186,6 +189,11 @@ def main() -> int:
         "--wheel", type=Path, action="append", default=[], help="a wheel made before, for the rows that it works with"
     )
     parser.add_argument(
+        "--build-dir",
+        type=Path,
+        help="build the wheel from the clone in this build folder, not from a source distribution",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=ROOT / "build" / "torch_matrix",
@@ -194,6 +202,8 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = arguments.rows + ([Row("installed", sys.executable)] if arguments.installed else [])
     output = arguments.output.resolve()
+    if arguments.build_dir:
+        arguments.build_dir = arguments.build_dir.resolve()
     output.mkdir(parents=True, exist_ok=True)
 
     table, failed, wheels = TABLE_HEAD, 0, list(arguments.wheel)
@@ -201,7 +211,7 @@ def main() -> int:
         for row in rows or [Row.parse(version) for version in SUPPORTED]:
             print(f"==> torch {row.torch} with {row.python}", flush=True)
             try:
-                line = test_row(row, Path(work), output, wheels)
+                line = test_row(row, Path(work), output, wheels, arguments.build_dir)
             except RowError as error:
                 line = f"| {row.torch} | {row.python} | failed | | |\n"
                 failed += 1
