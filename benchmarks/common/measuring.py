@@ -80,16 +80,6 @@ def interleaved(runs: Mapping[str, Callable[[], object]], least_seconds: float) 
     return fastest
 
 
-def instruction_set() -> str:
-    """What the kernels run on: MINIQUANT_ISA, or the strongest they know that this CPU has."""
-    if forced := os.environ.get("MINIQUANT_ISA"):
-        return forced
-    flags = set(cpu_fields().get("flags", "").split())
-    if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq"}:
-        return "avx512"
-    return "avx2" if flags >= {"avx2", "fma"} else "baseline"
-
-
 def cpu_fields() -> dict[str, str]:
     """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
@@ -104,7 +94,12 @@ def machine(threads: int) -> dict[str, Any]:
     name = fields.get("model name", platform.machine())
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields['model']})"
-    return {"cpu": name, "cpus": os.cpu_count(), "threads": threads, "instruction_set": instruction_set()}
+    return {
+        "cpu": name,
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "instruction_set": str(torch.ops.miniquant.instruction_set()),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -180,7 +180,7 @@ class Comparer {
                                {"best", [this] { quantize_best(); }},
                                {"loss", [this] { measure(); }}};
     if (problem_.fresh_inputs) {
-      list.push_back({"fresh_hessian", [this] { sum_fresh_inputs(); }});
+      list.push_back({"fresh_hessian", [this, inputs = *problem_.fresh_inputs] { sum_fresh_inputs(inputs); }});
       list.push_back({"fresh_loss", [this] { measure_on_fresh_inputs(); }});
     }
     if (options_.check) {
@@ -253,9 +253,9 @@ class Comparer {
             .value = dequantize(quantized.codes, quantized.scales.to(dtype_), quantized.zero_points, used_.group_size)};
   }
 
-  void sum_fresh_inputs() {
+  void sum_fresh_inputs(const at::Tensor& inputs) {
     HessianAccumulator accumulator(problem_.weight.size(1), dtype_);
-    fresh_hessian_ = hessian_of(*problem_.fresh_inputs, accumulator);
+    fresh_hessian_ = hessian_of(inputs, accumulator);
   }
 
   void measure_on_fresh_inputs() {

@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kVersion = "1";
 
-std::string text_of(bool value) { return value ? "true" : "false"; }
+const char* text_of(bool value) { return value ? "true" : "false"; }
 
 std::string options_text(const GptqOptions& options) {
   const nlohmann::ordered_json document = {{"bits", options.bits},

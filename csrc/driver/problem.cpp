@@ -106,7 +106,7 @@ Loaded load_weight(const SafetensorsFile& file, const std::string& name) {
 // [..., K] as [tokens, K].
 Loaded load_inputs(std::string_view option, const SafetensorsFile& file, const std::string& name, int64_t columns) {
   const StoredTensor stored(option, file, name);
-  if (stored.shape().empty() || stored.shape().back() != static_cast<uint64_t>(columns)) {
+  if (stored.shape().empty() || std::cmp_not_equal(stored.shape().back(), columns)) {
     stored.fail("expected shape [..., " + std::to_string(columns) + "], the weight's input features last, but got " +
                 shape_text(stored.shape()));
   }

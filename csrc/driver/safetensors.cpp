@@ -399,19 +399,21 @@ void SafetensorsFile::read_exactly(void* destination, uint64_t size, uint64_t of
   }
 }
 
-std::string safetensors_text(std::vector<NamedTensor> tensors, const std::map<std::string, std::string>& metadata) {
-  std::ranges::stable_sort(tensors, std::ranges::greater{},
-                           [](const NamedTensor& tensor) { return tensor.data.element_size(); });
+std::string safetensors_text(const std::vector<NamedTensor>& tensors,
+                             const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header;
   header["__metadata__"] = metadata;
   std::string data;
-  for (const auto& [name, tensor] : tensors) {
-    const at::Tensor contiguous = tensor.contiguous();
-    const std::size_t begin = data.size();
-    data.append(static_cast<const char*>(contiguous.const_data_ptr()), contiguous.nbytes());
-    header[name] = {{"dtype", dtype_name(contiguous.scalar_type())},
-                    {"shape", contiguous.sizes().vec()},
-                    {"data_offsets", {begin, data.size()}}};
+  for (const int64_t item_size : {8, 4, 2, 1}) {
+    for (const auto& [name, tensor] : tensors) {
+      if (tensor.element_size() != item_size) continue;
+      const at::Tensor contiguous = tensor.contiguous();
+      const std::size_t begin = data.size();
+      data.append(static_cast<const char*>(contiguous.const_data_ptr()), contiguous.nbytes());
+      header[name] = {{"dtype", dtype_name(contiguous.scalar_type())},
+                      {"shape", contiguous.sizes().vec()},
+                      {"data_offsets", {begin, data.size()}}};
+    }
   }
   std::string text = header.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace);
   text.resize((text.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');

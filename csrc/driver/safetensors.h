@@ -61,7 +61,7 @@ struct NamedTensor {
 
 /// The bytes of a safetensors file with these tensors and this `__metadata__`. The widest dtypes come first, so every
 /// tensor starts at a multiple of the size of its items.
-[[nodiscard]] std::string safetensors_text(std::vector<NamedTensor> tensors,
+[[nodiscard]] std::string safetensors_text(const std::vector<NamedTensor>& tensors,
                                            const std::map<std::string, std::string>& metadata);
 
 }  // namespace miniquant::driver
