@@ -9,7 +9,7 @@ set(MINIQUANT_TORCH_MIN 2.9)
 set(MINIQUANT_TORCH_BELOW 2.16)
 
 # Versions, from the first to before the second, that one binary works with whichever of them it was built against.
-# Found by trying (scripts/torch_matrix). Any other version shares its binary with its own patch releases alone.
+# Found by trying (scripts/torch_matrix.py). Any other version shares its binary with its own patch releases alone.
 set(MINIQUANT_TORCH_BINARIES 2.13-2.16)
 
 # miniquant_torch_served(<version> <min> <below>): the versions, from min to before below, that a library built against
