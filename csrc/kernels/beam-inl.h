@@ -19,13 +19,13 @@
 //     loss    += R_jj^2 (target_j - dequantize(level))^2
 //   the kBeamWidth choices of least loss are kept
 //
-// A vector holds the choices for as many scales as it has room for, four lanes each, so that every instruction set
+// A vector holds the choices for as many scales as it has room for, four lanes each, so every instruction set
 // chooses alike. Start reading at search_beams().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Searches that run side by side, so that one computes while the others wait for their own results. What they share
+/// Searches that run side by side: one computes while the others wait for their own results. What they share
 /// lies in their structures of arrays, and every step below is taken by one after the other. Weights, sums and errors
 /// are multiples of the scale, and losses of its square.
 template <typename T>
@@ -156,23 +156,23 @@ MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns,
 #pragma GCC unroll 8
     for (std::int64_t taken = 0; taken < kBeamColumns; ++taken) {
       if (first + taken < strip.end) {
-        take_column(problem.steps[first + taken], triangle, first + taken - columns.begin, taken, strip.end - first,
+        take_column(problem.steps[first + taken], triangle, first + taken - columns.begin, taken, strip.size(),
                     searches, strips);
       }
     }
     for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
       const std::int64_t at = first - columns.begin;
-      carry_errors(triangle, strip.end - first, columns.end - first, searches.parent[s] + at, strips[s],
+      carry_errors(triangle, strip.size(), columns.end - first, searches.parent[s] + at, strips[s],
                    searches.sum[s] + at);
     }
   }
 }
 
-/// A scale with which the nearest plane loses this many times what it does with the best one is not searched: a search
-/// saves some 5 to 10%.
+/// A scale is searched only where its loss by the nearest plane is at most this many times that of the best scale: a
+/// search saves 5 to 10% of the loss.
 constexpr double kWorthSearching = 1.1;
 
-/// What the nearest plane may lose for the tile's row `lane` with a scale that is worth a search.
+/// Max loss by the nearest plane of a scale that is worth a search for the tile's row `lane`.
 template <typename T>
 MINIQUANT_INLINE double most_worth_searching(const KeptScales<T>& kept, std::int64_t lane) {
   return kWorthSearching * kept.loss[lane];
@@ -191,8 +191,8 @@ struct BeamJob {
 };
 
 template <typename T>
-MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                   Span columns, BeamJob job, std::int64_t number, BeamSearches<T>& searches) {
+MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, BeamJob job,
+                                   std::int64_t number, BeamSearches<T>& searches) {
   searches.weight[number] = problem.weight + (tile.row + job.lane) * problem.columns;
   for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
     // Where there is none, the first one is searched again.
@@ -206,8 +206,7 @@ MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTi
     searches.loss[number][lane] = lane % kBeamWidth == 0 ? T(0) : static_cast<T>(__builtin_inf());
   }
   for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-    searches.sum[number][j - columns.begin] =
-        tile.sum[(j - block_begin) * kTileRows<T> + job.lane] * searches.reciprocal[number];
+    searches.sum[number][j - columns.begin] = sum_of(tile, j)[job.lane] * searches.reciprocal[number];
   }
 }
 
@@ -272,15 +271,14 @@ MINIQUANT_INLINE void take_best(const SweepProblem<T>& problem, const SweepTile<
 /// Searches the group `columns`, quantized to the nearest plane with the first of the kept scales, with all of them,
 /// and takes for each row what adds least to its loss.
 template <typename T>
-MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                   Span columns) {
+MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns) {
   double least[kTileRows<T>];
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
     least[lane] = tile.kept.loss[lane];
   }
   BeamSearches<T> searches;
   for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-    const std::int64_t at = s * (columns.end - columns.begin);
+    const std::int64_t at = s * columns.size();
     searches.sum[s] = tile.beams.sum + at;
     searches.level[s] = tile.beams.level + at;
     searches.parent[s] = tile.beams.parent + at;
@@ -291,7 +289,7 @@ MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTi
     for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
       // A search too many is the one before again.
       jobs[s] = job.lane < tile.rows ? job : jobs[s - 1];
-      begin_search(problem, tile, block_begin, columns, jobs[s], s, searches);
+      begin_search(problem, tile, columns, jobs[s], s, searches);
       job = next_job(tile.kept, jobs[s]);
     }
     run_searches(problem, columns, searches);

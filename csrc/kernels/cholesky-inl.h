@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
 
@@ -16,7 +17,7 @@ template <typename T>
 void subtract_products(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block) {
   for (std::int64_t lane = 0; lane < kPanelColumns; lane += kTileRows<T>) {
     for (std::int64_t row = 0; row < rows; row += kStripColumns) {
-      const std::int64_t width = rows - row < kStripColumns ? rows - row : kStripColumns;
+      const std::int64_t width = min_of(rows - row, kStripColumns);
       TileAccumulator<T> sum;
       clear(sum);
       accumulate(sum, left + row, {kPanelColumns, 1}, right + lane, kPanelColumns, count);
@@ -59,7 +60,7 @@ void solve_block(const T* diagonal, std::int64_t rows, T* block) {
   for (std::int64_t lane = 0; lane < kPanelColumns; lane += kTileRows<T>) {
     T* const x = block + lane;
     for (std::int64_t first = last; first >= 0; first -= kStripColumns) {
-      const std::int64_t end = first + kStripColumns < rows ? first + kStripColumns : rows;
+      const std::int64_t end = min_of(first + kStripColumns, rows);
       TileAccumulator<T> sum;
       clear(sum);
       accumulate(sum, diagonal + (rows - 1) * kPanelColumns + first, {-kPanelColumns, 1},

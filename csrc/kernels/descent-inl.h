@@ -17,14 +17,14 @@
 //       while a move within the panel lowers the loss
 //         make the one that lowers it most
 //
-// A few codes in a hundred move, so that the work is small beside a product with H, and a panel of H stays in the cache
-// for all rows. Columns are the lanes. (Greedy coordinate descent: CDQuant, arXiv:2406.17542.) Start reading at
+// A few codes in a hundred move, so the work is small beside a product with H, and a panel of H stays in the cache for
+// all rows. Columns are the lanes. (Greedy coordinate descent: CDQuant, arXiv:2406.17542.) Start reading at
 // descend().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Of a row's loss, a change that might be rounding: nothing moves for it, so that the descent ends.
+/// Share of a row's loss below which a change may be rounding: no code moves for it, so the descent ends.
 template <typename T>
 constexpr double kNoChange = 0;
 template <>

@@ -50,7 +50,7 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
     scale = T(1);
     return;
   }
-  // Halved, so that the range of the largest weights does not overflow.
+  // Halved: the range of the largest weights would overflow.
   const T half = T(0.5);
   scale = round_scale((highest * half - lowest * half) / (static_cast<T>(range.code_max - range.code_min) * half));
   const T code_min = static_cast<T>(range.code_min);

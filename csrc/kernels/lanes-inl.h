@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/vector-inl.h"
 
 // What kernels that take rows of W as lanes share: their arrays are [tile][column][lane].
@@ -30,7 +31,7 @@ struct WorkspaceCutter {
   MINIQUANT_INLINE T* take(std::int64_t count) {
     constexpr std::int64_t kAlign = 64 / static_cast<std::int64_t>(sizeof(T));
     T* const at = workspace + used;
-    used += (count + kAlign - 1) / kAlign * kAlign;
+    used += ceil_div(count, kAlign) * kAlign;
     return at;
   }
 };
@@ -39,6 +40,8 @@ struct WorkspaceCutter {
 struct Span {
   std::int64_t begin;
   std::int64_t end;
+
+  [[nodiscard]] MINIQUANT_INLINE std::int64_t size() const { return end - begin; }
 };
 
 /// The first `count` columns from `begin` on, cut off at `end`.
@@ -51,7 +54,7 @@ MINIQUANT_INLINE Span group_of(std::int64_t group_size, std::int64_t first, std:
   return span_of(first, group_size - first % group_size, end);
 }
 
-/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns, so that a strip
+/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns: a strip thus
 /// lies in one panel.
 MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {
   return span_of(first, kStripColumns - first % kStripColumns, end);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
@@ -134,9 +135,9 @@ MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layou
   for (std::int64_t i = begin; i < end;) {
     const std::int64_t panel = i / kPanelColumns;
     const std::int64_t panel_end = (panel + 1) * kPanelColumns;
-    const std::int64_t stop = panel_end < end ? panel_end : end;
+    const std::int64_t stop = min_of(panel_end, end);
     accumulate(accumulator, triangle + layout.offset(first, panel) + i % kPanelColumns, {1, kPanelColumns},
-               lanes + (i - begin) * kTileRows<T>, kTileRows<T>, stop - i);
+               column_of<T>(lanes, i - begin), kTileRows<T>, stop - i);
     i = stop;
   }
 }
@@ -174,11 +175,11 @@ MINIQUANT_INLINE void transpose_into_tile(const T* from, std::int64_t ld, std::i
     if (lane < rows) {
       const T* row = from + lane * ld;
       for (std::int64_t r = 0; r < columns; ++r) {
-        tile[r * kTileRows<T> + lane] = row[column != nullptr ? column[r] : r];
+        column_of<T>(tile, r)[lane] = row[column != nullptr ? column[r] : r];
       }
     } else {
       for (std::int64_t r = 0; r < columns; ++r) {
-        tile[r * kTileRows<T> + lane] = T(0);
+        column_of<T>(tile, r)[lane] = T(0);
       }
     }
   }

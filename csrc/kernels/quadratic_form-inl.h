@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
@@ -22,7 +23,7 @@ void quadratic_form(const QuadraticFormProblem<T>& problem, std::int64_t row_beg
   const TriangleLayout layout = problem.triangle_layout;
   T* const error = workspace;  // [K][lane]
   for (std::int64_t row = row_begin; row < row_end; row += kTileRows<T>) {
-    const std::int64_t rows = row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>;
+    const std::int64_t rows = min_of(row_end - row, kTileRows<T>);
     transpose_into_tile(problem.error + row * layout.columns, layout.columns, rows,
                         static_cast<const std::int64_t*>(nullptr), layout.columns, error);
     Vector<T> form[kVectorsPerTile] = {};
@@ -38,7 +39,7 @@ void quadratic_form(const QuadraticFormProblem<T>& problem, std::int64_t row_beg
           Vector<T> lanes[kVectorsPerTile];
 #pragma GCC unroll 8
           for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
-            lanes[v] = load<T>(error + j * kTileRows<T> + v * kLanes<T>);
+            lanes[v] = load<T>(column_of<T>(error, j) + v * kLanes<T>);
             const Vector<T> diagonal = broadcast<T>(*column) * lanes[v];
             form[v] = multiply_add(lanes[v], sum.value[c][v] + sum.value[c][v] + diagonal, form[v]);
           }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/microkernel-inl.h"
 
 // A += Y^T Y on both triangles, tile by tile; Y is packed in tiles of kTileRows columns.
@@ -13,26 +14,26 @@ template <typename T>
 void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile, T* tiles) {
   T* const packed = tiles + tile * count * kTileRows<T>;
   const std::int64_t first = tile * kTileRows<T>;
-  const std::int64_t width = columns - first < kTileRows<T> ? columns - first : kTileRows<T>;
+  const std::int64_t width = min_of(columns - first, kTileRows<T>);
   for (std::int64_t r = 0; r < count; ++r) {
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-      packed[r * kTileRows<T> + lane] = lane < width ? rows[r * ld + first + lane] : T(0);
+      column_of<T>(packed, r)[lane] = lane < width ? rows[r * ld + first + lane] : T(0);
     }
   }
 }
 
 /// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]: short sums added up, so
-/// that rounding does not grow with `count`.
+/// rounding does not grow with `count`.
 template <typename T>
 MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, T* product) {
   for (std::int64_t row = 0; row < count; row += kTermsPerSum<T>) {
-    const std::int64_t rows = count - row < kTermsPerSum<T> ? count - row : kTermsPerSum<T>;
+    const std::int64_t rows = min_of(count - row, kTermsPerSum<T>);
     for (std::int64_t strip = 0; strip < kTileRows<T>; strip += kStripColumns) {
       TileAccumulator<T> sum;
       clear(sum);
-      accumulate(sum, tile_j + row * kTileRows<T> + strip, {kTileRows<T>, 1}, tile_i + row * kTileRows<T>, kTileRows<T>,
+      accumulate(sum, column_of<T>(tile_j, row) + strip, {kTileRows<T>, 1}, column_of<T>(tile_i, row), kTileRows<T>,
                  rows);
-      T* const to = product + strip * kTileRows<T>;
+      T* const to = column_of<T>(product, strip);
       if (row > 0) {
         TileAccumulator<T> earlier;
         load(earlier, to, kTileRows<T>, kStripColumns);
@@ -48,7 +49,7 @@ void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, st
                  std::int64_t j_tile) {
   const std::int64_t tile_elements = count * kTileRows<T>;
   const std::int64_t j_begin = j_tile * kTileRows<T>;
-  const std::int64_t j_width = columns - j_begin < kTileRows<T> ? columns - j_begin : kTileRows<T>;
+  const std::int64_t j_width = min_of(columns - j_begin, kTileRows<T>);
   const std::int64_t i_begin = i_tile * kTileRows<T>;
   alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
   multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count, product);
@@ -57,13 +58,13 @@ void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, st
     const std::int64_t width = i_tile == j_tile ? j + 1 : kTileRows<T>;
     T* const row = a + (j_begin + j) * ld + i_begin;
     for (std::int64_t i = 0; i < width; ++i) {
-      row[i] += product[j * kTileRows<T> + i];
+      row[i] += column_of<T>(product, j)[i];
     }
   }
   for (std::int64_t i = 0; i < kTileRows<T>; ++i) {
     T* const row = a + (i_begin + i) * ld + j_begin;
     for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
-      row[j] += product[j * kTileRows<T> + i];
+      row[j] += column_of<T>(product, j)[i];
     }
   }
 }

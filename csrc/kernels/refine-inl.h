@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/grid-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/lanes-inl.h"
@@ -22,8 +23,8 @@
 //         move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
 //
 // Of G it is given what it is in the beginning, and products are taken of what E has changed by since then. Rounds
-// alternate in direction, so that the groups ahead of one are as the round before left them when it passed: what they
-// add is at hand, and every round takes half a product with H. (A known saving of symmetric Gauss-Seidel iterations:
+// alternate in direction, so the groups ahead are as the round before left them: what they add is at hand, and every
+// round takes half a product with H. (A known saving of symmetric Gauss-Seidel iterations:
 // Conrad and Wallach 1979, "Alternating methods for sets of linear equations".)
 //
 // (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
@@ -47,7 +48,7 @@ struct RefineArrays {
 template <typename T>
 MINIQUANT_INLINE RefineArrays<T> lay_out(const RefineProblem<T>& problem, std::int64_t tiles, T* workspace) {
   const std::int64_t lanes = tiles * kTileRows<T>;
-  const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
+  const std::int64_t group = min_of(problem.grid.group_size, problem.columns);
   WorkspaceCutter<T> cutter = {workspace};
   RefineArrays<T> arrays;
   arrays.start = cutter.take(lanes * problem.columns);
@@ -80,9 +81,9 @@ MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const Re
                                        std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
   const std::int64_t row = row_begin + tile * kTileRows<T>;
   const std::int64_t lanes = tile * kTileRows<T>;
-  const std::int64_t group = problem.grid.group_size < problem.columns ? problem.grid.group_size : problem.columns;
+  const std::int64_t group = min_of(problem.grid.group_size, problem.columns);
   return {row,
-          row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
+          min_of(row_end - row, kTileRows<T>),
           arrays.start + lanes * problem.columns,
           arrays.change + lanes * problem.columns,
           arrays.level + lanes * problem.columns,
@@ -105,8 +106,8 @@ MINIQUANT_INLINE void read_row(const RefineProblem<T>& problem, const RefineTile
     group = group_of(problem.grid.group_size, begin, columns.end);
     const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
     for (std::int64_t j = begin; j < group.end; ++j) {
-      tile.level[j * kTileRows<T> + lane] = static_cast<T>(codes[j] - zero_point);
-      tile.start[j * kTileRows<T> + lane] = gradient[j];
+      column_of<T>(tile.level, j)[lane] = static_cast<T>(codes[j] - zero_point);
+      column_of<T>(tile.start, j)[lane] = gradient[j];
     }
   }
 }
@@ -125,8 +126,8 @@ MINIQUANT_INLINE void read_rows(const RefineProblem<T>& problem, const RefineTil
     }
     for (std::int64_t lane = tile.rows; lane < kTileRows<T>; ++lane) {
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        tile.level[j * kTileRows<T> + lane] = T(0);
-        tile.start[j * kTileRows<T> + lane] = T(0);
+        column_of<T>(tile.level, j)[lane] = T(0);
+        column_of<T>(tile.start, j)[lane] = T(0);
       }
     }
   }
@@ -146,7 +147,7 @@ MINIQUANT_INLINE void write_row(const RefineProblem<T>& problem, const RefineTil
     group = group_of(problem.grid.group_size, begin, columns.end);
     const std::int8_t zero_point = zero_points[begin / problem.grid.group_size];
     for (std::int64_t j = begin; j < group.end; ++j) {
-      codes[j] = static_cast<std::int8_t>(static_cast<std::int32_t>(tile.level[j * kTileRows<T> + lane]) + zero_point);
+      codes[j] = static_cast<std::int8_t>(static_cast<std::int32_t>(column_of<T>(tile.level, j)[lane]) + zero_point);
     }
   }
 }
@@ -170,12 +171,12 @@ MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* val
   Span strip;
   for (std::int64_t first = columns.begin; first < columns.end; first = strip.end) {
     strip = strip_of(first, columns.end);
-    T* const sum = to + (first - columns.begin) * kTileRows<T>;
+    T* const sum = column_of<T>(to, first - columns.begin);
     TileAccumulator<T> accumulator;
-    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    load(accumulator, sum, kTileRows<T>, strip.size());
     accumulate(accumulator, symmetric_entry(problem.hessian, SymmetricLayout{problem.columns}, terms.begin, first),
-               {kPanelColumns, 1}, values, kTileRows<T>, terms.end - terms.begin);
-    store(accumulator, sum, kTileRows<T>, strip.end - first);
+               {kPanelColumns, 1}, values, kTileRows<T>, terms.size());
+    store(accumulator, sum, kTileRows<T>, strip.size());
   }
 }
 
@@ -183,8 +184,8 @@ MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* val
 /// whether any lane's moved.
 template <typename T>
 MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
-  const std::int64_t count = (group.end - group.begin) * kTileRows<T>;
-  const T* const level = tile.level + group.begin * kTileRows<T>;
+  const std::int64_t count = group.size() * kTileRows<T>;
+  const T* const level = column_of<T>(tile.level, group.begin);
   T* const products = tile.other;  // z H_gg
   for (std::int64_t i = 0; i < count; ++i) {
     products[i] = T(0);
@@ -218,7 +219,7 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
     }
   }
   if (any) {
-    T* const change = tile.change + group.begin * kTileRows<T>;
+    T* const change = column_of<T>(tile.change, group.begin);
     for (std::int64_t i = 0; i < count; i += kTileRows<T>) {
       for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
         change[i + lane] -= moved[lane] * level[i + lane];
@@ -249,7 +250,7 @@ MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const Refine
   for (std::int64_t first = group.begin; first < group.end; first = strip.end) {
     strip = strip_of(first, group.end);
     TileAccumulator<T> gradient;
-    load(gradient, tile.gradient + (first - group.begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    load(gradient, column_of<T>(tile.gradient, first - group.begin), kTileRows<T>, strip.size());
     accumulate(gradient, symmetric_entry(problem.hessian, layout, group.begin, first), {kPanelColumns, 1}, minus_moves,
                kTileRows<T>, first - group.begin);
     Vector<T> lost[kVectorsPerTile] = {};
@@ -262,8 +263,8 @@ MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const Refine
 #pragma GCC unroll 8
         for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
           const std::int64_t lane = v * kLanes<T>;
-          T* const level_at = tile.level + j * kTileRows<T> + lane;
-          T* const change_at = tile.change + j * kTileRows<T> + lane;
+          T* const level_at = column_of<T>(tile.level, j) + lane;
+          T* const change_at = column_of<T>(tile.change, j) + lane;
           const Vector<T> scale = load<T>(scale_of + lane);
           const Vector<T> level = load<T>(level_at);
           const Vector<T> g = gradient.value[c][v];
@@ -279,7 +280,7 @@ MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const Refine
           any += better ? full_move * full_move : none;
           store<T>(level_at, better ? best : level);
           store<T>(change_at, load<T>(change_at) - move);
-          store<T>(minus_moves + (j - group.begin) * kTileRows<T> + lane, minus_move[v]);
+          store<T>(column_of<T>(minus_moves, j - group.begin) + lane, minus_move[v]);
         }
         accumulate_term(gradient, symmetric_entry(problem.hessian, layout, j, first), 1, minus_move, c + 1,
                         kStripColumns);
@@ -297,7 +298,7 @@ MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const Refine
 }
 
 /// Passes over a group whose gradient is at hand: each costs little beside the product that the gradient takes. Always
-/// as many, so that a row does not depend on those that share its tile.
+/// as many: a row does not depend on those that share its tile.
 constexpr std::int64_t kPassesPerGroup = 2;
 
 /// Moves the scale and the columns of a group. Returns whether anything moved.
@@ -327,7 +328,7 @@ struct RefineTiles {
 template <typename T>
 MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, Span group,
                                    Span passed) {
-  const std::int64_t count = (group.end - group.begin) * kTileRows<T>;
+  const std::int64_t count = group.size() * kTileRows<T>;
   const std::int64_t at = group.begin * kTileRows<T>;
   for (std::int64_t t = 0; t < tiles.count; ++t) {
     const RefineTile<T>& tile = tiles.tile[t];
@@ -342,7 +343,7 @@ MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const Refine
     terms = span_of(begin, kDepth<T>, passed.end);
     for (std::int64_t t = 0; t < tiles.count; ++t) {
       const RefineTile<T>& tile = tiles.tile[t];
-      add_products(problem, tile.change + begin * kTileRows<T>, terms, group, tile.passed + at);
+      add_products(problem, column_of<T>(tile.change, begin), terms, group, tile.passed + at);
     }
   }
   for (std::int64_t t = 0; t < tiles.count; ++t) {
@@ -359,14 +360,14 @@ template <typename T>
 MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, std::int64_t round) {
   const bool forward = round % 2 == 0;
   const std::int64_t group_size = problem.grid.group_size;
-  const std::int64_t groups = (problem.columns + group_size - 1) / group_size;
+  const std::int64_t groups = ceil_div(problem.columns, group_size);
   bool moved = false;
   for (std::int64_t i = 0; i < groups; ++i) {
     const Span group = span_of((forward ? i : groups - 1 - i) * group_size, group_size, problem.columns);
     set_gradient(problem, tiles, group, forward ? Span{0, group.begin} : Span{group.end, problem.columns});
     for (std::int64_t t = 0; t < tiles.count; ++t) {
       const RefineTile<T>& tile = tiles.tile[t];
-      add_products(problem, tile.change + group.begin * kTileRows<T>, group, group, tile.gradient);
+      add_products(problem, column_of<T>(tile.change, group.begin), group, group, tile.gradient);
       moved = refine_group(problem, tile, group) || moved;
     }
   }
@@ -377,9 +378,9 @@ template <typename T>
 void refine(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
   constexpr std::int64_t kRowsPerPass = kTilesPerPass * kTileRows<T>;
   for (std::int64_t row = row_begin; row < row_end; row += kRowsPerPass) {
-    const std::int64_t end = row_end - row < kRowsPerPass ? row_end : row + kRowsPerPass;
+    const std::int64_t end = min_of(row_end, row + kRowsPerPass);
     RefineTiles<T> tiles = {};
-    tiles.count = (end - row + kTileRows<T> - 1) / kTileRows<T>;
+    tiles.count = ceil_div(end - row, kTileRows<T>);
     const RefineArrays<T> arrays = lay_out(problem, tiles.count, workspace);
     for (std::int64_t t = 0; t < tiles.count; ++t) {
       tiles.tile[t] = tile_of(problem, arrays, row, end, t);
@@ -398,8 +399,8 @@ void refine(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_
 
 template <typename T>
 std::int64_t refine_workspace(const RefineProblem<T>& problem, std::int64_t rows) {
-  const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
-  return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
+  const std::int64_t tiles = ceil_div(rows, kTileRows<T>);
+  return lay_out<T>(problem, min_of(tiles, kTilesPerPass), nullptr).elements;
 }
 
 }  // namespace

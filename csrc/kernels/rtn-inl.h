@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/grid-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/vector-inl.h"
@@ -45,7 +46,7 @@ void compute_grid(const GridView<T>& grid, const T* weight, std::int64_t columns
       const std::int64_t rest = columns - begin;
       T lowest;
       T highest;
-      range_of(weight + row * columns + begin, rest < grid.group_size ? rest : grid.group_size, lowest, highest);
+      range_of(weight + row * columns + begin, min_of(rest, grid.group_size), lowest, highest);
       const std::int64_t at = row * grid.groups + group;
       grid_of_range(grid.range, lowest, highest, grid.round_scale, grid.scales[at], grid.zero_points[at]);
     }
@@ -59,7 +60,7 @@ void round_to_nearest(const GridView<T>& grid, const T* weight, std::int64_t col
     for (std::int64_t group = 0; group < grid.groups; ++group) {
       const std::int64_t begin = group * grid.group_size;
       const std::int64_t rest = columns - begin;
-      const std::int64_t count = rest < grid.group_size ? rest : grid.group_size;
+      const std::int64_t count = min_of(rest, grid.group_size);
       const T* values = weight + row * columns + begin;
       std::int8_t* codes = grid.codes + row * columns + begin;
       const T scale = grid.scales[row * grid.groups + group];

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/grid-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/rtn-inl.h"
@@ -12,10 +13,11 @@
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Partial sums of an error, as many for every instruction set, so that all of them choose the same scale.
+/// Partial sums of an error: as many for every instruction set, so all of them choose the same scale.
 constexpr std::int64_t kPartialSums = 16;
 
-/// The squared error of one weight. It is the same on either side of a tie, so that a reciprocal serves.
+/// The squared error of one weight. A reciprocal in place of the division may round a tie the other way; the error is
+/// the same on both sides of it.
 template <typename T>
 MINIQUANT_INLINE T squared_error_of(T weight, T scale, T reciprocal, T low, T high) {
   const T error = weight - clamp_and_round<T, T>(weight * reciprocal, low, high) * scale;
@@ -51,7 +53,7 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     for (std::int64_t group = 0; group < grid.groups; ++group) {
       const std::int64_t begin = group * grid.group_size;
-      const std::int64_t count = columns - begin < grid.group_size ? columns - begin : grid.group_size;
+      const std::int64_t count = min_of(columns - begin, grid.group_size);
       const T* const values = weight + row * columns + begin;
       T lowest;
       T highest;

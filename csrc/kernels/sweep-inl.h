@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/beam-inl.h"
 #include "kernels/grid-inl.h"
 #include "kernels/kernels.h"
@@ -31,23 +32,23 @@ namespace {
 
 template <typename T>
 MINIQUANT_INLINE void clear_sums(const SweepTile<T>& tile, Span block) {
-  for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
+  for (std::int64_t i = 0; i < block.size() * kTileRows<T>; ++i) {
     tile.sum[i] = T(0);
   }
 }
 
 /// S[columns] += E[errors] R[errors, columns].
 template <typename T>
-MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                         std::int64_t block_begin, Span columns, Span errors) {
+MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
+                                         Span errors) {
   for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
     const Span strip = span_of(first, kStripColumns, columns.end);
-    T* const sum = tile.sum + (first - block_begin) * kTileRows<T>;
+    T* const sum = sum_of(tile, first);
     TileAccumulator<T> accumulator;
-    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    load(accumulator, sum, kTileRows<T>, strip.size());
     accumulate_rows_of(problem.triangle, {problem.columns}, first, errors.begin, errors.end,
-                       tile.error + errors.begin * kTileRows<T>, accumulator);
-    store(accumulator, sum, kTileRows<T>, strip.end - first);
+                       column_of<T>(tile.error, errors.begin), accumulator);
+    store(accumulator, sum, kTileRows<T>, strip.size());
   }
 }
 
@@ -63,12 +64,13 @@ struct QuantizedSegment {
 };
 
 /// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
-/// to S. A trial wants the loss alone, which is the same on either side of a tie, so that a reciprocal serves.
+/// to S. A trial needs the loss alone and multiplies by a reciprocal: a tie may round the other way, with the same
+/// loss.
 template <bool kTrial, typename T>
-MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                     Span strip, std::int64_t begin, const QuantizedSegment<T>& to) {
+MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span strip,
+                                     std::int64_t begin, const QuantizedSegment<T>& to) {
   TileAccumulator<T> sum;
-  load(sum, tile.sum + (strip.begin - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - strip.begin);
+  load(sum, sum_of(tile, strip.begin), kTileRows<T>, strip.size());
   accumulate_rows_of(problem.triangle, {problem.columns}, strip.begin, begin, strip.begin, to.error, sum);
 
   const T code_min = static_cast<T>(problem.grid.range.code_min);
@@ -83,7 +85,7 @@ MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const Sweep
 #pragma GCC unroll 8
       for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
         const std::int64_t lane = v * kLanes<T>;
-        const Vector<T> weight = load<T>(tile.error + j * kTileRows<T> + lane);
+        const Vector<T> weight = load<T>(column_of<T>(tile.error, j) + lane);
         const std::int64_t of_group = step.group * kTileRows<T> + lane;
         const Vector<T> scale = load<T>(kTrial ? to.scale + lane : tile.scale + of_group);
         const Vector<T> zero_point = load<T>(kTrial ? to.zero_point + lane : tile.zero_point + of_group);
@@ -97,9 +99,9 @@ MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const Sweep
         error[v] = weight - dequantized;
         const Vector<T> miss = target - dequantized;
         loss[v] = multiply_add(broadcast<T>(step.pivot_squared), miss * miss, loss[v]);
-        store<T>(to.error + (j - begin) * kTileRows<T> + lane, error[v]);
+        store<T>(column_of<T>(to.error, j - begin) + lane, error[v]);
         if constexpr (!kTrial) {
-          store_codes(to.code + (j - begin) * kTileRows<T> + lane, level + zero_point);
+          store_codes(column_of<T>(to.code, j - begin) + lane, level + zero_point);
         }
       }
       accumulate_term(sum, entry(problem.triangle, {problem.columns}, strip.begin, j), kPanelColumns, error, c + 1,
@@ -113,17 +115,17 @@ MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const Sweep
 
 /// Quantizes the columns of a segment with the grid of `tile`.
 template <typename T>
-MINIQUANT_INLINE void quantize_segment(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                       std::int64_t block_begin, Span segment, const QuantizedSegment<T>& to) {
+MINIQUANT_INLINE void quantize_segment(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span segment,
+                                       const QuantizedSegment<T>& to) {
   for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
-    quantize_strip<false>(problem, tile, block_begin, span_of(first, kStripColumns, segment.end), segment.begin, to);
+    quantize_strip<false>(problem, tile, span_of(first, kStripColumns, segment.end), segment.begin, to);
   }
 }
 
 /// The range of the group `columns` in its weights as updated by every earlier column: W + X with X R_GG = S.
 template <typename T>
-MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                     Span columns, T* low, T* high) {
+MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, T* low,
+                                     T* high) {
   Vector<T> lowest[kVectorsPerTile];
   Vector<T> highest[kVectorsPerTile];
   for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
@@ -133,7 +135,7 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
     const Span strip = span_of(first, kStripColumns, columns.end);
     TileAccumulator<T> sum;
-    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    load(sum, sum_of(tile, first), kTileRows<T>, strip.size());
     accumulate_rows_of(problem.triangle, {problem.columns}, first, columns.begin, first, tile.scratch, sum);
 #pragma GCC unroll 8
     for (std::int64_t c = 0; c < kStripColumns; ++c) {
@@ -144,8 +146,8 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
         for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
           const Vector<T> x = sum.value[c][v] * problem.steps[j].inverse_pivot;
           minus_x[v] = -x;
-          store<T>(tile.scratch + (j - columns.begin) * kTileRows<T> + v * kLanes<T>, minus_x[v]);
-          const Vector<T> updated = load<T>(tile.error + j * kTileRows<T> + v * kLanes<T>) + x;
+          store<T>(column_of<T>(tile.scratch, j - columns.begin) + v * kLanes<T>, minus_x[v]);
+          const Vector<T> updated = load<T>(column_of<T>(tile.error, j) + v * kLanes<T>) + x;
           lowest[v] = updated < lowest[v] ? updated : lowest[v];
           highest[v] = updated > highest[v] ? updated : highest[v];
         }
@@ -160,10 +162,10 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// What a scale may lose at most to be of use to each row: less than the last that is kept, and worth a search.
+/// bound[lane] = max loss of a scale that row `lane` can use: it beats the last kept scale and is worth a search.
 template <typename T>
 MINIQUANT_INLINE void set_bounds(const SweepTile<T>& tile, double* bound) {
-  const double* const last = tile.kept.loss + (tile.kept.count - 1) * kTileRows<T>;
+  const double* const last = column_of<T>(tile.kept.loss, tile.kept.count - 1);
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
     const double worth = most_worth_searching(tile.kept, lane);
     const double most = last[lane] < worth ? last[lane] : worth;
@@ -171,7 +173,7 @@ MINIQUANT_INLINE void set_bounds(const SweepTile<T>& tile, double* bound) {
   }
 }
 
-/// Whether no row of the tile has a use for a scale that has lost as much.
+/// Whether no row of the tile can use a scale of that loss.
 template <typename T>
 MINIQUANT_INLINE bool lost(const double* loss, const double* bound) {
   std::int64_t useful = 0;
@@ -181,11 +183,11 @@ MINIQUANT_INLINE bool lost(const double* loss, const double* bound) {
   return useful == 0;
 }
 
-/// Keeps those of the scales that the problem's factors give with which the group's columns add least to the loss. What
-/// they add is all that the choice costs: later columns start from what the sweep makes of any error.
+/// Of the scales that the problem's factors give, keeps those with which the group's columns add least to the loss.
+/// That sum is the whole cost of a scale: the sweep corrects later columns for any error.
 template <typename T>
-MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                 Span columns, const T* low, const T* high) {
+MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, const T* low,
+                                 const T* high) {
   clear(tile.kept);
   for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
     double loss[kTileRows<T>] = {};
@@ -206,11 +208,10 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
     }
     const QuantizedSegment<T> trial = {
         .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
-    // Columns only add to a loss, so that a trial ends where it has lost in every row.
+    // Columns only add to a loss, so a trial ends where no row can use its scale any more.
     set_bounds(tile, bound);
     for (std::int64_t first = columns.begin; first < columns.end && !lost<T>(loss, bound); first += kStripColumns) {
-      quantize_strip<true>(problem, tile, block_begin, span_of(first, kStripColumns, columns.end), columns.begin,
-                           trial);
+      quantize_strip<true>(problem, tile, span_of(first, kStripColumns, columns.end), columns.begin, trial);
     }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       keep(tile.kept, lane, loss[lane], scale[lane], zero_point[lane]);
@@ -220,44 +221,42 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
 
 /// Scale and zero point of the group `columns`, from its updated weights.
 template <typename T>
-MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile,
-                                       std::int64_t block_begin, Span columns) {
+MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns) {
   T low[kTileRows<T>];
   T high[kTileRows<T>];
-  range_of_group(problem, tile, block_begin, columns, low, high);
-  try_scales(problem, tile, block_begin, columns, low, high);
+  range_of_group(problem, tile, columns, low, high);
+  try_scales(problem, tile, columns, low, high);
   const std::int64_t group = problem.steps[columns.begin].group;
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-    tile.scale[group * kTileRows<T> + lane] = tile.kept.scale[lane];
-    tile.zero_point[group * kTileRows<T> + lane] = tile.kept.zero_point[lane];
+    column_of<T>(tile.scale, group)[lane] = tile.kept.scale[lane];
+    column_of<T>(tile.zero_point, group)[lane] = tile.kept.zero_point[lane];
   }
 }
 
 /// (E R)[segment] = S + E[segment] R[segment, segment]; 0 for a column without inputs, whose pivot stands for 0.
 template <typename T>
-MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t block_begin,
-                                    Span segment) {
+MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span segment) {
   for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
     const Span strip = span_of(first, kStripColumns, segment.end);
     TileAccumulator<T> sum;
-    load(sum, tile.sum + (first - block_begin) * kTileRows<T>, kTileRows<T>, strip.end - first);
+    load(sum, sum_of(tile, first), kTileRows<T>, strip.size());
     accumulate_rows_of(problem.triangle, {problem.columns}, first, segment.begin, first,
-                       tile.error + segment.begin * kTileRows<T>, sum);
+                       column_of<T>(tile.error, segment.begin), sum);
 #pragma GCC unroll 8
     for (std::int64_t c = 0; c < kStripColumns; ++c) {
       const std::int64_t j = first + c;
       if (j < strip.end) {
         Vector<T> error[kVectorsPerTile];
-        load_lanes<T>(tile.error + j * kTileRows<T>, error);
+        load_lanes<T>(column_of<T>(tile.error, j), error);
         accumulate_term(sum, entry(problem.triangle, {problem.columns}, first, j), kPanelColumns, error, c,
                         kStripColumns);
       }
     }
-    store(sum, tile.whitened + first * kTileRows<T>, kTileRows<T>, strip.end - first);
+    store(sum, column_of<T>(tile.whitened, first), kTileRows<T>, strip.size());
   }
   for (std::int64_t j = segment.begin; j < segment.end; ++j) {
     for (std::int64_t lane = 0; problem.steps[j].pivot_squared == T(0) && lane < kTileRows<T>; ++lane) {
-      tile.whitened[j * kTileRows<T> + lane] = T(0);
+      column_of<T>(tile.whitened, j)[lane] = T(0);
     }
   }
 }
@@ -271,9 +270,9 @@ MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const Swee
   Span strip;
   for (std::int64_t first = block.begin; first < block.end; first = strip.end) {
     strip = strip_of(first, block.end);
-    T* const sum = tile.sum + (first - block.begin) * kTileRows<T>;
+    T* const sum = sum_of(tile, first);
     TileAccumulator<T> accumulator;
-    load(accumulator, sum, kTileRows<T>, strip.end - first);
+    load(accumulator, sum, kTileRows<T>, strip.size());
     const bool within = terms.begin < block.end;
     if (within) {
 #pragma GCC unroll 8
@@ -281,15 +280,15 @@ MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const Swee
         const std::int64_t k = first + c;
         if (k < strip.end) {
           Vector<T> lanes[kVectorsPerTile];
-          load_lanes<T>(whitened + k * kTileRows<T>, lanes);
+          load_lanes<T>(column_of<T>(whitened, k), lanes);
           accumulate_term(accumulator, entry(problem.triangle, layout, k, first), 1, lanes, 0, c + 1);
         }
       }
     }
     const std::int64_t begin = within ? strip.end : terms.begin;
-    accumulate_columns_of(problem.triangle, layout, first, begin, terms.end, whitened + begin * kTileRows<T>,
+    accumulate_columns_of(problem.triangle, layout, first, begin, terms.end, column_of<T>(whitened, begin),
                           accumulator);
-    store(accumulator, sum, kTileRows<T>, strip.end - first);
+    store(accumulator, sum, kTileRows<T>, strip.size());
   }
 }
 
@@ -301,7 +300,7 @@ MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepAr
   for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
     block = span_of(begin, problem.block_columns, problem.columns);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, block.begin, t);
       clear_sums(tile, block);
       add_later_terms(problem, tile, block, block);
     }
@@ -309,13 +308,13 @@ MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepAr
     for (std::int64_t first = block.end; first < problem.columns; first = terms.end) {
       terms = span_of(first, kDepth<T>, problem.columns);
       for (std::int64_t t = 0; t < tiles; ++t) {
-        add_later_terms(problem, tile_of(problem, arrays, row_begin, row_end, t), block, terms);
+        add_later_terms(problem, tile_of(problem, arrays, row_begin, row_end, block.begin, t), block, terms);
       }
     }
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
-      for (std::int64_t i = 0; i < (block.end - block.begin) * kTileRows<T>; ++i) {
-        tile.whitened[block.begin * kTileRows<T> + i] = tile.sum[i];
+      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, block.begin, t);
+      for (std::int64_t i = 0; i < block.size() * kTileRows<T>; ++i) {
+        column_of<T>(tile.whitened, block.begin)[i] = tile.sum[i];
       }
     }
   }
@@ -327,18 +326,18 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
   Span segment;
   for (std::int64_t begin = block.begin; begin < block.end; begin = segment.end) {
     segment = span_of(begin, problem.segment_columns, block.end);
-    add_earlier_errors(problem, tile, block.begin, segment, {block.begin, begin});
+    add_earlier_errors(problem, tile, segment, {block.begin, begin});
     if (problem.dynamic_scales) {
-      set_dynamic_grid(problem, tile, block.begin, segment);
+      set_dynamic_grid(problem, tile, segment);
     }
     quantize_segment(
-        problem, tile, block.begin, segment,
-        {.error = tile.error + begin * kTileRows<T>, .loss = tile.loss, .code = tile.code + begin * kTileRows<T>});
+        problem, tile, segment,
+        {.error = column_of<T>(tile.error, begin), .loss = tile.loss, .code = column_of<T>(tile.code, begin)});
     if (problem.beam_scales > 0) {
-      search_beams(problem, tile, block.begin, segment);
+      search_beams(problem, tile, segment);
     }
     if (problem.gradient != nullptr) {
-      whiten_errors(problem, tile, block.begin, segment);
+      whiten_errors(problem, tile, segment);
     }
     if (problem.dynamic_scales) {
       write_group_grid(problem, tile, segment);
@@ -350,11 +349,11 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
 template <typename T>
 MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end,
                                   T* workspace) {
-  const std::int64_t tiles = (row_end - row_begin + kTileRows<T> - 1) / kTileRows<T>;
+  const std::int64_t tiles = ceil_div(row_end - row_begin, kTileRows<T>);
   const SweepArrays<T> arrays = lay_out(problem, tiles, workspace);
 
   for (std::int64_t t = 0; t < tiles; ++t) {
-    const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+    const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, 0, t);
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
       tile.loss[lane] = 0.0;
     }
@@ -368,16 +367,16 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
   for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
     block = span_of(begin, problem.block_columns, problem.columns);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      clear_sums(tile_of(problem, arrays, row_begin, row_end, t), block);
+      clear_sums(tile_of(problem, arrays, row_begin, row_end, begin, t), block);
     }
     for (std::int64_t earlier = 0; earlier < begin; earlier += kDepth<T>) {
       for (std::int64_t t = 0; t < tiles; ++t) {
-        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, t), begin, block,
+        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, begin, t), block,
                            span_of(earlier, kDepth<T>, block.begin));
       }
     }
     for (std::int64_t t = 0; t < tiles; ++t) {
-      quantize_block(problem, tile_of(problem, arrays, row_begin, row_end, t), block);
+      quantize_block(problem, tile_of(problem, arrays, row_begin, row_end, begin, t), block);
     }
   }
 
@@ -385,7 +384,7 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
     set_gradient(problem, arrays, row_begin, row_end, tiles);
   }
   for (std::int64_t t = 0; t < tiles; ++t) {
-    const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, t);
+    const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, 0, t);
     write_codes(problem, tile);
     if (problem.gradient != nullptr) {
       write_gradient(problem, tile);
@@ -400,14 +399,14 @@ template <typename T>
 void sweep(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace) {
   constexpr std::int64_t kRowsPerPass = kTilesPerPass * kTileRows<T>;
   for (std::int64_t row = row_begin; row < row_end; row += kRowsPerPass) {
-    sweep_tiles(problem, row, row_end - row < kRowsPerPass ? row_end : row + kRowsPerPass, workspace);
+    sweep_tiles(problem, row, min_of(row_end, row + kRowsPerPass), workspace);
   }
 }
 
 template <typename T>
 std::int64_t sweep_workspace(const SweepProblem<T>& problem, std::int64_t rows) {
-  const std::int64_t tiles = (rows + kTileRows<T> - 1) / kTileRows<T>;
-  return lay_out<T>(problem, tiles < kTilesPerPass ? tiles : kTilesPerPass, nullptr).elements;
+  const std::int64_t tiles = ceil_div(rows, kTileRows<T>);
+  return lay_out<T>(problem, min_of(tiles, kTilesPerPass), nullptr).elements;
 }
 
 }  // namespace

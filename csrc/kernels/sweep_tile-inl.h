@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
 #include "kernels/choices-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/lanes-inl.h"
@@ -75,7 +76,7 @@ struct SweepArrays {
 template <typename T>
 MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int64_t tiles, T* workspace) {
   const std::int64_t lanes = tiles * kTileRows<T>;
-  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
+  const std::int64_t block = min_of(problem.block_columns, problem.columns);
   WorkspaceCutter<T> cutter = {workspace};
   SweepArrays<T> arrays = {};
   arrays.error = cutter.take(lanes * problem.columns);
@@ -112,7 +113,7 @@ struct SweepTile {
   std::int64_t row;   // first row
   std::int64_t rows;  // valid lanes
   T* error;           // [K][lane]
-  T* sum;             // [B][lane], of the current block
+  T* sum;             // [B][lane], of the block that begins at block_begin: sum_of()
   T* whitened;        // [K][lane]
   T* scratch;         // [B][lane], of the current group
   KeptScales<T> kept;
@@ -121,16 +122,18 @@ struct SweepTile {
   T* scale;           // [groups][lane]
   T* zero_point;      // [groups][lane]
   double* loss;       // [lane]
+  std::int64_t block_begin;
 };
 
 template <typename T>
 MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const SweepArrays<T>& arrays,
-                                      std::int64_t row_begin, std::int64_t row_end, std::int64_t tile) {
+                                      std::int64_t row_begin, std::int64_t row_end, std::int64_t block_begin,
+                                      std::int64_t tile) {
   const std::int64_t row = row_begin + tile * kTileRows<T>;
   const std::int64_t lanes = tile * kTileRows<T>;
-  const std::int64_t block = problem.block_columns < problem.columns ? problem.block_columns : problem.columns;
+  const std::int64_t block = min_of(problem.block_columns, problem.columns);
   return {row,
-          row_end - row < kTileRows<T> ? row_end - row : kTileRows<T>,
+          min_of(row_end - row, kTileRows<T>),
           arrays.error + lanes * problem.columns,
           arrays.sum + lanes * block,
           arrays.whitened + (problem.gradient != nullptr ? lanes * problem.columns : 0),
@@ -140,14 +143,21 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
           arrays.code + lanes * problem.columns,
           arrays.scale + lanes * problem.grid.groups,
           arrays.zero_point + lanes * problem.grid.groups,
-          arrays.loss + lanes};
+          arrays.loss + lanes,
+          block_begin};
 }
 
-/// Lanes past the last row get scale 1, so that they quantize their zeros to 0.
+/// S of column j, which is in the tile's block.
+template <typename T>
+MINIQUANT_INLINE T* sum_of(const SweepTile<T>& tile, std::int64_t j) {
+  return column_of<T>(tile.sum, j - tile.block_begin);
+}
+
+/// Lanes past the last row get scale 1: they quantize their zeros to 0.
 template <typename T>
 MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t group) {
-  T* const scale = tile.scale + group * kTileRows<T>;
-  T* const zero_point = tile.zero_point + group * kTileRows<T>;
+  T* const scale = column_of<T>(tile.scale, group);
+  T* const zero_point = column_of<T>(tile.zero_point, group);
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
     const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
     scale[lane] = lane < tile.rows ? problem.grid.scales[at] : T(1);
@@ -163,7 +173,7 @@ MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTi
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
       const T* const row = problem.weight + (tile.row + lane) * problem.columns;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        tile.error[j * kTileRows<T> + lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
+        column_of<T>(tile.error, j)[lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
       }
     }
   }
@@ -177,7 +187,7 @@ MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTil
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        codes[problem.steps[j].column] = tile.code[j * kTileRows<T> + lane];
+        codes[problem.steps[j].column] = column_of<T>(tile.code, j)[lane];
       }
     }
   }
@@ -192,7 +202,7 @@ MINIQUANT_INLINE void write_gradient(const SweepProblem<T>& problem, const Sweep
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       T* const gradient = problem.gradient + (tile.row + lane) * padded;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-        gradient[problem.steps[j].column] = tile.whitened[j * kTileRows<T> + lane];
+        gradient[problem.steps[j].column] = column_of<T>(tile.whitened, j)[lane];
       }
     }
   }
@@ -209,9 +219,9 @@ MINIQUANT_INLINE void write_group_grid(const SweepProblem<T>& problem, const Swe
   const std::int64_t group = problem.steps[columns.begin].group;
   for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
     const std::int64_t at = (tile.row + lane) * problem.grid.groups + group;
-    problem.grid.scales[at] = tile.scale[group * kTileRows<T> + lane];
+    problem.grid.scales[at] = column_of<T>(tile.scale, group)[lane];
     problem.grid.zero_points[at] =
-        static_cast<std::int8_t>(static_cast<std::int32_t>(tile.zero_point[group * kTileRows<T> + lane]));
+        static_cast<std::int8_t>(static_cast<std::int32_t>(column_of<T>(tile.zero_point, group)[lane]));
   }
 }
 

@@ -29,6 +29,12 @@ constexpr std::int64_t kTileRows = kVectorsPerTile * kLanes<T>;
 static_assert(kPanelColumns % kTileRows<float> == 0 && kPanelColumns % kStripColumns == 0);
 static_assert(kSpareRows >= kStripColumns - 1);
 
+/// Column j of an array [columns][lane], or group j of [groups][lane]: of T, or of what belongs to lanes of T.
+template <typename T, typename Element>
+MINIQUANT_INLINE Element* column_of(Element* array, std::int64_t j) {
+  return array + j * kTileRows<T>;
+}
+
 template <typename T>
 MINIQUANT_INLINE Vector<T> load(const T* from) {
   return *reinterpret_cast<const VectorOf<T>::unaligned*>(from);

@@ -21,7 +21,7 @@
 
 namespace miniquant::kernels::testing {
 
-/// Memory that ends where an unreadable page begins: the kernels carry no sanitizer, so that this is what catches a
+/// Memory that ends where an unreadable page begins: the kernels carry no sanitizer, so this is what catches a
 /// read or write past the end. The bytes in front of it are checked when it goes away.
 template <typename T>
 class GuardedBuffer {

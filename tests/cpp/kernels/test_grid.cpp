@@ -53,7 +53,7 @@ TYPED_TEST(Grid, RoundsTiesToEven) {
   for_each_instruction_set<T>([&](const auto& kernel) {
     const std::vector<T> halves = {-4.5, -3.5, -2.5, -1.5, -0.5, -0.0, 0.5, 1.5, 2.5, 3.5, 4.5};
     EXPECT_EQ(this->round(kernel, kSymmetric4, halves, T(1)), (std::vector<int>{-4, -4, -2, -2, 0, 0, 0, 2, 2, 4, 4}));
-    // The same with a zero point: it is added after rounding, so that the ties do not move.
+    // The same with a zero point: it is added after rounding, so the ties do not move.
     EXPECT_EQ(this->round(kernel, kAsymmetric4, halves, T(1), 1),
               (std::vector<int>{-3, -3, -1, -1, 1, 1, 1, 3, 3, 5, 5}));
   });

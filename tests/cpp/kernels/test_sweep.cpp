@@ -1,5 +1,5 @@
 // kernels/sweep-inl.h. The oracle is the recurrence at the head of that file as a scalar loop. It follows the codes
-// that the kernel chose, so that one rounding tie decided the other way does not change all that comes after it: each
+// that the kernel chose, so one rounding tie decided the other way does not change all that comes after it: each
 // code must be the nearest to its target, up to the rounding error of that target.
 
 #include <gtest/gtest.h>

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <cstdint>
+
+// Integer arithmetic of sizes. Always inlined, so no object of the kernels defines it: kernels/target-inl.h.
+
+namespace miniquant::kernels {
+
+[[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t min_of(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+/// How many pieces of `size` hold `count`, the last one perhaps in part.
+[[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t ceil_div(std::int64_t count, std::int64_t size) {
+  return (count + size - 1) / size;
+}
+
+}  // namespace miniquant::kernels
