@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+LIBRARIES = ["safetensors>=0.4"]  # that the package needs beside torch
 TORCH_RULES = ROOT / "cmake" / "MiniquantTorch.cmake"
 
 
@@ -215,13 +216,13 @@ def metadata() -> dict[str, object]:
     A binary works with some versions of torch only, so its metadata asks for these, and its version names them, as in
     0.1.0+torch2.13. A build from a source distribution keeps the version of that, which pip compares.
     """
-    source: dict[str, object] = {"version": project_version(), "install_requires": [supported_torch()]}
+    source: dict[str, object] = {"version": project_version(), "install_requires": [supported_torch(), *LIBRARIES]}
     # Of the commands that setuptools' build backend runs, these describe a binary.
     if not {"dist_info", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
         return source
     minimum, below = served_torch(torch_version(require_torch()))
     local = "" if (ROOT / "PKG-INFO").is_file() else f"+torch{minimum}"
-    return {"version": f"{source['version']}{local}", "install_requires": [f"torch>={minimum},<{below}"]}
+    return {"version": f"{source['version']}{local}", "install_requires": [f"torch>={minimum},<{below}", *LIBRARIES]}
 
 
 if __name__ == "__main__":

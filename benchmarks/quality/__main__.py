@@ -182,7 +182,7 @@ def quantized(scheme: str, weight: Tensor, hessian: Tensor, bits: int, ridge: fl
     """The weight after quantization, [N, K]."""
     if scheme == RTN:
         nearest = miniquant.rtn(weight, bits=bits, group_size=GROUP_SIZE)
-        return miniquant.dequantize(*nearest, GROUP_SIZE)
+        return miniquant.dequantize(nearest)
     codes, scales, zero_points, _ = miniquant.gptq(
         weight, hessian, bits=bits, group_size=GROUP_SIZE, ridge=ridge, **SCHEMES[scheme]
     )

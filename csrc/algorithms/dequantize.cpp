@@ -15,12 +15,13 @@ at::Tensor per_column(const at::Tensor& per_group, int64_t group_columns, int64_
 }  // namespace
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                      int64_t group_size) {
+                      int64_t group_size, std::optional<at::ScalarType> dtype) {
   const int64_t columns = codes.size(1);
   const int64_t group_columns = columns_per_group(group_size, columns);
-  const at::ScalarType dtype = compute_dtype(scales.scalar_type());
-  const at::Tensor levels = codes.to(dtype) - per_column(zero_points.to(dtype), group_columns, columns);
-  return (levels * per_column(scales.to(dtype), group_columns, columns)).to(scales.scalar_type());
+  const at::ScalarType result = dtype.value_or(scales.scalar_type());
+  const at::ScalarType compute = c10::promoteTypes(compute_dtype(scales.scalar_type()), compute_dtype(result));
+  const at::Tensor levels = codes.to(compute) - per_column(zero_points.to(compute), group_columns, columns);
+  return (levels * per_column(scales.to(compute), group_columns, columns)).to(result);
 }
 
 }  // namespace miniquant::algorithms

@@ -209,7 +209,7 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
   if (options.refine > 0) {
     refine(hessian, options.ridge, options.refine, grid, gradient, row_loss);
   }
-  return {{grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
+  return {{options, grid.codes, grid.stored_scales(), grid.zero_points}, row_loss};
 }
 
 }  // namespace miniquant::algorithms

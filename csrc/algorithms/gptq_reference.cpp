@@ -185,7 +185,7 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   const at::Tensor damped_in_order = damped.matrix.index_select(0, column).index_select(1, column);
   const at::Tensor row_loss = (E.matmul(damped_in_order) * E).sum(1);
   grid.codes.index_copy_(1, column, codes.to(at::kChar));
-  return {{grid.codes, scales.to(grid.stored), zero_points.to(at::kChar)}, row_loss};
+  return {{options, grid.codes, scales.to(grid.stored), zero_points.to(at::kChar)}, row_loss};
 }
 
 }  // namespace miniquant::algorithms

@@ -1,5 +1,6 @@
 #include "algorithms/hessian.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -45,7 +46,7 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
 
 }  // namespace
 
-void hessian_update(at::Tensor& hessian, const at::Tensor& inputs) {
+void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights) {
   const int64_t columns = hessian.size(0);
   if (inputs.numel() == 0) {
     return;
@@ -53,18 +54,60 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs) {
   // inputs that share memory with the sum must not change while they are read
   const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
   const at::Tensor sum = hessian.contiguous();
+  // X^T diag(w) X = Y^T Y with the rows of Y those of X times sqrt(w)
+  const at::Tensor factors =
+      token_weights.defined() ? token_weights.sqrt().to(sum.scalar_type()).unsqueeze(1) : at::Tensor();
   dispatch_compute(hessian.scalar_type(), [&]<typename T> {
     const int64_t lanes = typed_kernels<T>().tile_rows;
     const int64_t pass = std::min(kTokensPerPass, all_tokens.size(0));
     const at::Tensor tiles = at::empty({(columns + lanes - 1) / lanes, pass, lanes}, sum.options());
     for (int64_t token = 0; token < all_tokens.size(0); token += pass) {
-      const at::Tensor tokens = all_tokens.narrow(0, token, std::min(pass, all_tokens.size(0) - token));
-      add_products(sum.mutable_data_ptr<T>(), tokens.to(sum.scalar_type()).contiguous(), tiles.mutable_data_ptr<T>());
+      const int64_t count = std::min(pass, all_tokens.size(0) - token);
+      at::Tensor tokens = all_tokens.narrow(0, token, count).to(sum.scalar_type());
+      if (factors.defined()) {
+        tokens = tokens * factors.narrow(0, token, count);
+      }
+      add_products(sum.mutable_data_ptr<T>(), tokens.contiguous(), tiles.mutable_data_ptr<T>());
     }
   });
   if (!sum.is_same(hessian)) {
     hessian.copy_(sum);
   }
+}
+
+namespace {
+
+void add_tokens(const HessianSums& state, int64_t half, const at::Tensor& inputs, const at::Tensor& token_weights) {
+  at::Tensor sum = state.sums.select(0, half);
+  hessian_update(sum, inputs, token_weights);
+  const auto count = static_cast<double>(inputs.size(0));
+  auto weights = state.weights.accessor<double, 2>();
+  state.tokens.accessor<int64_t, 1>()[half] += inputs.size(0);
+  weights[0][half] += token_weights.defined() ? token_weights.sum().item<double>() : count;
+  weights[1][half] += token_weights.defined() ? token_weights.square().sum().item<double>() : count;
+}
+
+}  // namespace
+
+void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Tensor& token_weights) {
+  if (state.tokens.size(0) == 1) {
+    add_tokens(state, 0, inputs, token_weights);
+    return;
+  }
+  const auto tokens = state.tokens.accessor<int64_t, 1>();
+  const int64_t lighter = tokens[0] <= tokens[1] ? 0 : 1;
+  const int64_t count = inputs.size(0);
+  if (count <= tokens[0] + tokens[1]) {
+    add_tokens(state, lighter, inputs, token_weights);
+    return;
+  }
+  // Cut so that both halves have as many tokens afterwards, to one.
+  const int64_t cut = (count + tokens[1 - lighter] - tokens[lighter] + 1) / 2;
+  const auto part = [&](const at::Tensor& of_tokens, int64_t begin, int64_t end) {
+    return of_tokens.defined() ? of_tokens.narrow(0, begin, end - begin) : of_tokens;
+  };
+  add_tokens(state, lighter, part(inputs, 0, cut), part(token_weights, 0, cut));
+  add_tokens(state, 1 - lighter, part(inputs, cut, count), part(token_weights, cut, count));
 }
 
 }  // namespace miniquant::algorithms

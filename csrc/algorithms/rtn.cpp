@@ -20,7 +20,7 @@ QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
       kernel.round_to_nearest(grid_view, from, columns, row_begin, row_end);
     });
   });
-  return {grid.codes, grid.stored_scales(), grid.zero_points};
+  return {options, grid.codes, grid.stored_scales(), grid.zero_points};
 }
 
 }  // namespace miniquant::algorithms

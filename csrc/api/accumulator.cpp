@@ -1,12 +1,53 @@
-#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
+
+#include <tuple>
 
 #include "miniquant/hessian.h"
 
 namespace miniquant {
+namespace {
+
+using OptionalTensor = const std::optional<at::Tensor>&;
+using Counts = std::tuple<at::Tensor, at::Tensor>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+void add(HessianSums& sums, const HessianSums& other) {
+  static const auto op =
+      find<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
+          "miniquant::accumulator_merge_");
+  op.call(sums.sums, sums.tokens, sums.weights, other.sums, other.tokens, other.weights);
+}
+
+/// Sums of nothing, in the shapes of these. Normal tensors, whatever mode is on, for updates in any mode.
+HessianSums no_tokens(const HessianSums& like) {
+  const c10::InferenceMode normal(false);
+  return {at::zeros_like(like.sums), at::zeros_like(like.tokens), at::zeros_like(like.weights)};
+}
+
+at::Tensor hessian_of(const HessianSums& sums, std::optional<int64_t> half) {
+  static const auto op =
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
+          "miniquant::accumulator_hessian");
+  return op.call(sums.sums, sums.tokens, sums.weights, half);
+}
+
+/// Tokens and effective tokens.
+Counts counts_of(const HessianSums& sums, std::optional<int64_t> half) {
+  static const auto op = find<Counts(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
+      "miniquant::accumulator_tokens");
+  return op.call(sums.sums, sums.tokens, sums.weights, half);
+}
+
+}  // namespace
 
 HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype, Halves halves) {
   TORCH_CHECK_VALUE(in_features >= 0, "HessianAccumulator: expected in_features to be at least 0, but got ",
@@ -14,56 +55,42 @@ HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
                    "HessianAccumulator: expected dtype to be float32 or float64, but got ",
                    c10::getDtypeNames(dtype).first);
-  sum_[0] = at::zeros({in_features, in_features}, at::TensorOptions().dtype(dtype));
-  if (halves == Halves::kApart) {
-    sum_[1] = at::zeros_like(sum_[0]);
-  }
+  const c10::InferenceMode normal(false);
+  const int64_t count = halves == Halves::kApart ? 2 : 1;
+  sums_ = {at::zeros({count, in_features, in_features}, dtype), at::zeros({count}, at::kLong),
+           at::zeros({2, count}, at::kDouble)};
 }
 
-void HessianAccumulator::update(const at::Tensor& inputs) {
-  const bool apart = sum_[1].defined();
-  if (!apart || inputs.numel() == 0 || inputs.dim() == 0 || inputs.size(-1) != sum_[0].size(0)) {
-    add(0, inputs);  // which refuses what has the wrong shape
-    return;
-  }
-  const at::Tensor batch = inputs.reshape({-1, inputs.size(-1)});
-  const int64_t lighter = tokens_[0] <= tokens_[1] ? 0 : 1;
-  if (batch.size(0) <= tokens()) {
-    add(lighter, batch);
-    return;
-  }
-  // Both halves have as many tokens afterwards, to one.
-  const int64_t missing = tokens_[1 - lighter] - tokens_[lighter];
-  const int64_t cut = (batch.size(0) + missing + 1) / 2;
-  add(lighter, batch.narrow(0, 0, cut));
-  add(1 - lighter, batch.narrow(0, cut, batch.size(0) - cut));
+HessianAccumulator::HessianAccumulator(const HessianSums& state) : sums_(no_tokens(state)) { add(sums_, state); }
+
+void HessianAccumulator::update(const at::Tensor& inputs, const std::optional<at::Tensor>& mask,
+                                const std::optional<at::Tensor>& token_weights) {
+  static const auto op =
+      find<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, OptionalTensor, OptionalTensor)>(
+          "miniquant::accumulator_update_");
+  op.call(sums_.sums, sums_.tokens, sums_.weights, inputs, mask, token_weights);
 }
 
-void HessianAccumulator::add(int64_t index, const at::Tensor& inputs) {
-  hessian_update_(sum_[index], inputs);
-  int64_t batch_tokens = 1;
-  for (int64_t dim = 0; dim + 1 < inputs.dim(); ++dim) {
-    batch_tokens *= inputs.size(dim);
-  }
-  tokens_[index] += batch_tokens;
+void HessianAccumulator::merge(const HessianAccumulator& other) { add(sums_, other.sums_); }
+
+HessianSums HessianAccumulator::state() const {
+  HessianSums copy = no_tokens(sums_);
+  add(copy, sums_);
+  return copy;
 }
 
-at::Tensor HessianAccumulator::hessian() const {
-  TORCH_CHECK_VALUE(tokens() > 0, "HessianAccumulator: expected at least one token before hessian(), but got none");
-  return (sum_[1].defined() ? sum_[0] + sum_[1] : sum_[0]) / tokens();
+int64_t HessianAccumulator::tokens() const { return std::get<0>(counts_of(sums_, std::nullopt)).item<int64_t>(); }
+
+double HessianAccumulator::effective_tokens() const {
+  return std::get<1>(counts_of(sums_, std::nullopt)).item<double>();
 }
 
-at::Tensor HessianAccumulator::half(int64_t index) const {
-  TORCH_CHECK_VALUE(half_tokens(index) > 0, "HessianAccumulator: expected at least one token in either half, but got ",
-                    tokens(), " in all");
-  return sum_[index] / tokens_[index];
-}
+at::Tensor HessianAccumulator::hessian() const { return hessian_of(sums_, std::nullopt); }
+
+at::Tensor HessianAccumulator::half(int64_t index) const { return hessian_of(sums_, index); }
 
 int64_t HessianAccumulator::half_tokens(int64_t index) const {
-  TORCH_CHECK_VALUE(index == 0 || index == 1, "HessianAccumulator: expected half to be 0 or 1, but got ", index);
-  TORCH_CHECK_VALUE(sum_[1].defined(),
-                    "HessianAccumulator: expected halves that are kept apart (Halves::kApart), but they are not");
-  return tokens_[index];
+  return std::get<0>(counts_of(sums_, index)).item<int64_t>();
 }
 
 }  // namespace miniquant

@@ -16,7 +16,7 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at::Tensor& weight,
                 const at::Tensor& hessian, const GptqOptions& options) {
   auto [codes, scales, zero_points, row_loss] = ops::call_gptq(op, weight, hessian, options);
-  return {{codes, scales, zero_points}, row_loss};
+  return {{options, codes, scales, zero_points}, row_loss};
 }
 
 }  // namespace
@@ -24,7 +24,7 @@ GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at
 QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
   static const auto op = find<ops::RtnSignature>("miniquant::rtn");
   auto [codes, scales, zero_points] = ops::call_rtn(op, weight, options);
-  return {codes, scales, zero_points};
+  return {options, codes, scales, zero_points};
 }
 
 GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
@@ -38,10 +38,15 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                      int64_t group_size) {
+                      int64_t group_size, std::optional<at::ScalarType> dtype) {
   static const auto op =
-      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t)>("miniquant::dequantize");
-  return op.call(codes, scales, zero_points, group_size);
+      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, std::optional<at::ScalarType>)>(
+          "miniquant::dequantize");
+  return op.call(codes, scales, zero_points, group_size, dtype);
+}
+
+at::Tensor dequantize(const QuantizedWeight& quantized, std::optional<at::ScalarType> dtype) {
+  return dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size, dtype);
 }
 
 at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
@@ -64,6 +69,11 @@ at::Tensor pack(const at::Tensor& codes, int64_t bits) {
 at::Tensor unpack(const at::Tensor& packed, int64_t bits, int64_t columns) {
   static const auto op = find<at::Tensor(const at::Tensor&, int64_t, c10::SymInt)>("miniquant::unpack");
   return op.call(packed, bits, columns);
+}
+
+at::Tensor quantization_loss(const at::Tensor& weight, const QuantizedWeight& quantized, const at::Tensor& hessian) {
+  const bool wide = weight.scalar_type() == at::kDouble || quantized.scales.scalar_type() == at::kDouble;
+  return quantization_loss(weight, dequantize(quantized, wide ? at::kDouble : at::kFloat), hessian);
 }
 
 at::Tensor pack_int4(const at::Tensor& codes) {

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -26,8 +27,9 @@ RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& acc
       c10::Dispatcher::singleton().findSchemaOrThrow("miniquant::choose_ridge", "").typed<Signature>();
   TORCH_CHECK_VALUE(!grid.scales.has_value(), "choose_ridge: expected no scales, but got scales of shape ",
                     grid.scales->sizes());
-  const auto [ridge, ridges, losses] = op.call(weight, accumulator.half(0), accumulator.half(1), accumulator.tokens(),
-                                               grid.bits, grid.group_size, grid.symmetric);
+  const auto [ridge, ridges, losses] =
+      op.call(weight, accumulator.half(0), accumulator.half(1), std::lround(accumulator.effective_tokens()), grid.bits,
+              grid.group_size, grid.symmetric);
   const at::Tensor nearest = losses.select(0, -1);
   return {ridge.item<double>(), to_vector(ridges), to_vector(losses / nearest.masked_fill(nearest == 0, 1))};
 }

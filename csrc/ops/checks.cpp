@@ -18,17 +18,6 @@
 namespace miniquant::ops {
 namespace {
 
-constexpr const char* kWeightDtypes = "float32, float64, bfloat16 or float16";
-constexpr const char* kHessianDtypes = "float32 or float64";
-
-std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
-
-bool is_weight_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
-bool is_hessian_dtype(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
-
 /// The position of the first element for which `bad` is true, as "[i, j]".
 std::string first_position(const at::Tensor& bad) {
   const at::Tensor position = bad.nonzero().select(0, 0).cpu();
@@ -39,10 +28,24 @@ std::string first_position(const at::Tensor& bad) {
   return text + "]";
 }
 
-/// "<value> at [i, j]" for the first element for which `bad` is true.
+}  // namespace
+
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
 std::string first_value(const at::Tensor& tensor, const at::Tensor& bad) {
   return c10::str(tensor.masked_select(bad)[0].item<double>(), " at ", first_position(bad));
 }
+
+namespace {
+
+constexpr const char* kWeightDtypes = "float32, float64, bfloat16 or float16";
+constexpr const char* kHessianDtypes = "float32 or float64";
+
+bool is_weight_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+bool is_hessian_dtype(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
 /// What holds a tensor whose elements do not lie in memory as sizes and strides say; "" for one whose elements do.
 std::string special_layout_of(const at::Tensor& tensor) {
@@ -131,8 +134,9 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
   check_bits(op, grid.bits);
   check_group_size(op, grid.group_size);
   TORCH_CHECK_VALUE(grid.symmetric || !grid.full_range, op,
-                    ": expected full_range to be False where symmetric=False (an asymmetric grid has every code), but "
-                    "got True");
+                    ": expected full_range to be False where symmetric=False (an asymmetric grid has every code; "
+                    "presets leave it out for "
+                    "symmetric=False: preset(\"best\", symmetric=False)), but got True");
   TORCH_CHECK_VALUE(grid.scales.has_value() || !grid.zero_points.has_value(), op,
                     ": expected zero_points to come with scales, but got no scales");
   TORCH_CHECK_VALUE(grid.symmetric || !grid.scales.has_value() || grid.zero_points.has_value(), op,
@@ -346,19 +350,20 @@ void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first
   check_hessian_values("choose_ridge", second, "second");
 }
 
-void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {
-  constexpr const char* op = "hessian_update_";
-  check_hessian(op, hessian);
+void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, const at::Tensor& hessian) {
   check_strided(op, "inputs", inputs);
   TORCH_CHECK_TYPE(is_weight_dtype(inputs.scalar_type()), op, ": expected inputs to be ", kWeightDtypes, ", but got ",
                    name_of(inputs.scalar_type()));
-  TORCH_CHECK_VALUE(inputs.dim() >= 1 && inputs.sym_size(-1) == hessian.sym_size(0), op,
-                    ": expected inputs to have shape [..., K] = [..., ", hessian.sym_size(0), "], but got shape ",
+  TORCH_CHECK_VALUE(inputs.dim() >= 1 && inputs.sym_size(-1) == hessian.sym_size(-1), op,
+                    ": expected inputs to have shape [..., K] = [..., ", hessian.sym_size(-1), "], but got shape ",
                     inputs.sym_sizes());
-  check_same_device(op, "inputs", inputs, "hessian", hessian);
+  check_same_device(op, "inputs", inputs, sum, hessian);
 }
 
-void check_hessian_update_values(const at::Tensor& inputs) { check_finite("hessian_update_", "inputs", inputs); }
+void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {
+  check_hessian("hessian_update_", hessian);
+  check_inputs_of("hessian_update_", inputs, "hessian", hessian);
+}
 
 void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
                                        const at::Tensor& hessian) {
@@ -368,15 +373,14 @@ void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tenso
   TORCH_CHECK_VALUE(dequantized.sym_sizes() == weight.sym_sizes(), op,
                     ": expected dequantized to have the shape of weight ", weight.sym_sizes(), ", but got shape ",
                     dequantized.sym_sizes());
-  TORCH_CHECK_TYPE(dequantized.scalar_type() == weight.scalar_type(), op,
-                   ": expected dequantized to have the dtype of weight (", name_of(weight.scalar_type()), "), but got ",
-                   name_of(dequantized.scalar_type()));
+  TORCH_CHECK_TYPE(is_weight_dtype(dequantized.scalar_type()), op, ": expected dequantized to be ", kWeightDtypes,
+                   ", but got ", name_of(dequantized.scalar_type()));
   check_same_device(op, "dequantized", dequantized, "weight", weight);
   check_hessian_of(op, weight, hessian);
 }
 
 void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                                int64_t group_size) {
+                                int64_t group_size, std::optional<at::ScalarType> dtype) {
   constexpr const char* op = "dequantize";
   check_matrix(op, "codes", "[N, K]", codes);
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar, op, ": expected codes to be int8, but got ",
@@ -389,6 +393,8 @@ void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scale
   check_zero_point_dtype(op, zero_points);
   check_per_group(op, "zero_points", zero_points, codes, group_size);
   check_same_device(op, "zero_points", zero_points, "codes", codes);
+  TORCH_CHECK_TYPE(is_weight_dtype(dtype.value_or(at::kFloat)), op, ": expected dtype to be ", kWeightDtypes,
+                   ", but got ", name_of(*dtype));
 }
 
 c10::SymInt packed_bytes(const c10::SymInt& columns, int64_t bits) { return (columns * bits + 7) / 8; }

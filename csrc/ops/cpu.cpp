@@ -1,18 +1,15 @@
-#include <ATen/core/grad_mode.h>
-#include <c10/core/DispatchKeySet.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <cstdint>
 #include <optional>
 
 #include "algorithms/gptq.h"
-#include "algorithms/hessian.h"
 #include "algorithms/loss.h"
 #include "algorithms/packing.h"
 #include "algorithms/ridge.h"
 #include "algorithms/rtn.h"
 #include "ops/checks.h"
+#include "ops/plain_operations.h"
 #include "ops/results.h"
 
 // The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone works on every
@@ -20,14 +17,6 @@
 
 namespace miniquant::ops {
 namespace {
-
-/// For one scope ATen's operations record nothing for autograd and compute in the dtype they are given: under autocast
-/// products would be bfloat16.
-class PlainOperations {
- private:
-  at::NoGradGuard no_grad_;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
-};
 
 QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
   const PlainOperations plain;
@@ -75,16 +64,6 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
   return {ridges.index({losses.argmin()}).clone(), ridges, losses};
 }
 
-void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  const PlainOperations plain;
-  check_hessian_update_arguments(hessian, inputs);
-  check_on_cpu("hessian_update_", "hessian", hessian);
-  check_hessian_update_values(inputs);
-  algorithms::hessian_update(hessian, inputs);
-  // Autograd sees the change: no generated kernel above this one counts it.
-  hessian.unsafeGetTensorImpl()->bump_version();
-}
-
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   const PlainOperations plain;
   check_quantization_loss_arguments(weight, dequantized, hessian);
@@ -93,10 +72,10 @@ at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequant
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                      int64_t group_size) {
+                      int64_t group_size, std::optional<at::ScalarType> dtype) {
   const PlainOperations plain;
-  check_dequantize_arguments(codes, scales, zero_points, group_size);
-  return algorithms::dequantize(codes, scales, zero_points, group_size);
+  check_dequantize_arguments(codes, scales, zero_points, group_size, dtype);
+  return algorithms::dequantize(codes, scales, zero_points, group_size, dtype);
 }
 
 at::Tensor pack_as(const char* op, const at::Tensor& codes, int64_t bits) {
@@ -131,7 +110,6 @@ void implement(torch::Library& m) {
   m.impl("gptq", gptq_operator<gptq>);
   m.impl("gptq_reference", gptq_operator<gptq_reference>);
   m.impl("choose_ridge", choose_ridge);
-  m.impl("hessian_update_", hessian_update_);
   m.impl("quantization_loss", quantization_loss);
   m.impl("dequantize", dequantize);
   m.impl("pack", pack);

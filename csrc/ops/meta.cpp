@@ -56,8 +56,6 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
           at::empty({algorithms::kJudgedRidges}, options)};
 }
 
-void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) { check_hessian_update_arguments(hessian, inputs); }
-
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   check_quantization_loss_arguments(weight, dequantized, hessian);
   return at::empty_symint({weight.sym_size(0)},
@@ -65,9 +63,9 @@ at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequant
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                      int64_t group_size) {
-  check_dequantize_arguments(codes, scales, zero_points, group_size);
-  return at::empty_symint(codes.sym_sizes(), scales.options());
+                      int64_t group_size, std::optional<at::ScalarType> dtype) {
+  check_dequantize_arguments(codes, scales, zero_points, group_size, dtype);
+  return at::empty_symint(codes.sym_sizes(), scales.options().dtype(dtype.value_or(scales.scalar_type())));
 }
 
 at::Tensor empty_packed(const char* op, const at::Tensor& codes, int64_t bits) {
@@ -100,7 +98,6 @@ TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
   m.impl("gptq", miniquant::ops::gptq_operator<miniquant::ops::gptq>);
   m.impl("gptq_reference", miniquant::ops::gptq_operator<miniquant::ops::gptq_reference>);
   m.impl("choose_ridge", miniquant::ops::choose_ridge);
-  m.impl("hessian_update_", miniquant::ops::hessian_update_);
   m.impl("quantization_loss", miniquant::ops::quantization_loss);
   m.impl("dequantize", miniquant::ops::dequantize);
   m.impl("pack", miniquant::ops::pack);

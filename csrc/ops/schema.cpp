@@ -22,11 +22,27 @@ TORCH_LIBRARY(miniquant, m) {
   }
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
   m.def(
+      "accumulator_update_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, "
+      "Tensor? mask=None, Tensor? token_weights=None) -> ()",
+      tags);
+  m.def(
+      "accumulator_merge_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor other_sums, "
+      "Tensor other_tokens, Tensor other_weights) -> ()",
+      tags);
+  m.def("accumulator_hessian(Tensor sums, Tensor tokens, Tensor weights, *, int? half=None) -> Tensor", tags);
+  m.def(
+      "accumulator_tokens(Tensor sums, Tensor tokens, Tensor weights, *, int? half=None) -> (Tensor tokens, "
+      "Tensor effective_tokens)",
+      tags);
+  m.def(
       "choose_ridge(Tensor weight, Tensor first, Tensor second, int tokens, *, int bits=4, int group_size=64, "
       "bool symmetric=True) -> (Tensor ridge, Tensor ridges, Tensor losses)",
       tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);
-  m.def("dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size) -> Tensor", tags);
+  m.def(
+      "dequantize(Tensor codes, Tensor scales, Tensor zero_points, int group_size, *, "
+      "ScalarType? dtype=None) -> Tensor",
+      tags);
   m.def("pack(Tensor codes, int bits) -> Tensor", tags);
   m.def("unpack(Tensor packed, int bits, SymInt columns) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
@@ -38,7 +54,8 @@ TORCH_LIBRARY(miniquant, m) {
 
 // None of the operators has a derivative: results never require a gradient, whatever their inputs do.
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
-  for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "quantization_loss",
+  for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "accumulator_update_",
+                         "accumulator_merge_", "accumulator_hessian", "accumulator_tokens", "quantization_loss",
                          "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

@@ -267,7 +267,7 @@ def compare(problem: Problem, setup: Setup) -> Comparison:
         accumulator = miniquant.HessianAccumulator(setup.columns, halves=True)
         accumulator.update(problem.inputs.t())
         automatic = miniquant.gptq_auto(weight, accumulator, **options_of(setup))
-        ridge, hessian, gptq = automatic.ridge, accumulator.hessian(), automatic.result
+        ridge, hessian, gptq = automatic.ridge, accumulator.hessian(), automatic.tensors
         choice = ridge_choice(accumulator, automatic)
     best = quantize(ops.gptq, weight, hessian, dataclasses.replace(setup.with_preset("best"), ridge=ridge))
     with_ridge = damped(hessian, ridge)

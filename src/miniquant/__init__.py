@@ -39,6 +39,7 @@ load_library()
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402  (the operators must exist first)
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
+from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
@@ -52,17 +53,20 @@ __all__ = [
     "HessianAccumulator",
     "QuantizedWeight",
     "RidgeChoice",
+    "SavedLayer",
     "choose_ridge",
     "dequantize",
     "gptq",
     "gptq_auto",
     "gptq_reference",
     "hessian_update_",
+    "load_layer",
     "pack",
     "pack_int4",
     "preset",
     "quantization_loss",
     "rtn",
+    "save_layer",
     "unpack",
     "unpack_int4",
 ]

@@ -1,31 +1,41 @@
 """The algorithm: GPTQ as it is run, and its textbook form."""
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.export
 from torch import Tensor
 
-from miniquant.grid import ScaleMethod
+from miniquant.grid import QuantizedWeight, ScaleMethod
 from miniquant.operators import call
 
 GroupScales = Literal["static", "dynamic"]
 ColumnOrder = Literal["natural", "activation", "group"]
 
 
-class GptqResult(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class GptqResult(QuantizedWeight):
     """A weight on its grid, and what that costs.
 
     Attributes:
-        codes: int8 [N, K].
-        scales: [N, G], of ``scale_dtype``.
-        zero_points: int8 [N, G]; all 0 for a symmetric grid.
-        row_loss: [N], e H e^T of each row with the ridge in H; float64 for a float64 weight, else float32.
+        row_loss: [N], e H e^T of each row with the ridge in H; float64 for a float64 weight, else float32. Here e =
+            weight - (code - zero_point) * scale with the product as computed in that dtype. A bfloat16 or float16
+            layer rounds the product once more: ``quantization_loss(weight, dequantize(result, dtype=weight.dtype),
+            hessian)`` measures what such a layer loses: 1.36 times as much for a bfloat16 weight at 8 bits in our test.
+
+    Iterating gives the tensors: ``codes, scales, zero_points, row_loss = gptq(weight, hessian)``.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zero_points: Tensor
     row_loss: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the operator of ``torch.ops.miniquant`` returns: codes, scales, zero points, loss of each row."""
+        return self.codes, self.scales, self.zero_points, self.row_loss
+
+
+torch.export.register_dataclass(GptqResult, serialized_type_name="miniquant.GptqResult")
 
 
 def gptq(
@@ -88,27 +98,26 @@ def gptq(
         torch.linalg.LinAlgError: H is not positive definite with its ridge; the message names the leading minor, the
             ridge used and what to try.
     """
-    return GptqResult(
-        *call(
-            "gptq",
-            weight,
-            hessian,
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            ridge=ridge,
-            block_size=block_size,
-            group_scales=group_scales,
-            column_order=column_order,
-            scales=scales,
-            zero_points=zero_points,
-            full_range=full_range,
-            scale_method=scale_method,
-            scale_dtype=scale_dtype,
-            refine=refine,
-            beam_scales=beam_scales,
-        )
+    codes, scales, zero_points, row_loss = call(
+        "gptq",
+        weight,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        ridge=ridge,
+        block_size=block_size,
+        group_scales=group_scales,
+        column_order=column_order,
+        scales=scales,
+        zero_points=zero_points,
+        full_range=full_range,
+        scale_method=scale_method,
+        scale_dtype=scale_dtype,
+        refine=refine,
+        beam_scales=beam_scales,
     )
+    return GptqResult(codes, scales, zero_points, bits, group_size, symmetric, full_range, row_loss)
 
 
 def gptq_reference(
@@ -141,24 +150,23 @@ def gptq_reference(
     result and errors are those of :func:`gptq`, except that it has no ``scale_method="loss"``, ``beam_scales`` and
     ``refine``, and that scale methods other than "absmax" need the CPU.
     """
-    return GptqResult(
-        *call(
-            "gptq_reference",
-            weight,
-            hessian,
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            ridge=ridge,
-            block_size=block_size,
-            group_scales=group_scales,
-            column_order=column_order,
-            scales=scales,
-            zero_points=zero_points,
-            full_range=full_range,
-            scale_method=scale_method,
-            scale_dtype=scale_dtype,
-            refine=refine,
-            beam_scales=beam_scales,
-        )
+    codes, scales, zero_points, row_loss = call(
+        "gptq_reference",
+        weight,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        ridge=ridge,
+        block_size=block_size,
+        group_scales=group_scales,
+        column_order=column_order,
+        scales=scales,
+        zero_points=zero_points,
+        full_range=full_range,
+        scale_method=scale_method,
+        scale_dtype=scale_dtype,
+        refine=refine,
+        beam_scales=beam_scales,
     )
+    return GptqResult(codes, scales, zero_points, bits, group_size, symmetric, full_range, row_loss)

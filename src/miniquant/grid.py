@@ -1,8 +1,11 @@
 """The grid a weight is rounded to: rounding to nearest, and back to values."""
 
-from typing import Literal, NamedTuple, cast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast, overload
 
 import torch
+import torch.export
 from torch import Tensor
 
 from miniquant.operators import call
@@ -10,18 +13,40 @@ from miniquant.operators import call
 ScaleMethod = Literal["absmax", "mse", "hessian", "loss"]
 
 
-class QuantizedWeight(NamedTuple):
-    """A weight on its grid.
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight on its grid, and which grid that is.
 
     Attributes:
         codes: int8 [N, K].
         scales: [N, G], of ``scale_dtype``.
         zero_points: int8 [N, G]; all 0 for a symmetric grid.
+        bits: of a code, 2 to 8.
+        group_size: columns per scale; -1 is one group per row.
+        symmetric: which of the two grids (see the package).
+        full_range: whether it is the symmetric grid with one code more.
+
+    Iterating gives the tensors: ``codes, scales, zero_points = rtn(weight)``.
     """
 
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+    full_range: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the operator of ``torch.ops.miniquant`` returns: codes, scales, zero points."""
+        return self.codes, self.scales, self.zero_points
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+
+torch.export.register_dataclass(QuantizedWeight, serialized_type_name="miniquant.QuantizedWeight")
 
 
 def rtn(
@@ -56,35 +81,72 @@ def rtn(
     Raises:
         ValueError, TypeError: for a bad argument.
     """
-    return QuantizedWeight(
-        *call(
-            "rtn",
-            weight,
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            scales=scales,
-            zero_points=zero_points,
-            full_range=full_range,
-            scale_method=scale_method,
-            scale_dtype=scale_dtype,
-        )
+    codes, scales, zero_points = call(
+        "rtn",
+        weight,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scales=scales,
+        zero_points=zero_points,
+        full_range=full_range,
+        scale_method=scale_method,
+        scale_dtype=scale_dtype,
     )
+    return QuantizedWeight(codes, scales, zero_points, bits, group_size, symmetric, full_range)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int) -> Tensor:
+@overload
+def dequantize(codes: QuantizedWeight, *, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
+@overload
+def dequantize(
+    codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int, *, dtype: torch.dtype | None = None
+) -> Tensor: ...
+
+
+def dequantize(
+    codes: Tensor | QuantizedWeight,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    group_size: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``(codes - zero_points) * scales``, each group with its own.
 
+    The product is computed in the wider of float32, the dtype of ``scales`` and ``dtype``, then rounded to ``dtype``:
+    of bfloat16 scales, ``dtype=torch.float32`` gives the exact values, which ``row_loss`` measures, and None those
+    that a bfloat16 layer computes with.
+
     Args:
-        codes: int8 [N, K].
+        codes: a whole :class:`QuantizedWeight`, and no argument but ``dtype``; or int8 [N, K].
         scales: [N, G].
         zero_points: int8 [N, G].
         group_size: columns per scale; -1 is one group per row.
+        dtype: of the result; None: that of the scales.
 
     Returns:
-        [N, K] in the dtype of ``scales``.
+        [N, K].
 
     Raises:
         ValueError, TypeError: for a bad argument.
+
+    Example:
+        >>> values = dequantize(rtn(weight))
     """
-    return cast("Tensor", call("dequantize", codes, scales, zero_points, group_size))
+    given = {"scales": scales, "zero_points": zero_points, "group_size": group_size}
+    if isinstance(codes, QuantizedWeight):
+        for name, value in given.items():
+            if value is not None:
+                raise TypeError(
+                    f"dequantize: expected no {name} beside a QuantizedWeight, which has its own, but got it"
+                )
+        return dequantize(codes.codes, codes.scales, codes.zero_points, codes.group_size, dtype=dtype)
+    for name, value in given.items():
+        if value is None:
+            raise TypeError(
+                f"dequantize: expected {name} beside codes (a whole QuantizedWeight has its own), but got no {name}"
+            )
+    return cast("Tensor", call("dequantize", codes, scales, zero_points, group_size, dtype=dtype))

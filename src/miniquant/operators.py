@@ -20,6 +20,8 @@ def _expectations(name: str) -> Mapping[str, str]:
 _EXPECTED = {
     name: _expectations(name)
     for name in (
+        "accumulator_merge_",
+        "accumulator_update_",
         "choose_ridge",
         "dequantize",
         "gptq",

@@ -1,5 +1,7 @@
 """A ridge from the data, and GPTQ with it."""
 
+import inspect
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,20 +29,34 @@ class RidgeChoice(NamedTuple):
     held_out: tuple[float, ...]
 
 
-class AutoGptqResult(NamedTuple):
-    """What :func:`miniquant.gptq` gives with a ridge from the data.
+@dataclass(frozen=True, eq=False)
+class AutoGptqResult(GptqResult):
+    """What :func:`miniquant.gptq` gives with a ridge from the data, and that ridge.
 
     Attributes:
-        result: codes, scales, zero points and the loss of each row.
+        choice: how the ridge was found.
         ridge: the one that was used: ``choice.ridge``, or larger.
-        choice: how it was found.
         failed: ridges, ascending, with which the Hessian was not positive definite.
     """
 
-    result: GptqResult
-    ridge: float
     choice: RidgeChoice
+    ridge: float
     failed: tuple[float, ...]
+
+
+_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(gptq).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "ridge"
+)
+
+
+def _check_accumulator(op: str, accumulator: HessianAccumulator) -> None:
+    if not isinstance(accumulator, HessianAccumulator):
+        raise TypeError(
+            f"{op}: expected accumulator to be a HessianAccumulator with halves=True (a ridge is judged by halves of "
+            f"the tokens), but got {type(accumulator).__name__}"
+        )
 
 
 def choose_ridge(
@@ -54,9 +70,10 @@ def choose_ridge(
     """Judges ridges by the tokens themselves.
 
     Some rows of the weight are quantized with the Hessian of one half of the tokens and measured with that of the
-    other, both ways round, and the ridge of least loss is taken. With fewer tokens in a half than columns none below
-    (128 / tokens)^0.7 is: docs/algorithm.md, "The ridge from the data", says why. Costs twelve factorizations of H, and
-    no more than twelve sweeps over 128 rows.
+    other, both ways round, and the ridge of least loss is taken. With fewer tokens in a half than columns, ridges below
+    (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data", says why. Where tokens have weights,
+    the effective number of tokens takes the place of theirs. Costs twelve factorizations of H, and at most twelve
+    sweeps over 128 rows.
 
     Args:
         weight: [N, K].
@@ -68,11 +85,12 @@ def choose_ridge(
     Raises:
         ValueError, TypeError: for a bad argument.
     """
+    _check_accumulator("choose_ridge", accumulator)
     ridge, ridges, losses = torch.ops.miniquant.choose_ridge(
         weight,
         accumulator.half(0),
         accumulator.half(1),
-        accumulator.tokens,
+        round(accumulator.effective_tokens),
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -82,7 +100,7 @@ def choose_ridge(
 
 
 def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:
-    """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` finds.
+    """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` finds: the call to start from.
 
     Where the Hessian is not positive definite with it, a ridge ten times larger is tried, three times at most, and
     reported.
@@ -101,13 +119,22 @@ def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -
         >>> ...
         >>> quantized = gptq_auto(layer.weight, accumulator, bits=4, **preset("best"))
     """
+    _check_accumulator("gptq_auto", accumulator)
+    if "ridge" in options:
+        raise TypeError(
+            f"gptq_auto: expected no ridge (it finds one in the data; gptq takes one), but got {options['ridge']}"
+        )
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"gptq_auto: expected an option of gptq ({', '.join(_OPTIONS)}), but got {name!r}")
     grid = {name: options[name] for name in ("bits", "group_size", "symmetric") if name in options}
     choice = choose_ridge(weight, accumulator, **grid)
     hessian = accumulator.hessian()
 
     def quantize(ridge: float, failed: tuple[float, ...]) -> AutoGptqResult:
         try:
-            return AutoGptqResult(gptq(weight, hessian, ridge=ridge, **options), ridge, choice, failed)
+            result = gptq(weight, hessian, ridge=ridge, **options)
+            return AutoGptqResult(**vars(result), choice=choice, ridge=ridge, failed=failed)
         except LinAlgError:
             if len(failed) == MOST_FAILURES:
                 raise

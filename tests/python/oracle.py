@@ -12,6 +12,7 @@ It shares nothing with the library but the definition of the grid.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -330,10 +331,12 @@ def awkward_layouts(tensor: Tensor) -> Mapping[str, Tensor]:
     }
 
 
-def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Whether two operators' outputs are equal in shape, dtype and every bit."""
-    return len(actual) == len(expected) and all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in zip(actual, expected, strict=True)
+def same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether two operators' outputs are equal in number, shape, dtype and every bit."""
+    pairs = itertools.zip_longest(actual, expected)
+    return all(
+        a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        for a, b in pairs
     )
 
 

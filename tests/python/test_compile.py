@@ -65,6 +65,7 @@ def calls() -> list[Call]:
         *(("pack", (codes, bits), {}) for bits in (4, 5, 6, 7, 8)),
         *(("pack", (codes.t().contiguous().t(), bits), {}) for bits in (4, 8)),
         *(("unpack", (packed, bits, 48 // bits), {}) for bits in range(2, 9)),
+        ("dequantize", (codes, scales.bfloat16(), zero_points, 8), {"dtype": torch.float64}),
         ("pack_int4", (codes,), {}),
         ("pack_int4", (codes[:, :7],), {}),
         ("unpack_int4", (packed, 12), {}),
@@ -93,7 +94,7 @@ def test_meta_and_fake_tensors_give_the_same_shapes_and_dtypes(call: Call) -> No
     op, args, options = call
 
     def described(outputs: Any) -> list[tuple[Any, ...]]:
-        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         return [(t.shape, t.dtype, t.stride(), t.requires_grad) for t in tensors]
 
     def converted(convert: Callable[[Tensor], Tensor]) -> Any:

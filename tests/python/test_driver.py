@@ -297,7 +297,7 @@ def test_a_ridge_from_the_data_is_the_library_s(automatic: tuple[Path, str]) -> 
         "reason": "none gains on rounding to nearest",
         "failed": [],
     }
-    assert run["codes_sha256_gptq"] == hashlib.sha256(quantized.result.codes.numpy().tobytes()).hexdigest()
+    assert run["codes_sha256_gptq"] == hashlib.sha256(quantized.codes.numpy().tobytes()).hexdigest()
     # best has the same ridge: it shares all that a ridge is chosen by.
     best = miniquant.gptq(weight, accumulator.hessian(), ridge=quantized.ridge, **miniquant.preset("best"))
     assert run["codes_sha256_best"] == hashlib.sha256(best.codes.numpy().tobytes()).hexdigest()

@@ -150,7 +150,8 @@ GRID = [  # rtn, gptq and gptq_reference
     Bad(
         "",
         {"symmetric": False, "full_range": True},
-        "full_range to be False where symmetric=False (an asymmetric grid has every code), but got True",
+        "full_range to be False where symmetric=False (an asymmetric grid has every code; presets leave it out for "
+        'symmetric=False: preset("best", symmetric=False)), but got True',
     ),
     Bad("", {"scale_method": "max"}, "scale_method to be 'absmax', 'mse', 'hessian' or 'loss', but got 'max'"),
     Bad(
@@ -328,8 +329,8 @@ OTHERS = [
     ),
     Bad(
         "quantization_loss",
-        {"dequantized": full(0, 3, 6, dtype=torch.float64)},
-        "dequantized to have the dtype of weight (float32), but got float64",
+        {"dequantized": torch.zeros(3, 6, dtype=torch.int32)},
+        "dequantized to be float32, float64, bfloat16 or float16, but got int32",
         TypeError,
     ),
     Bad("quantization_loss", {"hessian": full(0, 6, 7)}, "hessian to be square, but got shape [6, 7]"),
@@ -362,6 +363,12 @@ OTHERS = [
         "zero_points to have shape [N, groups] = [3, 2], but got shape [2, 3]",
     ),
     Bad("dequantize", {"zero_points": full(0, 3, 2)}, "zero_points to be int8, but got float32", TypeError),
+    Bad(
+        "dequantize",
+        {"dtype": torch.int8},
+        "dtype to be float32, float64, bfloat16 or float16, but got int8",
+        TypeError,
+    ),
     Bad("pack_int4", {"codes": zeros8(6)}, "codes to be a matrix [N, K], but got shape [6]"),
     Bad("pack_int4", {"codes": torch.zeros(3, 6, dtype=torch.int16)}, "codes to be int8, but got int16", TypeError),
     Bad(

@@ -98,7 +98,7 @@ def test_white_inputs_are_rounded_to_nearest() -> None:
     automatic = miniquant.gptq_auto(weight, accumulate(inputs))
     fixed = miniquant.gptq(weight, hessian_of(inputs))
     fresh = white(4000, 2)
-    assert held_out_ratio(weight, automatic.result, fresh) < 1.01
+    assert held_out_ratio(weight, automatic, fresh) < 1.01
     assert held_out_ratio(weight, fixed, fresh) > 1.3
 
 
@@ -107,7 +107,7 @@ def test_correlated_inputs_get_nearly_the_best_ridge(tokens: int) -> None:
     weight, fresh = weight_of(), correlated(8000, 2)
     inputs = correlated(tokens, 1)
     automatic = miniquant.gptq_auto(weight, accumulate(inputs))
-    ratio = held_out_ratio(weight, automatic.result, fresh)
+    ratio = held_out_ratio(weight, automatic, fresh)
     ridges = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     best = min(held_out_ratio(weight, miniquant.gptq(weight, hessian_of(inputs), ridge=r), fresh) for r in ridges)
     assert ratio < 1.06 * best or tokens < 2 * COLUMNS, "few tokens are not trusted"
@@ -145,15 +145,13 @@ def test_the_result_is_that_of_the_ridge_that_is_reported() -> None:
     assert automatic.failed == ()
     assert automatic.choice == miniquant.choose_ridge(weight, accumulator, bits=3)
     expected = miniquant.gptq(weight, accumulator.hessian(), ridge=automatic.ridge, **options)
-    assert torch.equal(automatic.result.codes, expected.codes)
+    assert torch.equal(automatic.codes, expected.codes)
 
 
 def indefinite(smallest: float) -> HessianAccumulator:
     """What a sum of wrong numbers may be: symmetric, with a negative eigenvalue relative to a mean diagonal of 1."""
-    accumulator = accumulate(white(400_000, 1, columns=2))
     wrong = torch.tensor([[1.0, 1.0 - smallest], [1.0 - smallest, 1.0]], dtype=torch.float64)
-    accumulator._sums = [wrong * 200_000, wrong * 200_000]
-    return accumulator
+    return HessianAccumulator.from_sums(torch.stack([wrong, wrong]) * 200_000, [200_000, 200_000])
 
 
 def test_a_larger_ridge_is_tried_and_reported() -> None:
@@ -164,7 +162,7 @@ def test_a_larger_ridge_is_tried_and_reported() -> None:
     assert math.isinf(choice.held_out[0]), "with the least ridge there is no factor"
     automatic = miniquant.gptq_auto(weight, accumulator)
     assert automatic.ridge > 0.2
-    assert automatic.result.row_loss.isfinite().all()
+    assert automatic.row_loss.isfinite().all()
 
 
 def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,5 +195,42 @@ def test_opcheck() -> None:
 def test_small_layers(rows: int, columns: int) -> None:
     accumulator = accumulate(white(6, 1, columns=columns))
     automatic = miniquant.gptq_auto(weight_of(rows, columns), accumulator)
-    assert automatic.result.codes.shape == (rows, columns)
+    assert automatic.codes.shape == (rows, columns)
     assert automatic.ridge in automatic.choice.ridges
+
+
+def test_what_is_no_accumulator_is_named() -> None:
+    weight, inputs = weight_of(3), white(50, 1)
+    with pytest.raises(
+        TypeError, match=r"gptq_auto: expected accumulator to be a HessianAccumulator .* but got Tensor"
+    ):
+        miniquant.gptq_auto(weight, hessian_of(inputs))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"choose_ridge: expected accumulator to be a Hessian.* but got NoneType"):
+        miniquant.choose_ridge(weight, None)  # type: ignore[arg-type]
+    for call in (miniquant.gptq_auto, miniquant.choose_ridge):
+        with pytest.raises(ValueError, match=r"expected halves that are kept apart \(halves=True"):
+            call(weight, HessianAccumulator(COLUMNS))
+
+
+def test_options_are_looked_at_before_any_work() -> None:
+    accumulator = HessianAccumulator(COLUMNS, halves=True)  # without a token, so any work would say so
+    with pytest.raises(TypeError, match=r"gptq_auto: expected no ridge .* but got 0\.1"):
+        miniquant.gptq_auto(weight_of(3), accumulator, ridge=0.1)
+    with pytest.raises(TypeError, match=r"gptq_auto: expected an option of gptq \(bits, .*\), but got 'bit'"):
+        miniquant.gptq_auto(weight_of(3), accumulator, bit=3)
+
+
+def test_the_result_is_one_of_gptq() -> None:
+    weight = weight_of(6)
+    automatic = miniquant.gptq_auto(weight, accumulate(correlated(300, 1)), bits=3, group_size=32)
+    assert isinstance(automatic, miniquant.GptqResult)
+    assert (automatic.bits, automatic.group_size) == (3, 32)
+    assert miniquant.dequantize(automatic).shape == weight.shape
+
+
+def test_weights_of_tokens_reach_the_choice() -> None:
+    """Tokens that hardly count are none: the ridges that are judged are those of the tokens that do."""
+    inputs = correlated(300, 1)
+    accumulator = HessianAccumulator(COLUMNS, dtype=torch.float64, halves=True)
+    accumulator.update(inputs, token_weights=torch.cat([torch.ones(250), torch.full((50,), 1e-6)]))
+    assert miniquant.choose_ridge(weight_of(4), accumulator).ridges[2] == pytest.approx((128 / 250) ** 0.7)

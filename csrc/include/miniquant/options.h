@@ -26,7 +26,7 @@ enum class ScaleMethod {
 ///   full range: codes in [-q - 1, q],         scale = -w / (q + 1) with w the weight of largest magnitude, either sign
 ///   asymmetric: codes in [-2^(b-1), 2^(b-1) - 1], scale = (hi - lo) / (2^b - 1), where [lo, hi] is the
 ///               group's range widened to contain 0, so that 0 is represented exactly
-struct GridOptions {
+struct QuantizationGrid {
   /// 2 to 8.
   int64_t bits = 4;
   /// Columns per scale; -1 is one group per row. The last group of a row may be shorter.
@@ -34,6 +34,10 @@ struct GridOptions {
   bool symmetric = true;
   /// A symmetric grid with one code more on the negative side and scales of either sign.
   bool full_range = false;
+};
+
+/// A grid, and where its scales and zero points come from.
+struct GridOptions : QuantizationGrid {
   /// How scales are computed.
   ScaleMethod scale_method = ScaleMethod::kAbsmax;
   /// Scales to use instead of those computed from the weight: [N, G], of `scale_dtype`, positive (not 0 if
@@ -46,8 +50,8 @@ struct GridOptions {
   std::optional<at::ScalarType> scale_dtype = std::nullopt;
 };
 
-/// A weight on its grid.
-struct QuantizedWeight {
+/// A weight on its grid, and which grid that is: for dequantize(), quantization_loss() and packing as a whole.
+struct QuantizedWeight : QuantizationGrid {
   at::Tensor codes;        ///< int8 [N, K]
   at::Tensor scales;       ///< [N, G], of GridOptions::scale_dtype; G = ceil(K / group_size), or 1 for group_size = -1
   at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
@@ -90,8 +94,17 @@ struct GptqOptions : GridOptions {
 };
 
 struct GptqResult : QuantizedWeight {
-  /// [N]: e H e^T per row, e = weight - dequantized, H with its ridge; float64 for a float64 weight, else float32.
+  /// [N]: e H e^T per row, H with its ridge; float64 for a float64 weight, else float32. Here e = weight - (code -
+  /// zero_point) * scale with the product as computed in that dtype. A bfloat16 or float16 layer rounds the product
+  /// once more: quantization_loss(weight, dequantize(result, weight.scalar_type()), hessian) measures what it loses.
   at::Tensor row_loss;
+};
+
+/// What a HessianAccumulator keeps of one sum, or of one for either half of the tokens: S = 1 or 2.
+struct HessianSums {
+  at::Tensor sums;     ///< [S, K, K], float32 or float64: X^T diag(w) X of tokens X [n, K] of weights w
+  at::Tensor tokens;   ///< int64 [S]: n
+  at::Tensor weights;  ///< float64 [2, S]: the sum of the weights, and that of their squares
 };
 
 }  // namespace miniquant

@@ -19,8 +19,9 @@ enum class Preset {
   kBest,
 };
 
-/// The options of a preset. It leaves bits, group_size and ridge at their defaults: set them as needed.
-MINIQUANT_API GptqOptions options_of(Preset preset);
+/// The options of a preset. It leaves bits, group_size and ridge at their defaults: set them as needed. An asymmetric
+/// grid (`symmetric` false) has every code already, so full_range stays false.
+MINIQUANT_API GptqOptions options_of(Preset preset, bool symmetric = true);
 
 /// "plain", "fast" or "best".
 MINIQUANT_API std::string_view name_of(Preset preset);

@@ -17,12 +17,13 @@ struct RidgeChoice {
 
 /// Judges ridges by the tokens themselves: some rows of the weight are quantized with the Hessian of one half of the
 /// tokens and measured with that of the other, both ways round, and the ridge of least loss is taken. With fewer tokens
-/// in a half than columns none below (128 / tokens)^0.7 is: see docs/algorithm.md, "The ridge from the data".
+/// in a half than columns, ridges below (128 / tokens)^0.7 are not tried: see docs/algorithm.md, "The ridge from the
+/// data". Where tokens have weights, the effective number of tokens takes the place of theirs.
 ///
 /// accumulator: one that keeps its halves apart (Halves::kApart), with a token in either.
 /// grid: its bits, group_size and symmetric are those of GPTQ as it is judged, on the plain grid; scales must not be
 /// given.
-/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs twelve factorizations of H, and no more than twelve
+/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs twelve factorizations of H, and at most twelve
 /// sweeps over 128 rows.
 MINIQUANT_API RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GridOptions& grid = {});
@@ -34,9 +35,9 @@ struct AutoGptqResult : GptqResult {
   std::vector<double> failed;  ///< ridges, ascending, with which H was not positive definite
 };
 
-/// gptq() with the ridge that choose_ridge() finds for options.bits, group_size and symmetric; options.ridge is not
-/// read. Where H is not positive definite with it, a ridge ten times larger is tried, three times at most, and
-/// reported; then c10::LinAlgError is thrown.
+/// The call to start from: gptq() with the ridge that choose_ridge() finds for options.bits, group_size and symmetric;
+/// options.ridge is not read. Where H is not positive definite with it, a ridge ten times larger is tried, three times
+/// at most, and reported; then c10::LinAlgError is thrown.
 MINIQUANT_API AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GptqOptions& options = {});
 

@@ -2,9 +2,17 @@
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 #include <miniquant/hessian.h>
+
+#include <limits>
+#include <optional>
+#include <thread>
+#include <vector>
 
 #include "tensor_testing.h"
 
@@ -43,7 +51,7 @@ TEST(HessianAccumulator, ABadBatchCountsNothing) {
   accumulator.update(testing::normal({5, 3}, 6));
   const at::Tensor before = accumulator.hessian();
   EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(at::zeros({2, 4})); }),
-            "hessian_update_: expected inputs to have shape [..., K] = [..., 3], but got shape [2, 4]");
+            "HessianAccumulator: expected inputs to have shape [..., K] = [..., 3], but got shape [2, 4]");
   EXPECT_EQ(accumulator.tokens(), 5);
   EXPECT_TRUE(at::equal(accumulator.hessian(), before));
 }
@@ -101,8 +109,122 @@ TEST(HessianAccumulator, HalvesNameWhatTheyWant) {
   EXPECT_EQ(accumulator.half_tokens(1), 0);
   EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half_tokens(-1); }),
             "HessianAccumulator: expected half to be 0 or 1, but got -1");
-  EXPECT_EQ(message_of<c10::ValueError>([&] { return HessianAccumulator(3).half(0); }),
-            "HessianAccumulator: expected halves that are kept apart (Halves::kApart), but they are not");
+  EXPECT_EQ(
+      message_of<c10::ValueError>([&] { return HessianAccumulator(3).half(0); }),
+      "HessianAccumulator: expected halves that are kept apart (halves=True; Halves::kApart in C++), but they are not");
+}
+
+/// What an accumulator holds, to see that a refused call changed nothing.
+struct Kept {
+  int64_t tokens;
+  at::Tensor hessian;
+  explicit Kept(const HessianAccumulator& accumulator) : tokens(accumulator.tokens()), hessian(accumulator.hessian()) {}
+  [[nodiscard]] bool is_still_in(const HessianAccumulator& accumulator) const {
+    return accumulator.tokens() == tokens && at::equal(accumulator.hessian(), hessian);
+  }
+};
+
+// The first half of this batch is good: none of it may stay.
+TEST(HessianAccumulator, ARefusedBatchChangesNothingAndIsNamedByItsOwnPosition) {
+  HessianAccumulator accumulator(2, at::kFloat, Halves::kApart);
+  accumulator.update(at::ones({2, 2}));
+  const Kept before(accumulator);
+  at::Tensor batch = at::ones({2, 3, 2});
+  batch[1][2][0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(batch); }),
+            "HessianAccumulator: expected inputs to be finite, but got nan at [1, 2, 0]");
+  EXPECT_TRUE(before.is_still_in(accumulator));
+  batch[1][2][0] = 1e20;
+  EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(batch); }),
+            "HessianAccumulator: expected inputs whose products, added to those before, are finite in float32 (sums in "
+            "float64 hold more), but got 1e+20 at [1, 2, 0]");
+  EXPECT_TRUE(before.is_still_in(accumulator));
+  EXPECT_EQ(accumulator.half_tokens(0), 1);
+}
+
+TEST(HessianAccumulator, AMaskLeavesTokensOut) {
+  const at::Tensor inputs = testing::normal({4, 5, 6}, 1);
+  at::Tensor mask = at::ones({4, 5}, at::kBool);
+  mask[1][3] = false;
+  mask[3].fill_(false);
+  const at::Tensor kept = inputs.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1));
+  at::Tensor padded = inputs.clone();
+  padded[3].fill_(std::numeric_limits<double>::quiet_NaN());
+  for (const Halves halves : {Halves::kTogether, Halves::kApart}) {
+    HessianAccumulator masked(6, at::kDouble, halves);
+    masked.update(padded, mask);
+    HessianAccumulator expected(6, at::kDouble, halves);
+    expected.update(kept);
+    EXPECT_EQ(masked.tokens(), 14);
+    EXPECT_EQ(masked.effective_tokens(), 14);
+    EXPECT_TRUE(at::equal(masked.hessian(), expected.hessian()));
+  }
+}
+
+TEST(HessianAccumulator, WeightsCountTokensAsOftenAsTheySay) {
+  const at::Tensor inputs = testing::normal({3, 6}, 1);
+  HessianAccumulator weighted(6, at::kDouble);
+  weighted.update(inputs, std::nullopt, at::tensor({3.0, 0.0, 1.0}));
+  HessianAccumulator repeated(6, at::kDouble);
+  repeated.update(at::cat({inputs.narrow(0, 0, 1).expand({3, 6}), inputs.narrow(0, 2, 1)}));
+  EXPECT_TRUE(at::allclose(weighted.hessian(), repeated.hessian(), 1e-14, 0));
+  EXPECT_EQ(weighted.tokens(), 2);
+  EXPECT_DOUBLE_EQ(weighted.effective_tokens(), 16.0 / 10);
+}
+
+TEST(HessianAccumulator, MergesAndGoesOnFromItsState) {
+  const at::Tensor inputs = testing::normal({30, 6}, 1);
+  HessianAccumulator first(6, at::kDouble, Halves::kApart);
+  HessianAccumulator second(6, at::kDouble, Halves::kApart);
+  first.update(inputs.narrow(0, 0, 11));
+  second.update(inputs.narrow(0, 11, 19));
+  HessianAccumulator all(first.state());
+  all.merge(second);
+  EXPECT_EQ(all.tokens(), 30);
+  EXPECT_EQ(all.half_tokens(0), 16);
+  EXPECT_TRUE(at::allclose(all.hessian(), inputs.mT().matmul(inputs) / 30));
+  EXPECT_EQ(first.tokens(), 11) << "the state is a copy";
+  EXPECT_EQ(message_of<c10::ValueError>([&] { all.merge(HessianAccumulator(6, at::kDouble)); }),
+            "HessianAccumulator: expected other sums to have the shape of the sums [2, 6, 6] (in_features, and halves "
+            "kept apart or not), but got shape [1, 6, 6]");
+  EXPECT_EQ(all.tokens(), 30);
+}
+
+TEST(HessianAccumulator, MadeInInferenceModeIsUpdatedOutside) {
+  const c10::InferenceMode inference;
+  HessianAccumulator accumulator(2);
+  accumulator.update(at::ones({3, 2}));
+  {
+    const c10::InferenceMode normal(false);
+    accumulator.update(at::ones({3, 2}));
+  }
+  EXPECT_EQ(accumulator.tokens(), 6);
+  EXPECT_TRUE(at::equal(accumulator.hessian(), at::ones({2, 2})));
+}
+
+TEST(HessianAccumulator, ThreadsMayShareOne) {
+  constexpr int kThreads = 8;
+  constexpr int kBatches = 50;
+  const at::Tensor inputs = testing::normal({7, 40}, 1).round();  // sums of integers are exact in any order
+  HessianAccumulator accumulator(40, at::kDouble, Halves::kApart);
+  at::Tensor sum = at::zeros({40, 40}, at::kDouble);
+  std::vector<std::thread> threads;
+  threads.reserve(kThreads);
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&] {
+      for (int batch = 0; batch < kBatches; ++batch) {
+        accumulator.update(inputs);
+        hessian_update_(sum, inputs);
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  const at::Tensor expected = inputs.mT().matmul(inputs) * (kThreads * kBatches);
+  EXPECT_TRUE(at::equal(sum, expected));
+  EXPECT_EQ(accumulator.tokens(), 7 * kThreads * kBatches);
+  EXPECT_TRUE(at::equal(accumulator.hessian(), expected / (7 * kThreads * kBatches)));
 }
 
 }  // namespace

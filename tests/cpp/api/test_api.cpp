@@ -78,5 +78,35 @@ TEST(Api, PackedCodesComeBack) {
   EXPECT_TRUE(at::equal(unpack(pack(quantized.codes, 5), 5, 33), quantized.codes));
 }
 
+TEST(Api, ResultsKnowTheirGrid) {
+  const at::Tensor weight = testing::normal({5, 33}, 3, at::kBFloat16);
+  const at::Tensor hessian = testing::hessian_of_inputs(33, 70, 2);
+  GptqOptions options;
+  options.bits = 8;
+  options.group_size = 10;
+  options.symmetric = false;
+  for (const testing::NamedAlgorithm& form : testing::kForms) {
+    const GptqResult result = form.run(weight, hessian, options);
+    EXPECT_EQ(result.bits, 8);
+    EXPECT_EQ(result.group_size, 10);
+    EXPECT_FALSE(result.symmetric);
+    EXPECT_FALSE(result.full_range);
+    EXPECT_TRUE(
+        at::equal(dequantize(result), dequantize(result.codes, result.scales, result.zero_points, options.group_size)));
+    const at::Tensor exact = dequantize(result, at::kFloat);
+    EXPECT_EQ(exact.scalar_type(), at::kFloat);
+    EXPECT_TRUE(at::equal(exact.to(at::kBFloat16), dequantize(result)));
+    EXPECT_TRUE(at::equal(quantization_loss(weight, result, hessian), quantization_loss(weight, exact, hessian)));
+    EXPECT_FALSE(
+        at::equal(quantization_loss(weight, dequantize(result), hessian), quantization_loss(weight, exact, hessian)));
+  }
+  GridOptions grid;
+  grid.bits = 3;
+  grid.full_range = true;
+  const QuantizedWeight nearest = rtn(weight, grid);
+  EXPECT_EQ(nearest.bits, 3);
+  EXPECT_TRUE(nearest.full_range);
+}
+
 }  // namespace
 }  // namespace miniquant

@@ -26,5 +26,17 @@ TEST(Presets, PlainIsTheDefaults) {
   EXPECT_TRUE(gptq(weight, hessian, options_of(Preset::kPlain)).codes.equal(gptq(weight, hessian).codes));
 }
 
+TEST(Presets, OfAnAsymmetricGridWork) {
+  const at::Tensor weight = testing::normal({16, 128}, 1).abs();
+  const at::Tensor hessian = testing::hessian_of_inputs(128, 200, 2);
+  for (const Preset preset : {Preset::kPlain, Preset::kFast, Preset::kBest}) {
+    const GptqOptions options = options_of(preset, /*symmetric=*/false);
+    const GptqResult result = gptq(weight, hessian, options);
+    EXPECT_FALSE(result.symmetric);
+    // Half of a symmetric grid's codes serve a weight of one sign.
+    EXPECT_LT(result.row_loss.sum().item<double>(), 0.5 * loss_of(preset, weight, hessian)) << name_of(preset);
+  }
+}
+
 }  // namespace
 }  // namespace miniquant

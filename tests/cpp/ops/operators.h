@@ -56,7 +56,7 @@ inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at
                                                           {"scale_dtype", options.scale_dtype},
                                                           {"refine", options.refine},
                                                           {"beam_scales", options.beam_scales}});
-  return {{results[0].toTensor(), results[1].toTensor(), results[2].toTensor()}, results[3].toTensor()};
+  return {{options, results[0].toTensor(), results[1].toTensor(), results[2].toTensor()}, results[3].toTensor()};
 }
 
 }  // namespace miniquant::testing

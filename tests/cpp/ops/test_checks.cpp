@@ -184,9 +184,10 @@ std::vector<BadCall> bad_arguments() {
       // quantization_loss
       {Kind::kValue, "quantization_loss: expected dequantized to have the shape of weight [2, 4], but got shape [2, 3]",
        [](at::Device device) { quantization_loss(on(device, {2, 4}), on(device, {2, 3}), on(device, {4, 4})); }},
-      {Kind::kType, "quantization_loss: expected dequantized to have the dtype of weight (float32), but got float64",
+      {Kind::kType,
+       "quantization_loss: expected dequantized to be float32, float64, bfloat16 or float16, but got int32",
        [](at::Device device) {
-         quantization_loss(on(device, {2, 4}), on(device, {2, 4}, at::kDouble), on(device, {4, 4}));
+         quantization_loss(on(device, {2, 4}), on(device, {2, 4}, at::kInt), on(device, {4, 4}));
        }},
       {Kind::kValue,
        "quantization_loss: expected hessian to have shape [K, K] = [4, 4] for a weight of shape [2, 4], but got shape "
@@ -215,6 +216,10 @@ std::vector<BadCall> bad_arguments() {
        }},
       {Kind::kType, "dequantize: expected zero_points to be int8, but got float32",
        [](at::Device device) { dequantize(on(device, {2, 4}, at::kChar), on(device, {2, 2}), on(device, {2, 2}), 2); }},
+      {Kind::kType, "dequantize: expected dtype to be float32, float64, bfloat16 or float16, but got int8",
+       [](at::Device device) {
+         dequantize(on(device, {2, 4}, at::kChar), on(device, {2, 2}), on(device, {2, 2}, at::kChar), 2, at::kChar);
+       }},
       {Kind::kValue, "dequantize: expected zero_points to have shape [N, groups] = [2, 2], but got shape [2, 3]",
        [](at::Device device) {
          dequantize(on(device, {2, 4}, at::kChar), on(device, {2, 2}), on(device, {2, 3}, at::kChar), 2);

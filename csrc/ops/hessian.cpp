@@ -1,0 +1,352 @@
+#include "algorithms/hessian.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "ops/checks.h"
+#include "ops/plain_operations.h"
+#include "ops/storage_lock.h"
+
+// The operators that sum X^T X in place: hessian_update_ on one tensor, accumulator_* on what a HessianAccumulator
+// keeps (miniquant::HessianSums). Everything is checked before anything changes, and each holds the lock of what it
+// changes or reads, so that threads may share a sum.
+
+namespace miniquant::ops {
+namespace {
+
+constexpr const char* kAccumulator = "HessianAccumulator";
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// Autograd sees the change: no generated kernel above these operators counts it. Inference tensors count nothing.
+void count_change(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) {
+    tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void check_may_change(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(!tensor.is_inference() || c10::InferenceMode::is_enabled(), op, ": expected ", argument,
+                    " to be no inference tensor outside of inference mode, but got one; clone it");
+}
+
+/// The tokens of a batch that count.
+struct Batch {
+  at::Tensor inputs;         ///< [n, K]
+  at::Tensor token_weights;  ///< float64 [n], positive; undefined where all are 1
+  at::Tensor counted;        ///< bool, of the shape of the caller's tokens; undefined where all count
+};
+
+/// For positions in the caller's batch: `bad` but where tokens do not count.
+at::Tensor where_counted(const at::Tensor& bad, const at::Tensor& counted) {
+  return counted.defined() ? bad.logical_and(counted.unsqueeze(-1)) : bad;
+}
+
+at::Tensor flat_tokens(const at::Tensor& inputs) {
+  return inputs.dim() == 1 ? inputs.unsqueeze(0) : inputs.flatten(0, -2);
+}
+
+/// Tokens that are not masked and have a weight; what the others hold is not looked at.
+Batch counted_tokens(const char* op, const at::Tensor& inputs, const OptionalTensor& mask,
+                     const OptionalTensor& token_weights) {
+  Batch batch{flat_tokens(inputs), {}, {}};
+  if (mask.has_value()) {
+    batch.counted = *mask;
+  }
+  if (token_weights.has_value()) {
+    at::Tensor bad = at::isfinite(*token_weights).logical_and(token_weights->ge(0)).logical_not();
+    bad = batch.counted.defined() ? bad.logical_and(batch.counted) : bad;
+    TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected token_weights to be finite and not negative, but got ",
+                      first_value(*token_weights, bad));
+    const at::Tensor positive = token_weights->gt(0);
+    batch.counted = batch.counted.defined() ? batch.counted.logical_and(positive) : positive;
+    batch.token_weights = token_weights->flatten().to(at::kDouble);
+  }
+  if (batch.counted.defined() && !batch.counted.all().item<bool>()) {
+    const at::Tensor kept = batch.counted.flatten().nonzero().squeeze(1);
+    batch.inputs = batch.inputs.index_select(0, kept);
+    if (batch.token_weights.defined()) {
+      batch.token_weights = batch.token_weights.index_select(0, kept);
+    }
+  }
+  return batch;
+}
+
+/// Refuses a batch with values that are not finite, or whose products would not be in the dtype of the sum.
+/// diagonal: float64 [K], that of all sums together.
+void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& batch, const at::Tensor& diagonal,
+                        at::ScalarType dtype) {
+  if (batch.inputs.numel() == 0) {
+    return;
+  }
+  // No entry of a sum of x x^T is larger than the largest of its diagonal, and that grows by at most |X|^2: one pass
+  // that costs little shows that all is well.
+  const double max = dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  const at::ScalarType compute = batch.inputs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto norm = at::linalg_vector_norm(batch.inputs, 2, std::nullopt, false, compute).item<double>();
+  const double weight = batch.token_weights.defined() ? batch.token_weights.max().item<double>() : 1;
+  if (diagonal.max().item<double>() + weight * norm * norm <= max / 2) {
+    return;
+  }
+  const at::Tensor infinite = where_counted(at::isfinite(inputs).logical_not(), batch.counted);
+  TORCH_CHECK_VALUE(!infinite.any().item<bool>(), op, ": expected inputs to be finite, but got ",
+                    first_value(inputs, infinite));
+  at::Tensor squares = batch.inputs.to(at::kDouble).square();
+  if (batch.token_weights.defined()) {
+    squares = squares * batch.token_weights.unsqueeze(1);
+  }
+  constexpr double kRoomForRounding = 0.99;
+  const at::Tensor sums = squares.sum(0) + diagonal;
+  if (sums.le(kRoomForRounding * max).all().item<bool>()) {
+    return;
+  }
+  const at::Tensor bad = where_counted(inputs.abs().ge(batch.inputs.abs().max()), batch.counted);
+  TORCH_CHECK_VALUE(false, op, ": expected inputs whose products, added to those before, are finite in ",
+                    name_of(dtype), dtype == at::kDouble ? "" : " (sums in float64 hold more)", ", but got ",
+                    first_value(inputs, bad));
+}
+
+// hessian_update_
+
+void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+  constexpr const char* op = "hessian_update_";
+  const PlainOperations plain;
+  check_hessian_update_arguments(hessian, inputs);
+  check_on_cpu(op, "hessian", hessian);
+  check_may_change(op, "hessian", hessian);
+  const std::scoped_lock lock(lock_of(hessian));
+  const at::Tensor diagonal = hessian.diagonal().to(at::kDouble);
+  const at::Tensor bad = at::isfinite(diagonal).logical_not();
+  TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected the diagonal of hessian to be finite, but got ",
+                    first_value(diagonal, bad));
+  check_batch_values(op, inputs, counted_tokens(op, inputs, {}, {}), diagonal, hessian.scalar_type());
+  algorithms::hessian_update(hessian, inputs);
+  count_change(hessian);
+}
+
+void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+  check_hessian_update_arguments(hessian, inputs);
+}
+
+// accumulator_*
+
+/// What an accumulator keeps; `prefix` comes before the names of its tensors.
+void check_state(const HessianSums& state, const std::string& prefix = "") {
+  const at::Tensor& sums = state.sums;
+  TORCH_CHECK_VALUE(
+      sums.dim() == 3 && (sums.sym_size(0) == 1 || sums.sym_size(0) == 2) && sums.sym_size(1) == sums.sym_size(2),
+      kAccumulator, ": expected ", prefix,
+      "sums to have shape [1, K, K], or [2, K, K] where halves are kept apart, but got shape ", sums.sym_sizes());
+  TORCH_CHECK_TYPE(sums.scalar_type() == at::kFloat || sums.scalar_type() == at::kDouble, kAccumulator, ": expected ",
+                   prefix, "sums to be float32 or float64, but got ", name_of(sums.scalar_type()));
+  TORCH_CHECK_TYPE(state.tokens.scalar_type() == at::kLong, kAccumulator, ": expected ", prefix,
+                   "tokens to be int64, but got ", name_of(state.tokens.scalar_type()));
+  TORCH_CHECK_VALUE(state.tokens.dim() == 1 && state.tokens.sym_size(0) == sums.sym_size(0), kAccumulator,
+                    ": expected ", prefix, "tokens to have shape [", sums.sym_size(0),
+                    "], one for each sum, but got shape ", state.tokens.sym_sizes());
+  TORCH_CHECK_TYPE(state.weights.scalar_type() == at::kDouble, kAccumulator, ": expected ", prefix,
+                   "weights to be float64, but got ", name_of(state.weights.scalar_type()));
+  TORCH_CHECK_VALUE(
+      state.weights.dim() == 2 && state.weights.sym_size(0) == 2 && state.weights.sym_size(1) == sums.sym_size(0),
+      kAccumulator, ": expected ", prefix, "weights to have shape [2, ", sums.sym_size(0), "], but got shape ",
+      state.weights.sym_sizes());
+}
+
+/// A tensor with a value for each token.
+void check_of_tokens(const char* argument, const at::Tensor& tensor, const at::Tensor& inputs) {
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == inputs.sym_sizes().slice(0, inputs.dim() - 1), kAccumulator, ": expected ",
+                    argument, " to have the shape of the tokens, ", inputs.sym_sizes().slice(0, inputs.dim() - 1),
+                    " for inputs of shape ", inputs.sym_sizes(), ", but got shape ", tensor.sym_sizes());
+}
+
+void check_update_arguments(const HessianSums& state, const at::Tensor& inputs, const OptionalTensor& mask,
+                            const OptionalTensor& token_weights) {
+  check_state(state);
+  check_inputs_of(kAccumulator, inputs, "the sums", state.sums);
+  if (mask.has_value()) {
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, kAccumulator,
+                     ": expected mask to be bool, true for tokens that count, but got ", name_of(mask->scalar_type()));
+    check_of_tokens("mask", *mask, inputs);
+  }
+  if (token_weights.has_value()) {
+    TORCH_CHECK_TYPE(at::isFloatingType(token_weights->scalar_type()), kAccumulator,
+                     ": expected token_weights to be floating point, but got ", name_of(token_weights->scalar_type()));
+    check_of_tokens("token_weights", *token_weights, inputs);
+  }
+}
+
+void check_may_change(const HessianSums& state) {
+  check_on_cpu(kAccumulator, "sums", state.sums);
+  check_may_change(kAccumulator, "sums", state.sums);
+  check_may_change(kAccumulator, "tokens", state.tokens);
+  check_may_change(kAccumulator, "weights", state.weights);
+}
+
+void count_change(const HessianSums& state) {
+  count_change(state.sums);
+  count_change(state.tokens);
+  count_change(state.weights);
+}
+
+/// float64 [K]: the diagonal of all sums together.
+at::Tensor diagonal_of(const HessianSums& state) { return state.sums.diagonal(0, 1, 2).to(at::kDouble).sum(0); }
+
+void accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& inputs,
+                         const OptionalTensor& mask, const OptionalTensor& token_weights) {
+  const PlainOperations plain;
+  const HessianSums state{sums, tokens, weights};
+  check_update_arguments(state, inputs, mask, token_weights);
+  check_may_change(state);
+  const Batch batch = counted_tokens(kAccumulator, inputs, mask, token_weights);
+  const std::scoped_lock lock(lock_of(sums));
+  check_batch_values(kAccumulator, inputs, batch, diagonal_of(state), sums.scalar_type());
+  algorithms::accumulate(state, batch.inputs, batch.token_weights);
+  count_change(state);
+}
+
+void meta_accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& inputs,
+                              const OptionalTensor& mask, const OptionalTensor& token_weights) {
+  check_update_arguments({sums, tokens, weights}, inputs, mask, token_weights);
+}
+
+void check_merge_arguments(const HessianSums& state, const HessianSums& other) {
+  check_state(state);
+  check_state(other, "other ");
+  TORCH_CHECK_VALUE(other.sums.sym_sizes() == state.sums.sym_sizes(), kAccumulator,
+                    ": expected other sums to have the shape of the sums ", state.sums.sym_sizes(),
+                    " (in_features, and halves kept apart or not), but got shape ", other.sums.sym_sizes());
+  TORCH_CHECK_TYPE(other.sums.scalar_type() == state.sums.scalar_type(), kAccumulator,
+                   ": expected other sums to have the dtype of the sums (", name_of(state.sums.scalar_type()),
+                   "), but got ", name_of(other.sums.scalar_type()));
+}
+
+void check_merge_values(const HessianSums& state, const HessianSums& other) {
+  const auto refuse = [](const char* argument, const char* requirement, const at::Tensor& tensor,
+                         const at::Tensor& bad) {
+    TORCH_CHECK_VALUE(!bad.any().item<bool>(), kAccumulator, ": expected other ", argument, " to be ", requirement,
+                      ", but got ", first_value(tensor, bad));
+  };
+  refuse("sums", "finite", other.sums, at::isfinite(other.sums).logical_not());
+  refuse("tokens", "not negative", other.tokens, other.tokens < 0);
+  refuse("weights", "finite, and positive where there are tokens", other.weights,
+         at::isfinite(other.weights).logical_and(other.weights.gt(0).eq(other.tokens.gt(0))).logical_not());
+  const at::Tensor diagonal = diagonal_of(state) + diagonal_of(other);
+  const double max =
+      state.sums.scalar_type() == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  refuse("sums", "finite when added", diagonal, diagonal.le(max).logical_not());
+}
+
+void accumulator_merge_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& other_sums,
+                        const at::Tensor& other_tokens, const at::Tensor& other_weights) {
+  const PlainOperations plain;
+  const HessianSums state{sums, tokens, weights};
+  const HessianSums other{other_sums, other_tokens, other_weights};
+  check_merge_arguments(state, other);
+  check_may_change(state);
+  std::mutex& mine = lock_of(sums);
+  std::mutex& theirs = lock_of(other_sums);
+  std::unique_lock first(mine, std::defer_lock);
+  std::unique_lock second(theirs, std::defer_lock);
+  if (&mine == &theirs) {
+    first.lock();
+  } else {
+    std::lock(first, second);
+  }
+  check_merge_values(state, other);
+  sums.add_(other_sums);
+  tokens.add_(other_tokens);
+  weights.add_(other_weights);
+}
+
+void meta_accumulator_merge_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& other_sums,
+                             const at::Tensor& other_tokens, const at::Tensor& other_weights) {
+  check_merge_arguments({sums, tokens, weights}, {other_sums, other_tokens, other_weights});
+}
+
+void check_read_arguments(const HessianSums& state, std::optional<int64_t> half) {
+  check_state(state);
+  TORCH_CHECK_VALUE(half.value_or(0) == 0 || half.value_or(0) == 1, kAccumulator,
+                    ": expected half to be 0 or 1, but got ", half.value_or(0));
+  TORCH_CHECK_VALUE(!half.has_value() || state.sums.sym_size(0) == 2, kAccumulator,
+                    ": expected halves that are kept apart (halves=True; Halves::kApart in C++), but they are not");
+}
+
+/// Of one half, or of all tokens.
+at::Tensor part_of(const at::Tensor& per_sum, std::optional<int64_t> half) {
+  return half.has_value() ? per_sum.select(-1, *half) : per_sum.sum(-1);
+}
+
+at::Tensor accumulator_hessian(const at::Tensor& sums, const at::Tensor& tokens, const at::Tensor& weights,
+                               std::optional<int64_t> half) {
+  const PlainOperations plain;
+  const HessianSums state{sums, tokens, weights};
+  check_read_arguments(state, half);
+  const std::scoped_lock lock(lock_of(sums));
+  const auto all_tokens = tokens.sum().item<int64_t>();
+  if (half.has_value()) {
+    TORCH_CHECK_VALUE(tokens[*half].item<int64_t>() > 0, kAccumulator,
+                      ": expected at least one token in either half, but got ", all_tokens, " in all");
+  } else {
+    TORCH_CHECK_VALUE(all_tokens > 0, kAccumulator, ": expected at least one token before hessian(), but got none");
+  }
+  const at::Tensor sum = half.has_value()    ? sums.select(0, *half)
+                         : sums.size(0) == 2 ? sums.select(0, 0) + sums.select(0, 1)
+                                             : sums.select(0, 0);
+  return sum / part_of(weights[0], half).item<double>();
+}
+
+at::Tensor meta_accumulator_hessian(const at::Tensor& sums, const at::Tensor& tokens, const at::Tensor& weights,
+                                    std::optional<int64_t> half) {
+  check_read_arguments({sums, tokens, weights}, half);
+  return at::empty_symint({sums.sym_size(1), sums.sym_size(2)}, sums.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> accumulator_tokens(const at::Tensor& sums, const at::Tensor& tokens,
+                                                      const at::Tensor& weights, std::optional<int64_t> half) {
+  const PlainOperations plain;
+  check_read_arguments({sums, tokens, weights}, half);
+  const std::scoped_lock lock(lock_of(sums));
+  const at::Tensor weight = part_of(weights[0], half);
+  const at::Tensor squares = part_of(weights[1], half);
+  return {part_of(tokens, half).clone(), (weight * weight / squares).masked_fill_(squares.eq(0), 0)};
+}
+
+std::tuple<at::Tensor, at::Tensor> meta_accumulator_tokens(const at::Tensor& sums, const at::Tensor& tokens,
+                                                           const at::Tensor& weights, std::optional<int64_t> half) {
+  check_read_arguments({sums, tokens, weights}, half);
+  return {at::empty({}, tokens.options()), at::empty({}, weights.options())};
+}
+
+void implement(torch::Library& m) {
+  m.impl("hessian_update_", hessian_update_);
+  m.impl("accumulator_update_", accumulator_update_);
+  m.impl("accumulator_merge_", accumulator_merge_);
+  m.impl("accumulator_hessian", accumulator_hessian);
+  m.impl("accumulator_tokens", accumulator_tokens);
+}
+
+}  // namespace
+}  // namespace miniquant::ops
+
+// As in cpu.cpp: an implementation says itself what it does not serve.
+TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) { miniquant::ops::implement(m); }
+TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement(m); }
+
+TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
+  m.impl("hessian_update_", miniquant::ops::meta_hessian_update_);
+  m.impl("accumulator_update_", miniquant::ops::meta_accumulator_update_);
+  m.impl("accumulator_merge_", miniquant::ops::meta_accumulator_merge_);
+  m.impl("accumulator_hessian", miniquant::ops::meta_accumulator_hessian);
+  m.impl("accumulator_tokens", miniquant::ops::meta_accumulator_tokens);
+}

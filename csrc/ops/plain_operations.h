@@ -1,0 +1,17 @@
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace miniquant::ops {
+
+/// For one scope ATen's operations record nothing for autograd and compute in the dtype they are given: under autocast
+/// products would be bfloat16.
+class PlainOperations {
+ private:
+  at::NoGradGuard no_grad_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace miniquant::ops

@@ -1,0 +1,219 @@
+"""One quantized layer in a safetensors file: what the driver's ``--save`` writes, and Python reads and writes.
+
+Tensors: ``codes`` int8 [N, K], ``scales`` [N, G], ``zero_points`` int8 [N, G] and, where the weight was quantized with
+a Hessian, ``row_loss`` [N]. Metadata, all of it text: ``format`` "miniquant.layer", ``version`` "1", ``bits``,
+``group_size``, ``symmetric`` and ``full_range`` ("true" or "false"), ``layer`` (the layer's name, or "") and
+``options`` (a JSON object with the options it was quantized with).
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniquant.gptq import GptqResult
+from miniquant.grid import QuantizedWeight
+
+FORMAT = "miniquant.layer"
+VERSION = "1"
+_TENSORS = ("codes", "scales", "zero_points", "row_loss")
+_SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ROW_LOSS_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedLayer:
+    """What a layer file holds.
+
+    Attributes:
+        quantized: the weight on its grid; a :class:`miniquant.GptqResult` where the loss of each row was saved.
+        layer: the layer's name, or "".
+        options: those that it was quantized with, as keyword arguments of :func:`miniquant.gptq`; for the record.
+    """
+
+    quantized: QuantizedWeight | GptqResult
+    layer: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_layer(
+    path: str | os.PathLike[str],
+    quantized: QuantizedWeight,
+    *,
+    layer: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a quantized weight to a safetensors file, which appears whole or not at all.
+
+    Args:
+        path: of the file; one that exists is replaced.
+        quantized: of :func:`miniquant.rtn`, :func:`miniquant.gptq` or :func:`miniquant.gptq_auto`.
+        layer: the layer's name, for the record.
+        options: those that it was quantized with, for the record; values that JSON can hold.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+        OSError: where the file cannot be written.
+
+    Example:
+        >>> options = preset("best")
+        >>> save_layer("fc1.safetensors", gptq(weight, hessian, **options), layer="fc1", options=options)
+        >>> values = dequantize(load_layer("fc1.safetensors").quantized)
+    """
+    if not isinstance(quantized, QuantizedWeight):
+        raise TypeError(f"save_layer: expected quantized to be a QuantizedWeight, but got {type(quantized).__name__}")
+    if not isinstance(layer, str):
+        raise TypeError(f"save_layer: expected layer to be a str, but got {type(layer).__name__}")
+    try:
+        options_text = json.dumps(dict(options or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"save_layer: expected options to be values that JSON can hold, but got {error}") from error
+    tensors = {"codes": quantized.codes, "scales": quantized.scales, "zero_points": quantized.zero_points}
+    if isinstance(quantized, GptqResult):
+        tensors["row_loss"] = quantized.row_loss
+    _check("save_layer", "quantized", quantized, tensors.get("row_loss"))
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "bits": str(quantized.bits),
+        "group_size": str(quantized.group_size),
+        "symmetric": json.dumps(quantized.symmetric),
+        "full_range": json.dumps(quantized.full_range),
+        "layer": layer,
+        "options": options_text,
+    }
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    from safetensors.torch import save  # noqa: PLC0415  (not for whoever saves and loads no layers)
+
+    _replace_file(Path(path), save(stored, metadata=metadata))
+
+
+def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
+    """Reads what :func:`save_layer` or the driver's ``--save`` wrote; nothing is taken on trust.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: where it is no such file; the message names the file, what was expected and what it has.
+    """
+    tensors, metadata = _read(Path(path))
+    where = f"load_layer: {os.fspath(path)}"
+
+    def entry(name: str, values: Mapping[str, Any]) -> Any:
+        text = metadata.get(name)
+        if text is None or text not in values:
+            raise ValueError(f"{where}: expected metadata {name!r} to be {' or '.join(values)}, but got {text!r}")
+        return values[text]
+
+    entry("format", {FORMAT: None})
+    entry("version", {VERSION: None})
+    truth = {"true": True, "false": False}
+    symmetric, full_range = entry("symmetric", truth), entry("full_range", truth)
+    grid = {}
+    for name in ("bits", "group_size"):
+        text = metadata.get(name, "")
+        try:
+            grid[name] = int(text)
+        except ValueError:
+            raise ValueError(f"{where}: expected metadata {name!r} to be an integer, but got {text!r}") from None
+    options_text = metadata.get("options", "{}")
+    try:
+        options = json.loads(options_text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: expected metadata 'options' to be a JSON object, but got {options_text!r}")  # noqa: TRY004
+    for name in _TENSORS[:3]:
+        if name not in tensors:
+            raise ValueError(f"{where}: expected a tensor {name!r}, but got none of that name")
+    parts = (tensors["codes"], tensors["scales"], tensors["zero_points"])
+    quantized = QuantizedWeight(*parts, grid["bits"], grid["group_size"], symmetric, full_range)
+    row_loss = tensors.get("row_loss")
+    try:
+        _check(where, "the file", quantized, row_loss)
+    except TypeError as error:  # a file of another dtype is no wrong argument
+        raise ValueError(str(error)) from None
+    if row_loss is not None:
+        quantized = GptqResult(*parts, grid["bits"], grid["group_size"], symmetric, full_range, row_loss)
+    return SavedLayer(quantized, metadata.get("layer", ""), options)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a layer that a safetensors file has, and its metadata."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415  (as in save_layer)
+
+    with path.open("rb"):  # an OSError that names the file; the package's own has no such type
+        pass
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = [name for name in file.keys() if name in _TENSORS]  # noqa: SIM118  (it is no dict)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"load_layer: {path}: expected a safetensors file, but got: {error}") from error
+
+
+def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor | None) -> None:
+    """A quantized weight that fits together: dtypes, shapes, and codes that its grid has."""
+
+    def expect(name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], tensor: Tensor) -> None:
+        if tensor.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{where}: expected {name} of {what} to be {names}, but got {got}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{where}: expected {name} of {what} to have shape {list(shape)}, but got shape {list(tensor.shape)}"
+            )
+
+    bits, group_size = quantized.bits, quantized.group_size
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{where}: expected bits of {what} to be 2 to 8, but got {bits}")
+    if group_size != -1 and group_size < 1:
+        raise ValueError(
+            f"{where}: expected group_size of {what} to be positive, or -1 for one group per row, but got {group_size}"
+        )
+    if quantized.full_range and not quantized.symmetric:
+        raise ValueError(f"{where}: expected full_range of {what} to be False where symmetric is False, but got True")
+    if quantized.codes.dim() != 2:
+        raise ValueError(
+            f"{where}: expected codes of {what} to be a matrix [N, K], but got shape {list(quantized.codes.shape)}"
+        )
+    rows, columns = quantized.codes.shape
+    groups = -(-columns // (columns if group_size == -1 else group_size)) if columns else 0
+    expect("codes", (torch.int8,), (rows, columns), quantized.codes)
+    expect("scales", _SCALE_DTYPES, (rows, groups), quantized.scales)
+    expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
+    if row_loss is not None:
+        expect("row_loss", _ROW_LOSS_DTYPES, (rows,), row_loss)
+    largest = 2 ** (bits - 1) - 1
+    smallest = -largest if quantized.symmetric and not quantized.full_range else -largest - 1
+    for name, tensor in (("codes", quantized.codes), ("zero_points", quantized.zero_points)):
+        if tensor.numel() and not smallest <= int(tensor.min()) <= int(tensor.max()) <= largest:
+            got = f"{int(tensor.min())} to {int(tensor.max())}"
+            raise ValueError(
+                f"{where}: expected {name} of {what} to be in [{smallest}, {largest}] for {bits} bits, but got {got}"
+            )
+    if quantized.symmetric and bool(quantized.zero_points.any()):
+        raise ValueError(f"{where}: expected zero_points of {what} to be 0 where symmetric is True, but got others")
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Writes beside the file and renames, so that no reader ever sees half of it."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
