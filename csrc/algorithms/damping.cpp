@@ -1,55 +1,132 @@
 #include "algorithms/damping.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <string>
 
 #include "algorithms/symmetric.h"
 
 namespace miniquant::algorithms {
-double added_to_diagonal(const at::Tensor& hessian, double ridge) {
-  return hessian.size(0) == 0 ? 0.0 : ridge * hessian.diagonal().to(at::kDouble).mean().item<double>();
+namespace {
+
+/// The power of four that a Hessian is divided by: that of its largest diagonal entry once it is damped. Even, as
+/// square roots of 2^exponent scale exactly then. 2^-exponent is a normal number of the Hessian's dtype, in which H is
+/// multiplied by it.
+int exponent_of(const at::Tensor& hessian, double ridge) {
+  const double largest = hessian.size(0) == 0 ? 0.0 : hessian.diagonal().max().to(at::kDouble).item<double>();
+  if (!(largest > 0)) {
+    return 0;
+  }
+  const int limit = hessian.scalar_type() == at::kDouble ? 1020 : 124;
+  const int of_ridge = ridge > 1 ? std::ilogb(ridge) : 0;
+  const int exponent = std::clamp(std::ilogb(largest) + of_ridge, -limit, limit);
+  return exponent - (exponent & 1);
 }
 
-at::Tensor damped_lower_triangle(const at::Tensor& hessian, double added, at::ScalarType dtype,
+/// [D]: inputs whose diagonal entry is 0. `coupled`: those with an entry that is not 0 in their row or column, or those
+/// without.
+at::Tensor inputs_of_zero_diagonal(const at::Tensor& hessian, bool coupled) {
+  const at::Tensor zero = hessian.diagonal().eq(0).nonzero().flatten();
+  if (zero.numel() == 0) {
+    return zero;
+  }
+  const at::Tensor couplings = hessian.index_select(0, zero).ne(0).logical_or(hessian.index_select(1, zero).mT().ne(0));
+  return zero.masked_select(couplings.any(1).eq(coupled));
+}
+
+/// Why a damped Hessian is not positive definite.
+std::string what_fails(const at::Tensor& hessian, const Damping& damping) {
+  const at::Tensor coupled = inputs_of_zero_diagonal(hessian, /*coupled=*/true);
+  if (coupled.numel() > 0) {
+    const auto input = coupled[0].item<int64_t>();
+    const at::Tensor row = (hessian.select(0, input) / 2 + hessian.select(1, input) / 2);
+    const at::Tensor other = row.abs().argmax();
+    return c10::str("it has 0 at [", input, ", ", input, "] and ", row[other.item<int64_t>()].item<double>(), " at [",
+                    input, ", ", other.item<int64_t>(), "], where the row of an input that is always 0 is 0");
+  }
+  at::Tensor matrix = damped_matrix(hessian, damping, at::kDouble);
+  matrix.diagonal().masked_fill_(matrix.diagonal() == 0, 1);
+  const auto leading_minor = std::get<1>(at::linalg_cholesky_ex(matrix)).item<int64_t>();
+  return leading_minor > 0 ? c10::str("the leading minor of order ", leading_minor, " is not")
+                           : "it is not to working precision (all leading minors are positive in float64)";
+}
+
+/// A ridge that may help: none does where the mean diagonal is not positive.
+std::string what_to_try(const at::Tensor& hessian, const Damping& damping) {
+  constexpr double kUsualRidge = 0.01;
+  if (!(hessian.diagonal().to(at::kDouble).max().item<double>() > 0) || damping.added < 0) {
+    return "";
+  }
+  return c10::str("; try ridge=", damping.ridge > 0 ? 10 * damping.ridge : kUsualRidge);
+}
+
+}  // namespace
+
+Damping damping_of(const at::Tensor& hessian, double ridge) {
+  Damping damping{.ridge = ridge, .exponent = exponent_of(hessian, ridge)};
+  damping.factor = std::ldexp(1.0, -damping.exponent);
+  if (hessian.size(0) > 0) {
+    const at::Tensor diagonal = hessian.diagonal().to(at::kDouble);
+    const double mean = diagonal.mean().item<double>();
+    // The sum of the largest entries is out of range.
+    damping.added =
+        ridge * (std::isfinite(mean) ? mean * damping.factor : diagonal.mul(damping.factor).mean().item<double>());
+  }
+  return damping;
+}
+
+at::Tensor damped_matrix(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype) {
+  // Multiplied before it is cast: what float64 holds may be out of the range of float32.
+  const at::Tensor h = (hessian * damping.factor).to(dtype);
+  at::Tensor matrix = (h + h.mT()) / 2;
+  matrix.diagonal().add_(damping.added);
+  return matrix;
+}
+
+at::Tensor damped_diagonal(const at::Tensor& hessian, const Damping& damping) {
+  return hessian.diagonal().to(at::kDouble).mul(damping.factor).add(damping.added);
+}
+
+at::Tensor damped_lower_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
                                  const at::Tensor& column) {
-  const at::Tensor triangle = lower_triangle(hessian, dtype, column);
-  at::Tensor diagonal = diagonal_of_triangle(triangle, hessian.size(0));
-  diagonal.add_(added);
-  diagonal.masked_fill_(diagonal == 0, 1);
-  set_diagonal_of_triangle(triangle, diagonal);
+  const at::Tensor triangle = lower_triangle(hessian, damping.factor, dtype, column);
+  set_diagonal_of_triangle(triangle, diagonal_of_triangle(triangle, hessian.size(0)).add_(damping.added));
   return triangle;
 }
 
-DampedHessian damp(const at::Tensor& hessian, double ridge, at::ScalarType dtype) {
-  const at::Tensor h = hessian.to(dtype);
-  at::Tensor matrix = (h + h.mT()) / 2;
-  const double added = added_to_diagonal(h, ridge);
-  matrix.diagonal().add_(added);
-  return {matrix, ridge, added};
+at::Tensor damped_panels(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype) {
+  at::Tensor panels = symmetric_panels(hessian, damping.factor, dtype);
+  add_to_diagonal_of_panels(panels, hessian.size(0), damping.added);
+  return panels;
 }
 
-at::Tensor with_dead_inputs_decoupled(const at::Tensor& matrix) {
-  at::Tensor decoupled = matrix.clone();
-  at::Tensor diagonal = decoupled.diagonal();
-  diagonal.copy_(at::where(diagonal == 0, at::ones_like(diagonal), diagonal));
-  return decoupled;
+at::Tensor dead_inputs(const at::Tensor& hessian) { return inputs_of_zero_diagonal(hessian, /*coupled=*/false); }
+
+void check_diagonal_not_negative(const char* op, const char* argument, const at::Tensor& hessian) {
+  const at::Tensor negative = hessian.diagonal().lt(0).nonzero();
+  if (negative.numel() > 0) {
+    const auto input = negative[0].item<int64_t>();
+    TORCH_CHECK_LINALG(false, op, ": expected ", argument, " to have no negative diagonal entry, as no X X^T has, but ",
+                       "got ", hessian[input][input].item<double>(), " at [", input, ", ", input, "]");
+  }
 }
 
-void throw_not_positive_definite(const char* op, const DampedHessian& damped) {
-  const at::Tensor matrix = with_dead_inputs_decoupled(damped.matrix.to(at::kDouble));
-  const auto leading_minor = std::get<1>(at::linalg_cholesky_ex(matrix)).item<int64_t>();
-  const std::string minor = leading_minor > 0
-                                ? "the leading minor of order " + std::to_string(leading_minor) + " is not"
-                                : "it is not to working precision (all leading minors are positive in float64)";
-  const double next_ridge = std::max(0.1, damped.ridge * 10);
-  TORCH_CHECK_LINALG(false, op, ": expected hessian to be positive definite with ridge=", damped.ridge, " (",
-                     damped.added, " added to its diagonal), but ", minor, "; try ridge=", next_ridge);
+void check_dead_inputs(const char* op, const at::Tensor& hessian, const Damping& damping) {
+  if (damping.added == 0 && inputs_of_zero_diagonal(hessian, /*coupled=*/true).numel() > 0) {
+    throw_not_positive_definite(op, hessian, damping);
+  }
+}
+
+void throw_not_positive_definite(const char* op, const at::Tensor& hessian, const Damping& damping) {
+  TORCH_CHECK_LINALG(false, op, ": expected hessian to be positive definite with ridge=", damping.ridge, " (",
+                     std::ldexp(damping.added, damping.exponent), " added to its diagonal), but ",
+                     what_fails(hessian, damping), what_to_try(hessian, damping));
 }
 
 }  // namespace miniquant::algorithms

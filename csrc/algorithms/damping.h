@@ -7,29 +7,49 @@
 
 namespace miniquant::algorithms {
 
-/// The Hessian as the solvers see it.
-struct DampedHessian {
-  at::Tensor matrix;   ///< [K, K]: (H + H^T) / 2 + added * I
-  double ridge = 0.0;  ///< as asked for, relative to the mean diagonal
-  double added = 0.0;  ///< ridge * mean(diag H)
+/// What damping makes of a Hessian. The one place where it is computed; all that reads H damped takes it from here.
+///
+/// Solvers see D = ((H + H^T) / 2 + ridge * mean(diag H) * I) / 2^exponent, with an even exponent and a largest
+/// diagonal entry in [1, 4): dividing by a power of two is exact, and so is the square root of a power of four, so
+/// codes do not depend on the scale of H, and no product of a very large or very small H leaves the range of the
+/// compute dtype. A loss with D times 2^exponent is the loss with the damped H.
+struct Damping {
+  double ridge = 0.0;   ///< as asked for, relative to the mean diagonal
+  double added = 0.0;   ///< to each diagonal entry of H / 2^exponent
+  double factor = 1.0;  ///< 2^-exponent
+  int exponent = 0;
 };
 
-/// ridge * mean(diag H): what damping adds to each diagonal entry of `hessian` [K, K].
-double added_to_diagonal(const at::Tensor& hessian, double ridge);
+/// hessian: [K, K], float32 or float64, on any device.
+Damping damping_of(const at::Tensor& hessian, double ridge);
 
-/// Damps `hessian` [K, K] in `dtype`, on its device.
-DampedHessian damp(const at::Tensor& hessian, double ridge, at::ScalarType dtype);
+/// D [K, K] in `dtype`, on the Hessian's device.
+at::Tensor damped_matrix(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype);
 
-/// `matrix` with 1 on every diagonal entry that is 0: an input that is always 0 and got no ridge has a zero row and
-/// column, and any positive pivot leaves it decoupled, so that its weights are rounded to nearest.
-at::Tensor with_dead_inputs_decoupled(const at::Tensor& matrix);
+/// diag D, float64 [K].
+at::Tensor damped_diagonal(const at::Tensor& hessian, const Damping& damping);
 
-/// lower_triangle() of the damped `hessian` [K, K] (float32 or float64, on the CPU) with dead inputs decoupled.
-at::Tensor damped_lower_triangle(const at::Tensor& hessian, double added, at::ScalarType dtype,
-                                 const at::Tensor& column);
+/// D as lower_triangle() lays it out, rows and columns in the order `column` (natural if not defined).
+/// hessian: on the CPU.
+at::Tensor damped_lower_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
+                                 const at::Tensor& column = {});
 
-/// Throws the c10::LinAlgError of `op` for a damped Hessian whose Cholesky factorization failed, naming the first
-/// leading minor that is not positive definite, the ridge used and what to try.
-[[noreturn]] void throw_not_positive_definite(const char* op, const DampedHessian& damped);
+/// D as symmetric_panels() lays it out. hessian: on the CPU.
+at::Tensor damped_panels(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype);
+
+/// Dead inputs, int64 [D], ascending: those that are 0 in every token, so that their row and column of H are 0.
+at::Tensor dead_inputs(const at::Tensor& hessian);
+
+/// Throws the c10::LinAlgError of `op` for a negative diagonal entry of `hessian`, which no X X^T has, whatever is
+/// added to it. argument: its name.
+void check_diagonal_not_negative(const char* op, const char* argument, const at::Tensor& hessian);
+
+/// Throws as below where nothing is added to the diagonal and an entry of it is 0 in a row that is not.
+void check_dead_inputs(const char* op, const at::Tensor& hessian, const Damping& damping);
+
+/// Throws the c10::LinAlgError of `op` for a damped Hessian that is not positive definite. It names an input whose
+/// diagonal entry is 0 and whose row is not, otherwise the first leading minor that is not positive; the ridge used;
+/// and a ridge to try, where one can help.
+[[noreturn]] void throw_not_positive_definite(const char* op, const at::Tensor& hessian, const Damping& damping);
 
 }  // namespace miniquant::algorithms

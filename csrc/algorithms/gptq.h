@@ -12,7 +12,4 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
 /// The textbook form, on any device. Arguments likewise.
 GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options);
 
-/// [K] int64: the stored column that each step quantizes. Only kGroup looks at `group_size` (-1: one group).
-at::Tensor order_of_columns(const at::Tensor& hessian, ColumnOrder order, int64_t group_size);
-
 }  // namespace miniquant::algorithms

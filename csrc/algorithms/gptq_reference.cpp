@@ -26,21 +26,30 @@
 // first, and a "group" of the loop is a run of columns that are stored in one group.
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
-#include <ATen/ops/linalg_inv.h>
+#include <ATen/ops/linalg_inv_ex.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/outer.h>
+#include <ATen/ops/round.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "algorithms/column_order.h"
 #include "algorithms/damping.h"
 #include "algorithms/gptq.h"
 #include "algorithms/grid.h"
+#include "algorithms/row_loss.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -59,15 +68,27 @@ at::Tensor dequantize(const at::Tensor& code, const QParams& qparams) {
   return (code - qparams.zero_point) * qparams.scale;
 }
 
+/// Positive scales [N], in units of the rows, as they are stored: never 0, and of which `levels` [N] multiples are
+/// finite.
+at::Tensor stored(const at::Tensor& scale, const at::Tensor& levels, const Grid& grid) {
+  const auto dtype = scale.scalar_type();
+  const at::Tensor unit = grid.units.defined() ? grid.units : at::ones_like(scale);
+  const int32_t most = grid.range.code_max - grid.range.code_min;
+  std::vector<double> largest(most + 1);
+  for (int32_t count = 1; count <= most; ++count) {
+    largest[count] = largest_scale(grid.stored, count);
+  }
+  const at::Tensor rounded = (scale * unit).to(grid.stored).to(dtype).clamp_min(smallest_scale(grid.stored));
+  const at::Tensor limit = at::tensor(largest, levels.options().dtype(at::kDouble)).to(dtype).index_select(0, levels);
+  return at::minimum(rounded, limit) / unit;
+}
+
 /// The grid of a group [N, G] from its smallest and largest weight.
 QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
-  const at::ScalarType dtype = group.scalar_type();
-  const auto stored = [&](const at::Tensor& scale) {
-    return scale.to(grid.stored).to(dtype).clamp_min(smallest_scale(grid.stored));
-  };
   if (grid.range.symmetric) {
     const at::Tensor largest = group.abs().amax(1);
-    at::Tensor scale = stored(largest / -grid.range.code_min);
+    const at::Tensor levels = at::full_like(largest, -grid.range.code_min, largest.options().dtype(at::kLong));
+    at::Tensor scale = stored(largest / -grid.range.code_min, levels, grid);
     if (-grid.range.code_min > grid.range.code_max) {
       // The side with a code more is that of the largest weight.
       scale = at::where(group.amax(1) > -group.amin(1), -scale, scale);
@@ -76,24 +97,28 @@ QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
   }
   const at::Tensor lowest = group.amin(1).clamp_max(0);
   const at::Tensor highest = group.amax(1).clamp_min(0);
-  const int32_t levels = grid.range.code_max - grid.range.code_min;
+  const int32_t steps = grid.range.code_max - grid.range.code_min;
   const at::Tensor all_zero = lowest == highest;
-  const at::Tensor scale = stored((highest * 0.5 - lowest * 0.5) / (levels * 0.5));
-  const at::Tensor used = at::where(all_zero, at::ones_like(scale), scale);
-  const at::Tensor zero_point = grid.range.code_min + at::clamp(at::round(-lowest / used), 0, levels);
-  return {used, at::where(all_zero, at::zeros_like(scale), zero_point)};
+  const auto offset_with = [&](const at::Tensor& scale) { return at::clamp(at::round(-lowest / scale), 0, steps); };
+  // The largest distance of a code from the zero point that lies `offset` above the smallest code.
+  const auto levels_beside = [&](const at::Tensor& offset) {
+    return at::maximum(offset, steps - offset).to(at::kLong);
+  };
+  const at::Tensor exact = at::where(all_zero, at::ones_like(lowest), (highest * 0.5 - lowest * 0.5) / (steps * 0.5));
+  at::Tensor levels = levels_beside(offset_with(exact));
+  levels = at::maximum(levels, levels_beside(offset_with(stored(exact, levels, grid))));
+  const at::Tensor scale = at::where(all_zero, at::ones_like(exact), stored(exact, levels, grid));
+  return {scale, at::where(all_zero, at::zeros_like(scale), grid.range.code_min + offset_with(scale))};
 }
 
-/// The upper triangular factor Hinv of H^-1.
-at::Tensor inverse_factor(const at::Tensor& matrix, const DampedHessian& damped) {
-  if (std::get<1>(at::linalg_cholesky_ex(matrix)).item<int64_t>() != 0) {
-    throw_not_positive_definite("gptq_reference", damped);
+/// The upper triangular factor Hinv of H^-1. Nothing where H is not positive definite.
+std::optional<at::Tensor> inverse_factor(const at::Tensor& H) {
+  if (std::get<1>(at::linalg_cholesky_ex(H)).item<int64_t>() != 0) {
+    return std::nullopt;
   }
-  const auto [factor, info] = at::linalg_cholesky_ex(at::linalg_inv(matrix), /*upper=*/true);
-  if (info.item<int64_t>() != 0) {
-    throw_not_positive_definite("gptq_reference", damped);
-  }
-  return factor;
+  const auto [inverse, singular] = at::linalg_inv_ex(H);
+  const auto [factor, info] = at::linalg_cholesky_ex(inverse, /*upper=*/true);
+  return singular.item<int64_t>() == 0 && info.item<int64_t>() == 0 ? std::optional(factor) : std::nullopt;
 }
 
 /// The end of the run of columns, from k on and before `end`, that are stored in one group.
@@ -111,16 +136,24 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   const at::ScalarType dtype = compute_dtype(weight.scalar_type());
   const int64_t K = weight.size(1);
   const at::Tensor column = order_of_columns(hessian, options.column_order, options.group_size);
-  const DampedHessian damped = damp(hessian, options.ridge, dtype);
-  const at::Tensor H = with_dead_inputs_decoupled(damped.matrix).index_select(0, column).index_select(1, column);
-  const at::Tensor original = weight.to(dtype).index_select(1, column);
+  const Damping damping = damping_of(hessian, options.ridge);
+  check_dead_inputs("gptq_reference", hessian, damping);
+  const at::Tensor damped = damped_matrix(hessian, damping, dtype).index_select(0, column).index_select(1, column);
+  at::Tensor H = damped.clone();
+  H.diagonal().masked_fill_(damped_diagonal(hessian, damping).index_select(0, column) == 0, 1);  // no ridge, no input
+  const std::optional<at::Tensor> factor = inverse_factor(H);
+  if (!factor.has_value()) {
+    throw_not_positive_definite("gptq_reference", hessian, damping);
+  }
+  const at::Tensor& Hinv = *factor;
+  const ScaledWeight scaled = scaled_weight(weight, options.scales);
+  const at::Tensor original = scaled.values.index_select(1, column);
   at::Tensor W = original.clone();
-  const at::Tensor Hinv = inverse_factor(H, damped);
 
-  Grid grid = make_grid(weight, options);
+  Grid grid = make_grid(weight, options, scaled.units);
   const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
   if (!dynamic_scales && options.scale_method != ScaleMethod::kAbsmax) {
-    compute_scales(grid, weight.to(dtype).contiguous(), options.scale_method, hessian);
+    compute_scales(grid, scaled.values, options.scale_method, damped_diagonal(hessian, damping));
   }
   at::Tensor scales = grid.scales;
   at::Tensor zero_points = grid.zero_points.to(dtype);
@@ -129,10 +162,9 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
     zero_points.select(1, group).copy_(qparams.zero_point);
   };
   if (!dynamic_scales && !options.scales.has_value() && options.scale_method == ScaleMethod::kAbsmax) {
-    const at::Tensor stored_order = weight.to(dtype);
     for (int64_t group = 0; group < scales.size(1); ++group) {
       const int64_t begin = group * grid.group_size;
-      store_qparams(group, choose_qparams(stored_order.slice(1, begin, begin + grid.group_size), grid));
+      store_qparams(group, choose_qparams(scaled.values.slice(1, begin, begin + grid.group_size), grid));
     }
   }
   const at::Tensor column_on_cpu = column.cpu();
@@ -182,10 +214,10 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   }
 
   const at::Tensor E = original - Q;
-  const at::Tensor damped_in_order = damped.matrix.index_select(0, column).index_select(1, column);
-  const at::Tensor row_loss = (E.matmul(damped_in_order) * E).sum(1);
+  const at::Tensor row_loss = (E.matmul(damped) * E).sum(1).clamp_min(0);  // negative by rounding alone
   grid.codes.index_copy_(1, column, codes.to(at::kChar));
-  return {{options, grid.codes, scales.to(grid.stored), zero_points.to(at::kChar)}, row_loss};
+  return {{options, grid.codes, grid.stored_scales(), zero_points.to(at::kChar)},
+          in_true_units(row_loss, scaled, damping)};
 }
 
 }  // namespace miniquant::algorithms

@@ -1,6 +1,6 @@
 #include "algorithms/grid.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -8,23 +8,66 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/power_of_two.h"
 
 namespace miniquant::algorithms {
 namespace {
 
-/// `scale` as dtype Stored holds it; to the 16-bit dtypes through float32, as ATen converts.
-template <typename T, typename Stored>
-T round_scale(T scale) {
-  static const T smallest = static_cast<T>(smallest_scale(c10::CppTypeToScalarType<Stored>::value));
-  using Through = std::conditional_t<sizeof(Stored) == 2, float, Stored>;
-  return std::max(static_cast<T>(static_cast<Stored>(static_cast<Through>(scale))), smallest);
+/// What dequantize() computes scales of dtype Stored in, and what ATen converts them through.
+template <typename Stored>
+using Arithmetic = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+
+/// The largest value of Arithmetic<Stored> that is finite once it is rounded to Stored.
+template <typename Stored>
+constexpr Arithmetic<Stored> kLargestFinite = std::numeric_limits<Stored>::max();
+template <>
+constexpr float kLargestFinite<c10::Half> = 0x1.ffdffep15F;  // below 65520
+template <>
+constexpr float kLargestFinite<c10::BFloat16> = 0x1.fefffep127F;  // below 2^128 - 2^119
+
+template <typename Stored>
+Stored next_below(Stored positive) {
+  if constexpr (std::is_floating_point_v<Stored>) {
+    return std::nextafter(positive, Stored(0));
+  } else {
+    return Stored(static_cast<uint16_t>(positive.x - 1), Stored::from_bits());
+  }
 }
 
+/// Whether `levels` multiples of a scale are finite as Stored.
+template <typename Stored>
+bool is_finite(Arithmetic<Stored> scale, int32_t levels) {
+  return scale * static_cast<Arithmetic<Stored>>(levels) <= kLargestFinite<Stored>;
+}
+
+template <typename Stored>
+Stored largest_scale_of(int32_t levels) {
+  auto scale = static_cast<Stored>(kLargestFinite<Stored> / static_cast<Arithmetic<Stored>>(levels));
+  while (!is_finite<Stored>(static_cast<Arithmetic<Stored>>(scale), levels)) {
+    scale = next_below(scale);
+  }
+  return scale;
+}
+
+template <typename T, typename Stored>
+T round_scale(T scale, int32_t levels) {
+  static const T smallest = static_cast<T>(smallest_scale(c10::CppTypeToScalarType<Stored>::value));
+  const auto stored = static_cast<Stored>(static_cast<Arithmetic<Stored>>(scale));
+  return is_finite<Stored>(static_cast<Arithmetic<Stored>>(stored), levels)
+             ? std::max(static_cast<T>(stored), smallest)
+             : static_cast<T>(largest_scale_of<Stored>(levels));
+}
+
+/// kernels::RoundScale of a dtype at most as wide as T.
 template <typename T>
 kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
   switch (stored) {
@@ -37,6 +80,89 @@ kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
     default:
       return round_scale<T, T>;
   }
+}
+
+/// Exponents of rows that need no unit: their squares, and those of what rounding leaves of them, are in range.
+constexpr int kOrdinaryExponent = 30;
+
+/// A unit and its reciprocal are normal numbers.
+template <typename T>
+constexpr int kLargestUnitExponent = std::numeric_limits<T>::max_exponent - 3;
+
+/// max |values_i| over i < count.
+template <typename T>
+T largest_magnitude(const T* values, int64_t count) {
+  constexpr int64_t kLanes = 16;  // as many maxima, for vectors
+  std::array<T, kLanes> largest{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T magnitude = std::abs(values[i + lane]);
+      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
+    }
+  }
+  for (; i < count; ++i) {
+    largest[0] = std::max(largest[0], std::abs(values[i]));
+  }
+  return *std::ranges::max_element(largest);
+}
+
+/// The smallest magnitude, but for 0, and the largest of some values; both 0 where there are none.
+template <typename T>
+struct Magnitudes {
+  T smallest = T(0);
+  T largest = T(0);
+};
+
+template <typename T>
+Magnitudes<T> magnitudes(const T* values, int64_t count) {
+  Magnitudes<T> found;
+  for (int64_t i = 0; i < count; ++i) {
+    const T magnitude = std::abs(values[i]);
+    if (magnitude > 0) {
+      found.smallest = found.largest == 0 ? magnitude : std::min(found.smallest, magnitude);
+      found.largest = std::max(found.largest, magnitude);
+    }
+  }
+  return found;
+}
+
+/// The exponent of the unit of a row with this largest weight and these given scales, if any: 0 where none would keep
+/// all of them in range.
+template <typename T>
+int64_t exponent_of_unit(T weight, Magnitudes<T> scales) {
+  constexpr int kScaleAboveWeight = 60;  // a larger scale rounds the whole row to 0
+  constexpr int kScaleBelowWeight = std::numeric_limits<T>::max_exponent - 28;
+  if (weight == 0) {
+    return 0;
+  }
+  int exponent = std::ilogb(weight);
+  if (scales.largest > 0) {
+    const int least = std::ilogb(scales.largest) - kScaleAboveWeight;
+    const int most = std::ilogb(scales.smallest) + kScaleBelowWeight;
+    exponent = least > most ? 0 : std::clamp(exponent, least, most);
+  }
+  return std::abs(exponent) <= kOrdinaryExponent
+             ? 0
+             : std::clamp(exponent, -kLargestUnitExponent<T>, kLargestUnitExponent<T>);
+}
+
+template <typename T>
+at::Tensor exponents_of_units(const at::Tensor& values, const at::Tensor& scales) {
+  const int64_t rows = values.size(0);
+  const int64_t columns = values.size(1);
+  const int64_t groups = scales.defined() ? scales.size(1) : 0;
+  at::Tensor exponents = at::empty({rows}, values.options().dtype(at::kLong));
+  const T* const value = values.const_data_ptr<T>();
+  const T* const scale = scales.defined() ? scales.const_data_ptr<T>() : nullptr;
+  int64_t* const to = exponents.mutable_data_ptr<int64_t>();
+  for_row_tiles(rows, 1, columns, [&](int64_t row_begin, int64_t row_end) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      to[row] = exponent_of_unit(largest_magnitude(value + row * columns, columns),
+                                 groups == 0 ? Magnitudes<T>{} : magnitudes(scale + row * groups, groups));
+    }
+  });
+  return exponents;
 }
 
 }  // namespace
@@ -59,6 +185,19 @@ double smallest_scale(at::ScalarType stored) {
   }
 }
 
+double largest_scale(at::ScalarType stored, int32_t levels) {
+  switch (stored) {
+    case at::kHalf:
+      return largest_scale_of<c10::Half>(levels);
+    case at::kBFloat16:
+      return largest_scale_of<c10::BFloat16>(levels);
+    case at::kDouble:
+      return largest_scale_of<double>(levels);
+    default:
+      return largest_scale_of<float>(levels);
+  }
+}
+
 int64_t columns_per_group(int64_t group_size, int64_t columns) {
   const int64_t row = std::max<int64_t>(columns, 1);
   return group_size == -1 ? row : std::min(group_size, row);
@@ -69,9 +208,24 @@ int64_t groups_per_row(int64_t group_size, int64_t columns) {
   return columns / group_columns + (columns % group_columns != 0 ? 1 : 0);
 }
 
-at::Tensor Grid::stored_scales() const { return scales.to(stored); }
+ScaledWeight scaled_weight(const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
+  const at::ScalarType dtype = compute_dtype(weight.scalar_type());
+  ScaledWeight result{.values = weight.to(dtype).contiguous(), .units = {}, .exponents = {}};
+  const at::Tensor given = scales.has_value() ? scales->to(at::kCPU, dtype).contiguous() : at::Tensor();
+  const at::Tensor values = result.values.cpu();
+  at::Tensor exponents;
+  dispatch_compute(dtype, [&]<typename T> { exponents = exponents_of_units<T>(values, given); });
+  if (exponents.any().item<bool>()) {
+    result.exponents = exponents;
+    result.units = times_power_of_two(at::ones({weight.size(0)}, values.options()), exponents).to(weight.device());
+    result.values = result.values / result.units.unsqueeze(1);
+  }
+  return result;
+}
 
-Grid make_grid(const at::Tensor& weight, const GridOptions& options) {
+at::Tensor Grid::stored_scales() const { return (units.defined() ? scales * units.unsqueeze(1) : scales).to(stored); }
+
+Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::Tensor& units) {
   const std::optional<at::Tensor>& scales = options.scales;
   const std::optional<at::Tensor>& zero_points = options.zero_points;
   const int64_t rows = weight.size(0);
@@ -86,7 +240,11 @@ Grid make_grid(const at::Tensor& weight, const GridOptions& options) {
             .scales = scales.has_value() ? scales->to(dtype).clone(at::MemoryFormat::Contiguous)
                                          : at::empty({rows, groups}, bytes.dtype(dtype)),
             .zero_points = zero_points.has_value() ? zero_points->clone(at::MemoryFormat::Contiguous)
-                                                   : at::zeros({rows, groups}, bytes)};
+                                                   : at::zeros({rows, groups}, bytes),
+            .units = units};
+  if (scales.has_value() && units.defined()) {
+    grid.scales.div_(units.unsqueeze(1));
+  }
   return grid;
 }
 
@@ -98,7 +256,8 @@ kernels::GridView<T> view(const Grid& grid) {
           .scales = grid.scales.mutable_data_ptr<T>(),
           .zero_points = grid.zero_points.mutable_data_ptr<int8_t>(),
           .codes = grid.codes.mutable_data_ptr<int8_t>(),
-          .round_scale = round_scale_to<T>(grid.stored)};
+          .round_scale = round_scale_to<T>(grid.stored),
+          .units = grid.units.defined() ? grid.units.const_data_ptr<T>() : nullptr};
 }
 template kernels::GridView<float> view(const Grid& grid);
 template kernels::GridView<double> view(const Grid& grid);
@@ -128,18 +287,17 @@ std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method
 template std::vector<float> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
 template std::vector<double> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
 
-void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& hessian) {
+void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& importance) {
   TORCH_INTERNAL_ASSERT(method != ScaleMethod::kLoss);
   dispatch_compute(weight.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);
     const T* const values = weight.const_data_ptr<T>();
     const int64_t columns = weight.size(1);
-    const at::Tensor importance = method == ScaleMethod::kHessian
-                                      ? hessian.diagonal().to(weight.scalar_type()).contiguous()
-                                      : at::ones({columns}, weight.options());
+    const at::Tensor of_column = method == ScaleMethod::kHessian ? importance.to(weight.scalar_type()).contiguous()
+                                                                 : at::ones({columns}, weight.options());
     const std::vector<T> factors = scale_factors<T>(grid.range, method);
     const kernels::ScaleSearch<T> search{factors.data(), static_cast<int64_t>(factors.size()),
-                                         importance.template const_data_ptr<T>()};
+                                         of_column.template const_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
     const int64_t operations = columns * static_cast<int64_t>(factors.size());
     for_row_tiles(weight.size(0), kernel.tile_rows, operations, [&](int64_t row_begin, int64_t row_end) {

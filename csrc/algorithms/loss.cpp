@@ -4,18 +4,19 @@
 #include <ATen/ops/empty.h>
 
 #include <cstdint>
+#include <optional>
 
+#include "algorithms/damping.h"
 #include "algorithms/dispatch.h"
 #include "algorithms/grid.h"
+#include "algorithms/row_loss.h"
 #include "algorithms/symmetric.h"
 
 namespace miniquant::algorithms {
 
-at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
-  const int64_t rows = weight.size(0);
-  const int64_t columns = weight.size(1);
-  const at::Tensor error = (weight.to(at::kDouble) - dequantized.to(at::kDouble)).contiguous();
-  const at::Tensor triangle = lower_triangle(hessian, at::kDouble);
+at::Tensor quadratic_forms(const at::Tensor& error, const at::Tensor& triangle) {
+  const int64_t rows = error.size(0);
+  const int64_t columns = error.size(1);
   const at::Tensor form = at::empty({rows}, error.options());
   const kernels::QuadraticFormProblem<double> problem{.triangle_layout = {columns},
                                                       .error = error.const_data_ptr<double>(),
@@ -26,7 +27,18 @@ at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequant
     const at::Tensor workspace = at::empty({kernel.quadratic_form_workspace(problem)}, error.options());
     kernel.quadratic_form(problem, row_begin, row_end, workspace.mutable_data_ptr<double>());
   });
-  return form.to(compute_dtype(weight.scalar_type()));
+  return form;
+}
+
+at::Tensor wide_quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+  const Damping damping = damping_of(hessian, 0.0);
+  const ScaledWeight error = scaled_weight(weight.to(at::kDouble) - dequantized.to(at::kDouble), std::nullopt);
+  const at::Tensor form = quadratic_forms(error.values, lower_triangle(hessian, damping.factor, at::kDouble));
+  return in_true_units(form.to(compute_dtype(weight.scalar_type())).to(at::kDouble), error, damping);
+}
+
+at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+  return wide_quantization_loss(weight, dequantized, hessian).to(compute_dtype(weight.scalar_type()));
 }
 
 }  // namespace miniquant::algorithms

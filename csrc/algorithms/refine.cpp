@@ -4,14 +4,12 @@
 
 #include <cstdint>
 
-#include "algorithms/damping.h"
 #include "algorithms/dispatch.h"
-#include "algorithms/symmetric.h"
 
 namespace miniquant::algorithms {
 namespace {
 
-/// Passes over the codes within the first round: what a fourth finds, and more, further rounds find as well.
+/// Max passes over the codes in the first round. What a fourth pass would find, the next round finds too.
 constexpr int64_t kMostPasses = 3;
 
 }  // namespace
@@ -20,9 +18,9 @@ at::Tensor room_for_gradient(const at::Tensor& weight) {
   return at::empty({weight.size(0), kernels::SymmetricLayout{weight.size(1)}.padded_columns()}, weight.options());
 }
 
-void refine(const at::Tensor& hessian, double ridge, int64_t rounds, Grid& grid, at::Tensor& gradient,
+void refine(const at::Tensor& hessian, const Damping& damping, int64_t rounds, Grid& grid, at::Tensor& gradient,
             at::Tensor& row_loss) {
-  const at::Tensor panels = damped_panels(hessian, added_to_diagonal(hessian, ridge), gradient.scalar_type());
+  const at::Tensor panels = damped_panels(hessian, damping, gradient.scalar_type());
   dispatch_compute(gradient.scalar_type(), [&]<typename T> {
     const int64_t columns = hessian.size(0);
     kernels::RefineProblem<T> problem{.columns = columns,

@@ -39,7 +39,7 @@ double held_out_loss(const at::Tensor& weight, const at::Tensor& calibration, co
     const GptqResult result = algorithms::gptq(weight, calibration, options);
     const at::Tensor values =
         algorithms::dequantize(result.codes, result.scales, result.zero_points, options.group_size);
-    return algorithms::quantization_loss(weight, values, held_out).to(at::kDouble).sum().item<double>();
+    return wide_quantization_loss(weight, values, held_out).sum().item<double>();
   } catch (const c10::LinAlgError&) {
     return std::numeric_limits<double>::infinity();
   }

@@ -6,8 +6,12 @@
 namespace miniquant::algorithms {
 
 QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
-  const at::Tensor values = weight.to(compute_dtype(weight.scalar_type())).contiguous();
-  Grid grid = make_grid(weight, options);
+  // Only a search for scales takes squares.
+  const ScaledWeight scaled = options.scale_method == ScaleMethod::kAbsmax
+                                  ? ScaledWeight{weight.to(compute_dtype(weight.scalar_type())).contiguous(), {}, {}}
+                                  : scaled_weight(weight, options.scales);
+  const at::Tensor& values = scaled.values;
+  Grid grid = make_grid(weight, options, scaled.units);
   if (!options.scales.has_value()) {
     compute_scales(grid, values, options.scale_method);
   }

@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "algorithms/dispatch.h"
@@ -59,31 +60,38 @@ class TilePair {
   std::array<T, kTile * kTile> upper;  ///< [rows][j] of H^T
 };
 
-/// to[i][j] = (H + H^T) / 2 for the rows of the pair; 0 from column `width` on.
+/// An entry of H times a power of two, in the wider of the two types: float64 may hold what float32 cannot.
+template <typename T, typename From>
+T scaled(From entry, double factor) {
+  using Wider = std::common_type_t<T, From>;
+  return static_cast<T>(static_cast<Wider>(entry) * static_cast<Wider>(factor));
+}
+
+/// to[i][j] = factor (H + H^T) / 2 for the rows of the pair; 0 from column `width` on.
 template <typename From, typename T>
-void average_tile(const TilePair<From>& pair, T* to) {
+void average_tile(const TilePair<From>& pair, double factor, T* to) {
   for (int64_t i = 0; i < pair.rows * kTile; ++i) {
-    to[i] = (static_cast<T>(pair.lower[i]) + static_cast<T>(pair.upper[i])) / 2;
+    to[i] = (scaled<T>(pair.lower[i], factor) + scaled<T>(pair.upper[i], factor)) / 2;
   }
 }
 
-/// Sets the lower triangle of (H + H^T) / 2.
+/// Sets the lower triangle of factor (H + H^T) / 2.
 template <typename From, typename T>
-void average_triangles(const From* h, kernels::TriangleLayout layout, T* out) {
+void average_triangles(const From* h, double factor, kernels::TriangleLayout layout, T* out) {
   for_lower_tiles(layout.columns, [&](int64_t i_begin, int64_t panel) {
     const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
-    average_tile(pair, out + layout.offset(i_begin, panel));
+    average_tile(pair, factor, out + layout.offset(i_begin, panel));
   });
 }
 
-/// Sets (H + H^T) / 2.
+/// Sets factor (H + H^T) / 2.
 template <typename From, typename T>
-void average_triangles(const From* h, kernels::SymmetricLayout layout, T* out) {
+void average_triangles(const From* h, double factor, kernels::SymmetricLayout layout, T* out) {
   for_lower_tiles(layout.columns, [&](int64_t i_begin, int64_t panel) {
     const TilePair<From> pair(h, layout.columns, i_begin, panel * kTile);
     T* const lower = out + layout.offset(i_begin, panel);
     T* const upper = out + layout.offset(panel * kTile, i_begin / kTile);
-    average_tile(pair, lower);
+    average_tile(pair, factor, lower);
     for (int64_t j = 0; j < pair.width; ++j) {
       for (int64_t i = 0; i < kTile; ++i) {
         upper[j * kTile + i] = i < pair.rows ? lower[i * kTile + j] : T(0);
@@ -92,10 +100,10 @@ void average_triangles(const From* h, kernels::SymmetricLayout layout, T* out) {
   });
 }
 
-/// The same with rows and columns in the order `column`. Each of two passes reads whole rows of H, so that what it
+/// The lower triangle with rows and columns in the order `column`. Each of two passes reads whole rows of H, so what it
 /// picks out of them comes from the cache.
 template <typename From, typename T>
-void average_triangles(const From* h, kernels::TriangleLayout layout, const int64_t* column, T* out) {
+void average_triangles(const From* h, double factor, kernels::TriangleLayout layout, const int64_t* column, T* out) {
   const int64_t columns = layout.columns;
   for_lower_tiles(columns, [&](int64_t i_begin, int64_t panel) {
     const int64_t width = std::min(kTile, columns - panel * kTile);
@@ -103,7 +111,7 @@ void average_triangles(const From* h, kernels::TriangleLayout layout, const int6
       const From* const row = h + column[i] * columns;
       T* const to = out + layout.offset(i, panel);
       for (int64_t j = 0; j < width; ++j) {
-        to[j] = static_cast<T>(row[column[panel * kTile + j]]);
+        to[j] = scaled<T>(row[column[panel * kTile + j]], factor);
       }
     }
   });
@@ -113,7 +121,7 @@ void average_triangles(const From* h, kernels::TriangleLayout layout, const int6
       T* const to = out + layout.offset(panel * kTile, panel) + j % kTile;
       for (int64_t i = panel * kTile; i < columns; ++i) {
         T& entry = to[(i - panel * kTile) * kTile];
-        entry = (entry + static_cast<T>(row[column[i]])) / 2;
+        entry = (entry + scaled<T>(row[column[i]], factor)) / 2;
       }
     }
   });
@@ -157,7 +165,7 @@ class RowOfTiles {
 
 }  // namespace
 
-at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const at::Tensor& column) {
+at::Tensor lower_triangle(const at::Tensor& hessian, double factor, at::ScalarType dtype, const at::Tensor& column) {
   const int64_t columns = hessian.size(0);
   const kernels::TriangleLayout layout{columns};
   const at::Tensor h = hessian.contiguous();
@@ -167,9 +175,9 @@ at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const
       const From* const from = h.const_data_ptr<From>();
       T* const out = triangle.mutable_data_ptr<T>();
       if (column.defined()) {
-        average_triangles(from, layout, column.const_data_ptr<int64_t>(), out);
+        average_triangles(from, factor, layout, column.const_data_ptr<int64_t>(), out);
       } else {
-        average_triangles(from, layout, out);
+        average_triangles(from, factor, layout, out);
       }
       // Read with the last strip, and of no effect: not left to chance.
       for (int64_t panel = 0; panel < layout.panels(); ++panel) {
@@ -180,21 +188,26 @@ at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const
   return triangle;
 }
 
-at::Tensor damped_panels(const at::Tensor& hessian, double added, at::ScalarType dtype) {
-  const int64_t columns = hessian.size(0);
-  const kernels::SymmetricLayout layout{columns};
+at::Tensor symmetric_panels(const at::Tensor& hessian, double factor, at::ScalarType dtype) {
+  const kernels::SymmetricLayout layout{hessian.size(0)};
   const at::Tensor h = hessian.contiguous();
   const at::Tensor panels = at::empty({layout.size()}, h.options().dtype(dtype));
   dispatch_compute(h.scalar_type(), [&]<typename From> {
     dispatch_compute(dtype, [&]<typename T> {
-      T* const out = panels.mutable_data_ptr<T>();
-      average_triangles(h.const_data_ptr<From>(), layout, out);
-      for (int64_t j = 0; j < columns; ++j) {
-        out[layout.offset(j, j / kTile) + j % kTile] += static_cast<T>(added);
-      }
+      average_triangles(h.const_data_ptr<From>(), factor, layout, panels.mutable_data_ptr<T>());
     });
   });
   return panels;
+}
+
+void add_to_diagonal_of_panels(at::Tensor& panels, int64_t columns, double added) {
+  const kernels::SymmetricLayout layout{columns};
+  dispatch_compute(panels.scalar_type(), [&]<typename T> {
+    T* const out = panels.mutable_data_ptr<T>();
+    for (int64_t j = 0; j < columns; ++j) {
+      out[layout.offset(j, j / kTile) + j % kTile] += static_cast<T>(added);
+    }
+  });
 }
 
 at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns) {

@@ -7,16 +7,18 @@
 
 namespace miniquant::algorithms {
 
-/// The lower triangle of (H + H^T) / 2, rows and columns in the order `column` (int64 [K]; natural if not defined):
-/// a tensor of `dtype`, float32 or float64, laid out by kernels::TriangleLayout.
+/// The lower triangle of factor * (H + H^T) / 2, rows and columns in the order `column` (int64 [K]; natural if not
+/// defined): a tensor of `dtype`, float32 or float64, laid out by kernels::TriangleLayout.
 ///
-/// hessian: [K, K], float32 or float64, on the CPU, any strides.
-at::Tensor lower_triangle(const at::Tensor& hessian, at::ScalarType dtype, const at::Tensor& column = {});
+/// hessian: [K, K], float32 or float64, on the CPU, any strides. factor: a power of two, a normal number of its dtype.
+at::Tensor lower_triangle(const at::Tensor& hessian, double factor, at::ScalarType dtype,
+                          const at::Tensor& column = {});
 
-/// All of (H + H^T) / 2 with `added` on its diagonal: a tensor of `dtype`, laid out by kernels::SymmetricLayout.
-///
-/// hessian: as above.
-at::Tensor damped_panels(const at::Tensor& hessian, double added, at::ScalarType dtype);
+/// All of factor * (H + H^T) / 2: a tensor of `dtype`, laid out by kernels::SymmetricLayout. Arguments as above.
+at::Tensor symmetric_panels(const at::Tensor& hessian, double factor, at::ScalarType dtype);
+
+/// Adds to the diagonal of the panels of K = `columns` columns.
+void add_to_diagonal_of_panels(at::Tensor& panels, int64_t columns, double added);
 
 /// A copy of the diagonal, [K], of a triangle of K = `columns` columns.
 at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns);
@@ -24,7 +26,7 @@ at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns);
 /// Sets a triangle's diagonal, [K].
 void set_diagonal_of_triangle(const at::Tensor& triangle, const at::Tensor& diagonal);
 
-/// What is to be known of a matrix before it is taken for symmetric.
+/// What a matrix must show before it is taken for symmetric.
 struct SymmetrySurvey {
   bool finite = true;
   double largest = 0.0;            ///< max |H_ij|, if finite

@@ -32,14 +32,35 @@ MINIQUANT_INLINE V round_to_level(V value, V scale, V low, V high) {
   return clamp_and_round<T, V>(value / scale, low, high);
 }
 
+/// How the scales of one row are rounded.
+template <typename T>
+struct RowScales {
+  RoundScale<T> round;
+  T unit;
+
+  /// A positive scale as it is stored, in the row's units.
+  MINIQUANT_INLINE T operator()(T scale, std::int32_t levels) const { return round(scale * unit, levels) / unit; }
+};
+
+template <typename T>
+MINIQUANT_INLINE RowScales<T> scales_of_row(const GridView<T>& grid, std::int64_t row) {
+  return {grid.round_scale, grid.units == nullptr ? T(1) : grid.units[row]};
+}
+
+/// The largest distance of a code from the zero point that lies `offset` above the smallest code.
+MINIQUANT_INLINE std::int32_t levels_beside(const CodeRange& range, std::int32_t offset) {
+  const std::int32_t above = range.code_max - range.code_min - offset;
+  return offset > above ? offset : above;
+}
+
 /// Scale and zero point of a group whose weights lie in [lowest, highest].
 template <typename T>
-MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest, RoundScale<T> round_scale, T& scale,
+MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest, RowScales<T> round_scale, T& scale,
                                     std::int8_t& zero_point) {
   zero_point = 0;
   if (range.symmetric) {
     const T largest = highest > -lowest ? highest : -lowest;
-    scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(-range.code_min));
+    scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(-range.code_min), -range.code_min);
     // The side with a code more is that of the largest weight.
     scale = -range.code_min > range.code_max && highest > -lowest ? -scale : scale;
     return;
@@ -52,16 +73,26 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   }
   // Halved: the range of the largest weights would overflow.
   const T half = T(0.5);
-  scale = round_scale((highest * half - lowest * half) / (static_cast<T>(range.code_max - range.code_min) * half));
-  const T code_min = static_cast<T>(range.code_min);
-  const T offset = round_to_level<T, T>(-lowest, scale, T(0), static_cast<T>(range.code_max) - code_min);
-  zero_point = static_cast<std::int8_t>(code_min + offset);
+  const T steps = static_cast<T>(range.code_max - range.code_min);
+  const T exact = (highest * half - lowest * half) / (steps * half);
+  const auto offset_with = [&](T used) {
+    return static_cast<std::int32_t>(round_to_level<T, T>(-lowest, used, T(0), steps));
+  };
+  const std::int32_t levels = levels_beside(range, offset_with(exact));
+  scale = round_scale(exact, levels);
+  std::int32_t offset = offset_with(scale);
+  if (levels_beside(range, offset) > levels) {
+    // Rounding moved the zero point, and the largest code away from it.
+    scale = round_scale(exact, levels_beside(range, offset));
+    offset = offset_with(scale);
+  }
+  zero_point = static_cast<std::int8_t>(range.code_min + offset);
 }
 
 /// The same with a range that is `factor` times as wide, and, if `factor` is negative, a scale of the other sign.
 template <typename T>
 MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor,
-                                           RoundScale<T> round_scale, T& scale, std::int8_t& zero_point) {
+                                           RowScales<T> round_scale, T& scale, std::int8_t& zero_point) {
   const T width = factor < T(0) ? -factor : factor;
   grid_of_range(range, lowest * width, highest * width, round_scale, scale, zero_point);
   scale = factor < T(0) ? -scale : scale;

@@ -19,9 +19,10 @@ struct CodeRange {
   bool symmetric;
 };
 
-/// Rounds a scale to the precision in which it is stored (the weight's dtype), never to 0.
+/// Rounds a positive scale to the dtype in which it is stored: never to 0, and never to one of which `levels` multiples
+/// are not finite in that dtype.
 template <typename T>
-using RoundScale = T (*)(T scale);
+using RoundScale = T (*)(T scale, std::int32_t levels);
 
 /// One group-quantized weight: where its parts are.
 template <typename T>
@@ -33,6 +34,9 @@ struct GridView {
   std::int8_t* zero_points;  ///< [N, groups]
   std::int8_t* codes;        ///< [N, K]
   RoundScale<T> round_scale;
+  /// [N], powers of two: weight and scales of a row are multiples of its unit, and `round_scale` takes their product.
+  /// Null where every unit is 1.
+  const T* units = nullptr;
 };
 
 /// The scales that a search tries: those of a range `factors` times as wide as the group's.

@@ -48,7 +48,7 @@ void compute_grid(const GridView<T>& grid, const T* weight, std::int64_t columns
       T highest;
       range_of(weight + row * columns + begin, min_of(rest, grid.group_size), lowest, highest);
       const std::int64_t at = row * grid.groups + group;
-      grid_of_range(grid.range, lowest, highest, grid.round_scale, grid.scales[at], grid.zero_points[at]);
+      grid_of_range(grid.range, lowest, highest, scales_of_row(grid, row), grid.scales[at], grid.zero_points[at]);
     }
   }
 }

@@ -62,7 +62,8 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
       for (std::int64_t factor = 0; factor < search.factor_count; ++factor) {
         T scale = T(1);
         std::int8_t zero_point = 0;
-        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], grid.round_scale, scale, zero_point);
+        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], scales_of_row(grid, row), scale,
+                             zero_point);
         const double error = squared_error(grid.range, values, search.importance + begin, count, scale, zero_point);
         if (factor == 0 || error < least) {
           const std::int64_t at = row * grid.groups + group;

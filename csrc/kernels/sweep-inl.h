@@ -201,7 +201,7 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
       stored_zero_point[lane] = 0;
       if (lane < tile.rows) {
         grid_of_scaled_range(problem.grid.range, low[lane], high[lane], problem.search.factors[factor],
-                             problem.grid.round_scale, scale[lane], stored_zero_point[lane]);
+                             scales_of_row(problem.grid, tile.row + lane), scale[lane], stored_zero_point[lane]);
       }
       reciprocal[lane] = T(1) / scale[lane];
       zero_point[lane] = static_cast<T>(stored_zero_point[lane]);

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "algorithms/damping.h"
 #include "algorithms/finite.h"
 #include "algorithms/grid.h"
 #include "algorithms/symmetric.h"
@@ -211,6 +212,7 @@ double check_hessian_values(const char* op, const at::Tensor& hessian, const cha
     TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be symmetric to within ", tolerance, ", but got ",
                       first_value(hessian, bad), " and ", first_value(hessian.mT(), bad), " of its transpose");
   }
+  algorithms::check_diagonal_not_negative(op, argument, hessian);
   return survey.largest;
 }
 
@@ -229,7 +231,8 @@ void check_ridge(const char* op, const at::Tensor& weight, double ridge) {
 
 /// That ridge * mean(diag H) is finite in the dtype of computation. `largest` is max |H_ij|.
 void check_ridge_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian, double largest, double ridge) {
-  if (ridge * largest <= largest_computed(weight)) {
+  // A ridge of at most 1 adds no more than H has itself, which may have any scale.
+  if (ridge <= 1 || ridge * largest <= largest_computed(weight)) {
     return;
   }
   const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();

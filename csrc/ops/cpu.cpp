@@ -61,6 +61,11 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
   check_choose_ridge_values(weight, first, second);
   const at::Tensor ridges = algorithms::judged_ridges(tokens, weight.size(1));
   const at::Tensor losses = algorithms::judge_ridges(weight, first, second, ridges, options);
+  TORCH_CHECK_LINALG(
+      losses.isfinite().any().item<bool>(),
+      "choose_ridge: expected first and second to be positive definite with one of the ridges judged, but "
+      "they are not with any from ",
+      ridges[0].item<double>(), " to ", ridges[-1].item<double>());
   return {ridges.index({losses.argmin()}).clone(), ridges, losses};
 }
 

@@ -19,10 +19,11 @@ class GptqResult(QuantizedWeight):
     """A weight on its grid, and what that costs.
 
     Attributes:
-        row_loss: [N], e H e^T of each row with the ridge in H; float64 for a float64 weight, else float32. Here e =
-            weight - (code - zero_point) * scale with the product as computed in that dtype. A bfloat16 or float16
-            layer rounds the product once more: ``quantization_loss(weight, dequantize(result, dtype=weight.dtype),
-            hessian)`` measures what such a layer loses: 1.36 times as much for a bfloat16 weight at 8 bits in our test.
+        row_loss: [N], e H e^T of each row with the ridge in H, at least 0; float64 for a float64 weight, else float32.
+            Here e = weight - (code - zero_point) * scale with the product as computed in that dtype. A bfloat16 or
+            float16 layer rounds the product once more: ``quantization_loss(weight, dequantize(result,
+            dtype=weight.dtype), hessian)`` measures what such a layer loses: 1.36 times as much for a bfloat16 weight
+            at 8 bits in our test.
 
     Iterating gives the tensors: ``codes, scales, zero_points, row_loss = gptq(weight, hessian)``.
     """
@@ -65,7 +66,7 @@ def gptq(
 
     This is Algorithm 1 of the paper without the inverse of H; :func:`gptq_reference` is the algorithm as printed. The
     result does not depend on the number of threads, nor on ``block_size`` beyond rounding. An input that is always 0
-    (diag H = 0) has its column rounded to nearest.
+    (its row and column of H are 0) has its column rounded to nearest on the final scales.
 
     Args:
         weight: [N, K].
@@ -95,8 +96,8 @@ def gptq(
 
     Raises:
         ValueError, TypeError: for a bad argument.
-        torch.linalg.LinAlgError: H is not positive definite with its ridge; the message names the leading minor, the
-            ridge used and what to try.
+        torch.linalg.LinAlgError: H is not positive definite with its ridge, or has a negative diagonal entry; the
+            message names the leading minor, the ridge used and what to try.
     """
     codes, scales, zero_points, row_loss = call(
         "gptq",

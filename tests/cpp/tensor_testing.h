@@ -26,6 +26,13 @@ inline at::Tensor hessian_of_inputs(std::int64_t columns, std::int64_t tokens, s
   return inputs.mT().matmul(inputs).div_(tokens).to(dtype);
 }
 
+/// (H + H^T) / 2 + ridge * mean(diag H) * I.
+inline at::Tensor damped(const at::Tensor& hessian, double ridge) {
+  at::Tensor matrix = (hessian + hessian.mT()) / 2;
+  matrix.diagonal().add_(ridge * hessian.diagonal().mean());
+  return matrix;
+}
+
 /// Runs with `threads` threads for one scope.
 class ScopedThreads {
  public:

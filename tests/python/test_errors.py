@@ -520,6 +520,9 @@ def test_all_on_one_device(op: str, argument: str, other: str, device: str) -> N
     assert said(caught.value) == expected
 
 
+ZERO_DIAGONAL = "it has 0 at [0, 0] and 0.5 at [0, 1], where the row of an input that is always 0 is 0"
+
+
 @pytest.mark.parametrize("op", ["gptq", "gptq_reference"])
 @pytest.mark.parametrize(
     ("hessian", "ridge", "message"),
@@ -528,7 +531,7 @@ def test_all_on_one_device(op: str, argument: str, other: str, device: str) -> N
         (
             torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.9, 0.0], [0.0, 0.0, 0.0, 1.0]]),
             0.0,
-            "ridge=0 (0 added to its diagonal), but the leading minor of order 3 is not; try ridge=0.1",
+            "ridge=0 (0 added to its diagonal), but the leading minor of order 3 is not; try ridge=0.01",
         ),
         (
             torch.tensor([[1.0, 2.0], [2.0, 1.0]]),
@@ -541,12 +544,17 @@ def test_all_on_one_device(op: str, argument: str, other: str, device: str) -> N
             "ridge=0.5 (1 added to its diagonal), but the leading minor of order 2 is not; try ridge=5",
         ),
         (
-            torch.tensor([[-1.0]]),
-            0.01,
-            "ridge=0.01 (-0.01 added to its diagonal), but the leading minor of order 1 is not; try ridge=0.1",
+            torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
+            0.0,
+            f"ridge=0 (0 added to its diagonal), but {ZERO_DIAGONAL}; try ridge=0.01",
+        ),
+        (
+            torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
+            0.1,
+            f"ridge=0.1 (0.05 added to its diagonal), but {ZERO_DIAGONAL}; try ridge=1",
         ),
     ],
-    ids=["ridge 0", "ridge 0.01", "ridge 0.5", "negative"],
+    ids=["ridge 0", "ridge 0.01", "ridge 0.5", "zero diagonal", "zero diagonal, ridge 0.1"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_hessian_that_is_not_positive_definite(
@@ -562,12 +570,34 @@ def test_a_hessian_that_is_not_positive_definite(
 
 
 @pytest.mark.parametrize("op", ["gptq", "gptq_reference"])
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 10.0])
+def test_no_ridge_helps_a_negative_diagonal(op: str, ridge: float) -> None:
+    with pytest.raises(LinAlgError) as caught:
+        getattr(OPS, op)(torch.ones(2, 2), torch.tensor([[3.0, 0.0], [0.0, -2.0]]), ridge=ridge)
+    assert said(caught.value) == (
+        f"{op}: expected hessian to have no negative diagonal entry, as no X X^T has, but got -2 at [1, 1]"
+    )
+
+
+def test_the_hint_leads_to_a_ridge_that_serves() -> None:
+    weight, hessian, ridge = torch.ones(1, 2), torch.tensor([[0.0, 0.5], [0.5, 1.0]]), 0.0
+    tried = [ridge]
+    for _ in range(3):
+        with pytest.raises(LinAlgError) as caught:
+            OPS.gptq(weight, hessian, ridge=ridge)
+        ridge = float(said(caught.value).rpartition("try ridge=")[2])
+        tried.append(ridge)
+    OPS.gptq(weight, hessian, ridge=ridge)
+    assert tried == [0.0, 0.01, 0.1, 1.0]
+
+
+@pytest.mark.parametrize("op", ["gptq", "gptq_reference"])
 def test_fewer_tokens_than_columns_and_no_ridge(op: str) -> None:
     """The lab's own pitfall. Where rounding leaves the first minor that fails is not known, that one does is."""
     weight, hessian = oracle.layer(4, 64, 8)
-    with pytest.raises(LinAlgError, match=r"with ridge=0 \(0 added to its diagonal\).*try ridge=0\.1$"):
+    with pytest.raises(LinAlgError, match=r"with ridge=0 \(0 added to its diagonal\).*try ridge=0\.01$"):
         getattr(OPS, op)(weight, hessian, ridge=0.0)
-    getattr(OPS, op)(weight, hessian, ridge=0.1)
+    getattr(OPS, op)(weight, hessian, ridge=0.01)
 
 
 @pytest.mark.parametrize("op", ["gptq", "gptq_reference"])

@@ -16,9 +16,14 @@ namespace miniquant {
 ///   target_j = w_j + (sum_{i<j} E_i R_ij) / R_jj,   q_j = quantize(target_j),   E_j = w_j - dequantize(q_j)
 /// (see docs/algorithm.md). Codes do not depend on the number of threads nor on `block_size`.
 ///
-/// An input that is always 0 (diag H = 0) has its column rounded to nearest.
-/// Throws c10::ValueError / c10::TypeError on bad arguments and c10::LinAlgError where H with its ridge is not
-/// positive definite; the message names the leading minor, the ridge used and what to try.
+/// An input that is always 0 (its row and column of H are 0) has its column rounded to nearest on the final scales.
+///
+/// H and each row of W may have any scale: a power of four times H, or a power of two times a row, changes no code.
+/// row_loss is rounded to its dtype once, to 0 where it is too small for it.
+///
+/// Throws c10::ValueError / c10::TypeError on bad arguments. Throws c10::LinAlgError where H has a negative diagonal
+/// entry or is not positive definite with its ridge; the message names the leading minor, or an input whose diagonal
+/// entry is 0 and whose row is not, the ridge used, and a ridge to try.
 MINIQUANT_API GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options = {});
 
 /// The textbook form of the same: the loop over blocks, groups and columns with the Cholesky factor of H^-1, on ATen

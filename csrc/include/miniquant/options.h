@@ -14,7 +14,7 @@ namespace miniquant {
 enum class ScaleMethod {
   kAbsmax,   ///< the scale that just holds the group's range
   kMse,      ///< of several that hold a smaller or larger range, the scale of least squared error
-  kHessian,  ///< the same with each column's error weighted by diag(hessian); not for rtn
+  kHessian,  ///< the same with each column's error weighted by diag H, H with its ridge; not for rtn
   kLoss,     ///< the scale with which the sweep adds least to the loss; gptq with dynamic group scales only
 };
 

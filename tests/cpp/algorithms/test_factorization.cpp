@@ -10,7 +10,6 @@
 #include <optional>
 #include <string>
 
-#include "algorithms/damping.h"
 #include "algorithms/factorization.h"
 #include "algorithms/symmetric.h"
 #include "algorithms/triangle_testing.h"
@@ -28,12 +27,12 @@ double eps(at::ScalarType dtype) {
 }
 
 at::Tensor positive_definite(int64_t columns, at::ScalarType dtype) {
-  return damp(testing::hessian_of_inputs(columns, columns / 2 + 2, 1), 0.01, dtype).matrix;
+  return testing::damped(testing::hessian_of_inputs(columns, columns / 2 + 2, 1), 0.01).to(dtype);
 }
 
 /// L [K, K] in float64, or nothing.
 std::optional<at::Tensor> factor(const at::Tensor& matrix) {
-  const at::Tensor triangle = lower_triangle(matrix, matrix.scalar_type());
+  const at::Tensor triangle = lower_triangle(matrix, 1.0, matrix.scalar_type());
   if (!factor_from_last_row(triangle, matrix.size(0))) {
     return std::nullopt;
   }

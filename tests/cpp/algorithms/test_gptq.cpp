@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/damping.h"
+#include "algorithms/column_order.h"
 #include "algorithms/gptq.h"
 #include "algorithms/loss.h"
 #include "algorithms/rtn.h"
@@ -108,7 +108,7 @@ TEST(Gptq, RowLossIsTheQuantizationLossUnderTheDampedHessian) {
   const testing::ScopedThreads threads(1);
   for (const GptqOptions& options : table_of_options()) {
     const GptqResult result = algorithms::gptq(weight, hessian, options);
-    const at::Tensor matrix = damp(hessian, options.ridge, at::kDouble).matrix;
+    const at::Tensor matrix = testing::damped(hessian, options.ridge);
     const at::Tensor loss = quantization_loss(weight, dequantized(result, options.group_size), matrix);
     EXPECT_TRUE((result.row_loss - loss).abs().le(loss * 1e-10 + nothing).all().item<bool>()) << describe(options);
   }
@@ -194,14 +194,6 @@ TEST(Gptq, StaticScalesAreThoseOfTheOriginalWeightsAndDynamicOnesAreNot) {
   EXPECT_EQ(differences(dynamic.slice(1, 1), original.slice(1, 1)), 30);
 }
 
-TEST(Gptq, ActivationOrderIsDescendingDiagonalAndStableAtTies) {
-  const at::Tensor hessian = at::diag(at::tensor({1.0, 3.0, 2.0, 3.0, 0.0, 2.0}, at::kDouble));
-  EXPECT_TRUE(
-      at::equal(order_of_columns(hessian, ColumnOrder::kActivation, 64), at::tensor({1, 3, 2, 5, 0, 4}, at::kLong)));
-  EXPECT_TRUE(
-      at::equal(order_of_columns(hessian, ColumnOrder::kNatural, 64), at::tensor({0, 1, 2, 3, 4, 5}, at::kLong)));
-}
-
 // Permuting W's columns and H by hand, with one group per row, is the same as activation order.
 TEST(Gptq, ActivationOrderIsThePermutedProblem) {
   const at::Tensor weight = testing::normal({10, 90}, 14);
@@ -258,8 +250,7 @@ TEST(Gptq, DeadInputsAreRoundedToNearestAndCostNothing) {
                 0)
           << ridge;
       EXPECT_EQ(differences(result.codes, algorithms::gptq_reference(weight, hessian, options).codes), 0) << ridge;
-      const at::Tensor loss =
-          quantization_loss(weight, dequantized(result, 10), damp(hessian, ridge, at::kDouble).matrix);
+      const at::Tensor loss = quantization_loss(weight, dequantized(result, 10), testing::damped(hessian, ridge));
       EXPECT_LE(((result.row_loss - loss).abs() / loss).max().item<double>(), 1e-10) << ridge;
     }
   }
@@ -337,7 +328,7 @@ TEST(Gptq, RefusesAHessianThatIsNotPositiveDefinite) {
   hessian[17][17] = -hessian[17][17];
   const GptqOptions options;
   for (const NamedAlgorithm& algorithm : kForms) {
-    const double added = damp(hessian, options.ridge, at::kDouble).added;
+    const double added = options.ridge * hessian.diagonal().mean().item<double>();
     EXPECT_EQ(
         testing::message_of<c10::LinAlgError>([&] { algorithm.run(testing::normal({2, 40}, 32), hessian, options); }),
         c10::str(algorithm.name, ": expected hessian to be positive definite with ridge=0.01 (", added,
@@ -379,7 +370,7 @@ TEST(GptqLab, LossesAndChangedCodesAreThoseMeasuredInFloat64) {
     const GptqOptions options;
     const QuantizedWeight nearest = rounded(lab.weight, options);
     const GptqResult result = algorithms::gptq(lab.weight, lab.hessian, options);
-    const at::Tensor matrix = damp(lab.hessian, options.ridge, at::kFloat).matrix;
+    const at::Tensor matrix = testing::damped(lab.hessian, options.ridge);
     EXPECT_NEAR(total_loss(lab.weight, nearest, matrix) / expected.loss_rtn, 1.0, 0.01);
     EXPECT_NEAR(total_loss(lab.weight, result, matrix) / expected.loss_gptq, 1.0, 0.01);
     EXPECT_NEAR(result.row_loss.sum(at::kDouble).item<double>() / expected.loss_gptq, 1.0, 0.01);

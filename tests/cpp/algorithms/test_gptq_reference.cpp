@@ -13,7 +13,6 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/damping.h"
 #include "algorithms/gptq.h"
 #include "algorithms/loss.h"
 #include "algorithms/rtn.h"
@@ -57,7 +56,7 @@ class Textbook : public ::testing::Test {
  protected:
   Textbook() {
     options_.group_size = kGroupSize;
-    nearest_ = algorithms::rtn(weight_, {.group_size = kGroupSize});
+    nearest_ = algorithms::rtn(weight_, {{.group_size = kGroupSize}});
   }
 
   [[nodiscard]] double loss(const at::Tensor& codes) const {
@@ -68,7 +67,7 @@ class Textbook : public ::testing::Test {
   GptqOptions options_;
   at::Tensor weight_ = testing::normal({32, 96}, 1).mul_(0.02);
   at::Tensor hessian_ = testing::hessian_of_inputs(96, 200, 2);
-  at::Tensor damped_ = damp(hessian_, 0.01, at::kDouble).matrix;
+  at::Tensor damped_ = testing::damped(hessian_, 0.01);
   QuantizedWeight nearest_;
 };
 

@@ -1,6 +1,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
@@ -10,13 +11,14 @@
 #include <optional>
 
 #include "algorithms/grid.h"
+#include "algorithms/rtn.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
 namespace {
 
 Grid computed_grid(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
-  Grid grid = make_grid(weight, {.bits = bits, .group_size = group_size, .symmetric = symmetric});
+  Grid grid = make_grid(weight, {{.bits = bits, .group_size = group_size, .symmetric = symmetric}});
   compute_scales(grid, weight.to(compute_dtype(weight.scalar_type())).contiguous(), ScaleMethod::kAbsmax);
   return grid;
 }
@@ -61,12 +63,67 @@ TEST(Grid, SmallestScalesAreThoseOfTheStorageTypes) {
   EXPECT_EQ(smallest_scale(at::kDouble), 0x1p-1022);
 }
 
+TEST(Grid, LargestScalesAreTheLastOfWhichTheLevelsAreFinite) {
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}) {
+    for (const int32_t levels : {1, 2, 3, 7, 8, 15, 127, 128, 255}) {
+      const double largest = largest_scale(dtype, levels);
+      const at::Tensor codes = at::full({1, 1}, levels - 128, at::kChar);
+      const at::Tensor zero_points = at::full({1, 1}, -128, at::kChar);
+      const auto value = [&](double scale) {
+        return dequantize(codes, at::full({1, 1}, scale, at::kDouble).to(dtype), zero_points, 1).item<double>();
+      };
+      EXPECT_TRUE(std::isfinite(value(largest))) << dtype << ", " << levels;
+      // The next scale is at most 2^-7, the precision of bfloat16, above.
+      EXPECT_FALSE(std::isfinite(value(largest * (1 + 0x1p-7)))) << dtype << ", " << levels;
+    }
+  }
+  EXPECT_EQ(largest_scale(at::kHalf, 7), 9352);
+  EXPECT_EQ(largest_scale(at::kHalf, 8), 8188);
+  EXPECT_EQ(largest_scale(at::kDouble, 1), std::numeric_limits<double>::max());
+}
+
+TEST(Grid, RowsOfOrdinarySizeNeedNoUnits) {
+  const at::Tensor weight = testing::normal({3, 20}, 1, at::kFloat);
+  for (const at::Tensor& ordinary :
+       {weight, weight * 0x1p-25, weight * 0x1p25, at::zeros({2, 3}), at::zeros({0, 4}), at::zeros({2, 0})}) {
+    const ScaledWeight scaled = scaled_weight(ordinary, std::nullopt);
+    EXPECT_TRUE(at::equal(scaled.values, ordinary));
+    EXPECT_FALSE(scaled.units.defined());
+    EXPECT_FALSE(scaled.exponents.defined());
+  }
+}
+
+TEST(Grid, OtherRowsAreMultiplesOfPowersOfTwo) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    at::Tensor weight = testing::normal({4, 20}, 1, dtype);
+    const at::Tensor factors = at::tensor({0x1p-100, 1.0, 0x1p70, 0x1p-40}, at::kDouble).to(dtype).unsqueeze(1);
+    const ScaledWeight scaled = scaled_weight(weight * factors, std::nullopt);
+    const at::Tensor largest = scaled.values.abs().amax(1);
+    EXPECT_TRUE(largest.ge(1).logical_and(largest.lt(4)).all().item<bool>()) << dtype;
+    EXPECT_TRUE(at::equal((scaled.values * scaled.units.unsqueeze(1)).to(dtype), weight * factors)) << dtype;
+    EXPECT_TRUE(at::equal(scaled.units.log2().to(at::kLong), scaled.exponents)) << dtype;
+    EXPECT_EQ(scaled.exponents[1].item<int64_t>(), 0) << dtype;
+  }
+}
+
+// A unit and its reciprocal are normal numbers whatever the weights.
+TEST(Grid, UnitsOfTheSmallestAndTheLargestWeights) {
+  for (const double weight : {0x1p-149, 0x1.fffffep127}) {
+    const ScaledWeight scaled = scaled_weight(at::full({1, 2}, weight, at::kFloat), std::nullopt);
+    EXPECT_EQ(scaled.values[0][0].item<double>() * scaled.units.item<double>(), weight);
+    EXPECT_GE(scaled.units.item<double>(), 0x1p-126);
+    EXPECT_LE(scaled.units.item<double>(), 0x1p126);
+  }
+}
+
 TEST(Grid, MakesItsOwnContiguousCopiesOfGivenScales) {
   const at::Tensor weight = at::zeros({4, 6}, at::kBFloat16);
   const at::Tensor scales = at::full({2, 4}, 0.5, at::kBFloat16).mT();
   const at::Tensor zero_points = at::full({2, 4}, 3, at::kChar).mT();
-  const Grid grid =
-      make_grid(weight, {.group_size = 3, .symmetric = false, .scales = scales, .zero_points = zero_points});
+  GridOptions options{{.group_size = 3, .symmetric = false}};
+  options.scales = scales;
+  options.zero_points = zero_points;
+  const Grid grid = make_grid(weight, options);
   EXPECT_EQ(grid.scales.scalar_type(), at::kFloat);
   EXPECT_TRUE(grid.scales.is_contiguous());
   EXPECT_TRUE(grid.zero_points.is_contiguous());
@@ -80,7 +137,7 @@ TEST(Grid, MakesItsOwnContiguousCopiesOfGivenScales) {
 }
 
 TEST(Grid, CodesAreContiguousWhateverTheWeightsStrides) {
-  EXPECT_TRUE(make_grid(at::zeros({6, 4}).mT(), {.group_size = 3}).codes.is_contiguous());
+  EXPECT_TRUE(make_grid(at::zeros({6, 4}).mT(), {{.group_size = 3}}).codes.is_contiguous());
 }
 
 TEST(Grid, EveryGroupHasTheScaleOfItsOwnColumns) {

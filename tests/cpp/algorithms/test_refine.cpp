@@ -42,15 +42,17 @@ class Refine : public ::testing::TestWithParam<bool> {
     result.grid.scales = nearest.scales.clone();
     result.grid.zero_points = nearest.zero_points;
     result.gradient.zero_();
-    result.gradient.narrow(1, 0, weight_.size(1)).copy_((weight_ - values_of(result.grid)).matmul(damped_));
-    result.row_loss = quantization_loss(weight_, values_of(result.grid), damped_);
+    const at::Tensor seen = damped_ * damping_.factor;
+    result.gradient.narrow(1, 0, weight_.size(1)).copy_((weight_ - values_of(result.grid)).matmul(seen));
+    result.row_loss = quantization_loss(weight_, values_of(result.grid), seen);
     return result;
   }
 
   static constexpr double kRidge = 0.1;
   const at::Tensor weight_ = testing::normal({100, 70}, 1);
   const at::Tensor hessian_ = testing::hessian_of_inputs(70, 100, 2);
-  const at::Tensor damped_ = damp(hessian_, kRidge, at::kDouble).matrix;
+  const Damping damping_ = damping_of(hessian_, kRidge);
+  const at::Tensor damped_ = testing::damped(hessian_, kRidge);
   GptqOptions options_;
 };
 
@@ -61,7 +63,7 @@ TEST_P(Refine, EveryRoundLowersTheLossAndSaysWhatIsLeft) {
     Rounded rounded = this->rounded();
     const at::Tensor scales = rounded.grid.scales.clone();
     const at::Tensor zero_points = rounded.grid.zero_points.clone();
-    refine(hessian_, kRidge, rounds, rounded.grid, rounded.gradient, rounded.row_loss);
+    refine(hessian_, damping_, rounds, rounded.grid, rounded.gradient, rounded.row_loss);
     EXPECT_TRUE(rounded.row_loss.le(loss_before).all().item<bool>()) << rounds;
     EXPECT_LT(rounded.row_loss.sum().item<double>(), loss_before.sum().item<double>()) << rounds;
     EXPECT_GT(differences(rounded.grid.codes, codes_before), 0) << rounds;
@@ -69,7 +71,7 @@ TEST_P(Refine, EveryRoundLowersTheLossAndSaysWhatIsLeft) {
     EXPECT_EQ(differences(rounded.grid.scales, scales) > 0, rounds > 1) << rounds;
     EXPECT_TRUE(at::equal(rounded.grid.zero_points, zero_points)) << rounds;
     // Exact but for the rounding of sums of 70 * 70 products in float64.
-    const at::Tensor loss = quantization_loss(weight_, values_of(rounded.grid), damped_);
+    const at::Tensor loss = quantization_loss(weight_, values_of(rounded.grid), damped_ * damping_.factor);
     EXPECT_LE((rounded.row_loss / loss - 1).abs().max().item<double>(), 1e-12) << rounds;
     loss_before = rounded.row_loss;
     codes_before = rounded.grid.codes;
@@ -81,10 +83,10 @@ TEST_P(Refine, DoesNotDependOnTheNumberOfThreads) {
   Rounded two = rounded();
   {
     const testing::ScopedThreads threads(1);
-    refine(hessian_, kRidge, 3, one.grid, one.gradient, one.row_loss);
+    refine(hessian_, damping_, 3, one.grid, one.gradient, one.row_loss);
   }
   const testing::ScopedThreads threads(2);
-  refine(hessian_, kRidge, 3, two.grid, two.gradient, two.row_loss);
+  refine(hessian_, damping_, 3, two.grid, two.gradient, two.row_loss);
   EXPECT_TRUE(at::equal(one.grid.codes, two.grid.codes));
   EXPECT_TRUE(at::equal(one.grid.scales, two.grid.scales));
   EXPECT_TRUE(at::equal(one.row_loss, two.row_loss));

@@ -13,7 +13,7 @@ namespace miniquant::algorithms {
 namespace {
 
 QuantizedWeight nearest(const at::Tensor& weight, int64_t bits, int64_t group_size, bool symmetric) {
-  return algorithms::rtn(weight, {.bits = bits, .group_size = group_size, .symmetric = symmetric});
+  return algorithms::rtn(weight, {{.bits = bits, .group_size = group_size, .symmetric = symmetric}});
 }
 
 /// Per-group oracle on ATen operations.
@@ -63,8 +63,10 @@ TEST(Rtn, UsesGivenScalesAndZeroPoints) {
   const at::Tensor weight = testing::normal({3, 8}, 3);
   const at::Tensor scales = testing::normal({3, 2}, 4).abs();
   const at::Tensor zero_points = at::zeros({3, 2}, at::kChar).fill_(2);
-  const QuantizedWeight quantized =
-      algorithms::rtn(weight, {.group_size = 4, .symmetric = false, .scales = scales, .zero_points = zero_points});
+  GridOptions options{{.group_size = 4, .symmetric = false}};
+  options.scales = scales;
+  options.zero_points = zero_points;
+  const QuantizedWeight quantized = algorithms::rtn(weight, options);
   EXPECT_TRUE(at::equal(quantized.scales, scales));
   EXPECT_TRUE(at::equal(quantized.zero_points, zero_points));
   EXPECT_TRUE(at::equal(quantized.codes, codes_from(weight, quantized, 4, 4, false)));
@@ -76,8 +78,9 @@ TEST(Rtn, HalfPrecisionIsFloat32WithStoredScales) {
     const at::Tensor weight = testing::normal({30, 50}, 5, dtype);
     const QuantizedWeight quantized = nearest(weight, 4, 16, true);
     EXPECT_EQ(quantized.scales.scalar_type(), dtype);
-    const QuantizedWeight single =
-        algorithms::rtn(weight.to(at::kFloat), {.group_size = 16, .scales = quantized.scales.to(at::kFloat)});
+    GridOptions options{{.group_size = 16}};
+    options.scales = quantized.scales.to(at::kFloat);
+    const QuantizedWeight single = algorithms::rtn(weight.to(at::kFloat), options);
     EXPECT_TRUE(at::equal(quantized.codes, single.codes)) << dtype;
   }
 }

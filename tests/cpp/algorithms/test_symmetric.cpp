@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <utility>
@@ -29,9 +30,9 @@ TEST(Symmetric, LowerTriangleIsThatOfTheAverageInTheOrderAskedFor) {
         const at::Tensor wide = hessian.to(dtype);
         const at::Tensor average = (wide + wide.mT()) / 2;
         const at::Tensor column = at::randperm(columns, at::kLong);
-        EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(hessian, dtype), columns), average.tril()))
+        EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(hessian, 1.0, dtype), columns), average.tril()))
             << columns << ", " << from << " to " << dtype;
-        EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(hessian, dtype, column), columns),
+        EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(hessian, 1.0, dtype, column), columns),
                               average.index_select(0, column).index_select(1, column).tril()))
             << columns << ", " << from << " to " << dtype << ", permuted";
       }
@@ -46,10 +47,11 @@ TEST(Symmetric, PanelsHoldAllOfTheAverage) {
           (testing::hessian_of_inputs(columns, columns, 1) + at::arange(columns, at::kDouble) * 1e-3).to(from);
       const at::Tensor wide = hessian.to(at::kDouble);
       at::Tensor expected = (wide + wide.mT()) / 2;
-      expected.diagonal().add_(0.5);
+      expected.mul_(0.25).diagonal().add_(0.5);
       const kernels::SymmetricLayout layout{columns};
-      const at::Tensor padded = damped_panels(hessian, 0.5, at::kDouble)
-                                    .view({layout.panels(), columns, kernels::kPanelColumns})
+      at::Tensor panels = symmetric_panels(hessian, 0.25, at::kDouble);
+      add_to_diagonal_of_panels(panels, columns, 0.5);
+      const at::Tensor padded = panels.view({layout.panels(), columns, kernels::kPanelColumns})
                                     .transpose(0, 1)
                                     .reshape({columns, layout.padded_columns()});
       EXPECT_TRUE(at::equal(padded.narrow(1, 0, columns), expected)) << columns << ", " << from;
@@ -58,18 +60,33 @@ TEST(Symmetric, PanelsHoldAllOfTheAverage) {
   }
 }
 
+// float64 entries that float32 cannot hold, once they are multiplied by a power of two.
+TEST(Symmetric, LowerTriangleIsMultipliedBeforeItIsCast) {
+  const at::Tensor hessian = testing::hessian_of_inputs(50, 80, 1);
+  for (const int exponent : {-400, 400}) {
+    const double factor = std::ldexp(1.0, -exponent);
+    const at::Tensor column = at::randperm(50, at::kLong);
+    for (const at::Tensor& order : {at::Tensor(), column}) {
+      const at::Tensor large = lower_triangle(hessian * std::ldexp(1.0, exponent), factor, at::kFloat, order);
+      EXPECT_TRUE(at::equal(testing::dense_triangle(large, 50),
+                            testing::dense_triangle(lower_triangle(hessian, 1.0, at::kFloat, order), 50)))
+          << exponent;
+    }
+  }
+}
+
 TEST(Symmetric, LowerTriangleTakesAnyStrides) {
   const at::Tensor hessian = testing::hessian_of_inputs(70, 90, 1);
   const at::Tensor strided = at::zeros({70, 140}, hessian.options()).slice(1, 0, 140, 2).copy_(hessian);
-  EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(strided, at::kDouble), 70),
-                        testing::dense_triangle(lower_triangle(hessian, at::kDouble), 70)));
+  EXPECT_TRUE(at::equal(testing::dense_triangle(lower_triangle(strided, 1.0, at::kDouble), 70),
+                        testing::dense_triangle(lower_triangle(hessian, 1.0, at::kDouble), 70)));
 }
 
 TEST(Symmetric, DiagonalIsReadAndSet) {
   for (const int64_t columns : kSizes) {
     const at::Tensor inputs = testing::hessian_of_inputs(columns, columns, 1);
     const at::Tensor hessian = inputs + inputs.mT();
-    const at::Tensor triangle = lower_triangle(hessian, at::kDouble);
+    const at::Tensor triangle = lower_triangle(hessian, 1.0, at::kDouble);
     EXPECT_TRUE(at::equal(diagonal_of_triangle(triangle, columns), hessian.diagonal())) << columns;
     const at::Tensor diagonal = at::arange(columns, at::kDouble);
     set_diagonal_of_triangle(triangle, diagonal);

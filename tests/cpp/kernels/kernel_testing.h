@@ -109,7 +109,7 @@ template <typename T>
 constexpr Wide<T> kEps = static_cast<Wide<T>>(std::numeric_limits<T>::epsilon());
 
 template <typename T>
-T no_rounding(T scale) {
+T no_rounding(T scale, std::int32_t /*levels*/) {
   return scale;
 }
 

@@ -178,7 +178,7 @@ TYPED_TEST(Grid, ScalesOfHugeAndSubnormalGroupsArePositiveAndFinite) {
 }
 
 template <typename T>
-T at_least_one(T scale) {
+T at_least_one(T scale, std::int32_t /*levels*/) {
   return scale < T(1) ? T(1) : scale;
 }
 
