@@ -3,16 +3,19 @@ import torch
 import miniquant
 
 torch.manual_seed(0)
-weight = torch.randn(256, 512) * 0.02
-inputs = torch.randn(4096, 512) @ torch.randn(512, 512) / 512**0.5  # tokens of a layer with correlated inputs
+layer = torch.nn.Linear(512, 256)
+inputs = torch.randn(4096, 512) @ torch.randn(512, 512) / 512**0.5  # what enters the layer: 4096 tokens
 
-accumulator = miniquant.HessianAccumulator(512)
-accumulator.update(inputs)
+accumulator = miniquant.HessianAccumulator(layer.in_features, halves=True)
+accumulator.update(inputs)  # again for every batch
 hessian = accumulator.hessian()
 
-nearest = torch.ops.miniquant.rtn(weight, bits=4, group_size=64)
-gptq = torch.ops.miniquant.gptq(weight, hessian, bits=4, group_size=64)
-for name, (codes, scales, zero_points, *_) in {"RTN": nearest, "GPTQ": gptq}.items():
-    dequantized = miniquant.dequantize(codes, scales, zero_points, group_size=64)
-    loss = miniquant.quantization_loss(weight, dequantized, hessian).sum()
-    print(f"{name:4}  loss {loss:.4f}  {tuple(miniquant.pack_int4(codes).shape)} bytes")
+nearest = miniquant.rtn(layer.weight, bits=4, group_size=64)
+plain = miniquant.gptq(layer.weight, hessian, bits=4, group_size=64)
+best = miniquant.gptq_auto(layer.weight, accumulator, bits=4, group_size=64, **miniquant.preset("best"))
+for name, quantized in {"round to nearest": nearest, "plain GPTQ": plain, "gptq_auto, best": best}.items():
+    loss = miniquant.quantization_loss(layer.weight, quantized, hessian).sum()
+    print(f"{name:16}  loss {loss:.4f}")
+print(f"ridge {best.ridge:.2g}, {miniquant.pack(best).nbytes} bytes of codes")
+
+layer.weight.data = miniquant.dequantize(best)  # the layer now computes what the codes mean

@@ -36,7 +36,8 @@ from miniquant._library import load_library
 
 load_library()
 
-from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402  (the operators must exist first)
+from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
+from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "gptq_auto",
     "gptq_reference",
     "hessian_update_",
+    "instruction_set",
     "load_layer",
     "pack",
     "pack_int4",

@@ -46,15 +46,15 @@ def gptq(
     bits: int = 4,
     group_size: int = 64,
     symmetric: bool = True,
-    ridge: float = 0.01,
-    block_size: int = 128,
-    group_scales: GroupScales = "static",
-    column_order: ColumnOrder = "natural",
     scales: Tensor | None = None,
     zero_points: Tensor | None = None,
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
     scale_dtype: torch.dtype | None = None,
+    ridge: float = 0.01,
+    block_size: int = 128,
+    group_scales: GroupScales = "static",
+    column_order: ColumnOrder = "natural",
     refine: int = 0,
     beam_scales: int = 0,
 ) -> GptqResult:
@@ -74,13 +74,6 @@ def gptq(
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
         symmetric: which of the two grids (see the package).
-        ridge: added to the Hessian's diagonal, relative to its mean.
-        block_size: columns per block of the sweep: time, not the result.
-        group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
-            by every earlier column, when the group is reached (not in activation order, and no given scales).
-        column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
-            a shorter last one last, and their columns so that from the last on each has the least variance given those
-            behind it. Scales stay with the stored columns.
         scales: [N, G] to use instead of the weight's own; of ``scale_dtype``, positive (not 0 with ``full_range``).
         zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
         full_range: the symmetric grid with one code more (see the package).
@@ -89,6 +82,13 @@ def gptq(
             sweep adds least to the loss.
         scale_dtype: the dtype in which scales will be stored: float32, bfloat16, float16 or, for a float64 weight,
             float64; None is the weight's. Scales are rounded to it before codes are chosen, and returned in it.
+        ridge: added to the Hessian's diagonal, relative to its mean.
+        block_size: columns per block of the sweep: time, not the result.
+        group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
+            by every earlier column, when the group is reached (not in activation order, and no given scales).
+        column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
+            a shorter last one last, and their columns so that from the last on each has the least variance given those
+            behind it. Scales stay with the stored columns.
         refine: max rounds of refinement after the sweep. The first moves single codes, scales held, until hardly any
             move lowers the loss; further rounds fit the scales to their codes as well. Stops when nothing changes.
         beam_scales: of the scales that ``scale_method="loss"`` tries, the number, up to 25, with which each group is
@@ -106,15 +106,15 @@ def gptq(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        ridge=ridge,
-        block_size=block_size,
-        group_scales=group_scales,
-        column_order=column_order,
         scales=scales,
         zero_points=zero_points,
         full_range=full_range,
         scale_method=scale_method,
         scale_dtype=scale_dtype,
+        ridge=ridge,
+        block_size=block_size,
+        group_scales=group_scales,
+        column_order=column_order,
         refine=refine,
         beam_scales=beam_scales,
     )
@@ -128,15 +128,15 @@ def gptq_reference(
     bits: int = 4,
     group_size: int = 64,
     symmetric: bool = True,
-    ridge: float = 0.01,
-    block_size: int = 128,
-    group_scales: GroupScales = "static",
-    column_order: ColumnOrder = "natural",
     scales: Tensor | None = None,
     zero_points: Tensor | None = None,
     full_range: bool = False,
     scale_method: ScaleMethod = "absmax",
     scale_dtype: torch.dtype | None = None,
+    ridge: float = 0.01,
+    block_size: int = 128,
+    group_scales: GroupScales = "static",
+    column_order: ColumnOrder = "natural",
     refine: int = 0,
     beam_scales: int = 0,
 ) -> GptqResult:
@@ -158,15 +158,15 @@ def gptq_reference(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        ridge=ridge,
-        block_size=block_size,
-        group_scales=group_scales,
-        column_order=column_order,
         scales=scales,
         zero_points=zero_points,
         full_range=full_range,
         scale_method=scale_method,
         scale_dtype=scale_dtype,
+        ridge=ridge,
+        block_size=block_size,
+        group_scales=group_scales,
+        column_order=column_order,
         refine=refine,
         beam_scales=beam_scales,
     )

@@ -1,20 +1,30 @@
 """Codes as they are stored: without gaps between their bits."""
 
-from typing import cast
+from typing import cast, overload
 
 from torch import Tensor
 
+from miniquant.grid import QuantizedWeight
 from miniquant.operators import call
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+@overload
+def pack(codes: QuantizedWeight) -> Tensor: ...
+
+
+@overload
+def pack(codes: Tensor, bits: int) -> Tensor: ...
+
+
+def pack(codes: Tensor | QuantizedWeight, bits: int | None = None) -> Tensor:
     """Codes of ``bits`` bits without gaps.
 
     A row is one little-endian stream of bits: bit i of column k, in two's complement, is bit ``k * bits + i`` of the
     row, and bit j of the row is bit ``j % 8`` of byte ``j // 8``. What is left of the last byte is 0.
 
     Args:
-        codes: int8 [N, K], values in [-2^(bits - 1), 2^(bits - 1) - 1].
+        codes: a whole :class:`miniquant.QuantizedWeight`, and no other argument; or int8 [N, K], values in
+            [-2^(bits - 1), 2^(bits - 1) - 1].
         bits: 2 to 8.
 
     Returns:
@@ -23,6 +33,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError, TypeError: for a bad argument.
     """
+    if isinstance(codes, QuantizedWeight):
+        if bits is not None:
+            raise TypeError(f"pack: expected no bits beside a quantized weight, which knows them, but got {bits!r}")
+        return cast("Tensor", call("pack", codes.codes, codes.bits))
     return cast("Tensor", call("pack", codes, bits))
 
 
@@ -49,5 +63,5 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """:func:`unpack` with 4 bits."""
+    """The inverse of :func:`pack_int4`: :func:`unpack` with 4 bits."""
     return cast("Tensor", call("unpack_int4", packed, columns))

@@ -10,7 +10,7 @@ import pytest
 from scripts_as_modules import load
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "csrc/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
+PAGES = [*ROOT.glob("*.md"), ROOT / "csrc/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
 
 
 def diagram(path: str) -> list[str]:
@@ -38,10 +38,10 @@ def test_the_diagram_names_what_the_loop_names() -> None:
         )
 
 
-def test_a_part_of_readme_is_one_pair_of_markers() -> None:
-    readme = load("scripts/readme.py")
+def test_a_part_of_a_page_is_one_pair_of_markers() -> None:
+    pages = load("scripts/pages.py")
     page = "<!-- begin results -->\na\n<!-- end -->\nbetween\n<!-- begin file x y.py -->\nb\n<!-- end -->\nafter\n"
-    parts = [(part["kind"], part["argument"], part["body"]) for part in readme.parts_of(page)]
+    parts = [(part["kind"], part["argument"], part["body"]) for part in pages.parts_of(page)]
     assert parts == [("results", None, "a\n"), ("file", "x y.py", "b\n")]
     for broken in (
         page.replace("<!-- end -->", "", 1),
@@ -50,7 +50,7 @@ def test_a_part_of_readme_is_one_pair_of_markers() -> None:
         page.replace(" -->", "-->", 1),
     ):
         with pytest.raises(ValueError, match="parts have"):
-            readme.parts_of(broken)
+            pages.parts_of(broken)
 
 
 def test_readme_maps_every_folder() -> None:
@@ -59,6 +59,18 @@ def test_readme_maps_every_folder() -> None:
     table = (ROOT / "README.md").read_text().split("## Where things are")[1].split("\n## ")[0]
     mapped = {path.split("/")[0] for path in re.findall(r"^\| `([^`]+/)` \|", table, re.MULTILINE)}
     assert mapped == folders
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_a_table_part_is_the_first_table_of_its_page() -> None:
+    pages = load("scripts/pages.py")
+    lines = pages.table_part("docs/torch.md").splitlines()
+    assert lines[0] == "| torch | Python | wheel | operator tests | date |"
+    assert all(line.startswith("|") for line in lines)
+    assert len(lines) > 2
 
 
 def slug(heading: str) -> str:
@@ -81,8 +93,8 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.slow
-def test_readme_is_true() -> None:
+def test_pages_are_true() -> None:
     run = subprocess.run(
-        [sys.executable, "scripts/readme.py", "--check"], check=False, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/pages.py", "--check"], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr

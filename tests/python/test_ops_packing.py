@@ -97,3 +97,12 @@ def test_packed_bytes_share_no_memory_with_codes(bits: int) -> None:
     codes.zero_()
     packed.zero_()
     assert unpacked.tolist() == [[1] * 8]
+
+
+def test_pack_takes_a_quantized_weight_whole() -> None:
+    quantized = miniquant.rtn(torch.randn(3, 10), bits=3, group_size=4)
+    assert torch.equal(miniquant.pack(quantized), miniquant.pack(quantized.codes, 3))
+    with pytest.raises(
+        TypeError, match="pack: expected no bits beside a quantized weight, which knows them, but got 4"
+    ):
+        miniquant.pack(quantized, 4)  # type: ignore[call-overload]

@@ -66,6 +66,18 @@ def test_version_is_that_of_cmake(root: Path) -> None:
     assert f"project(miniquant VERSION {miniquant.__version__} " in (root / "CMakeLists.txt").read_text()
 
 
+def test_instruction_set_is_that_of_the_kernels() -> None:
+    code = "import miniquant; print(miniquant.instruction_set())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MINIQUANT_ISA": "baseline"},
+        check=True,
+    )
+    assert run.stdout == "baseline\n"
+
+
 def test_results_are_named() -> None:
     weight = torch.randn(3, 8)
     rounded = miniquant.rtn(weight, group_size=4)

@@ -1,17 +1,20 @@
-"""Keeps README.md true: puts into it the files it shows, what the commands it shows print, and the figures it quotes.
+"""Keeps README.md and pages of docs/ true: the files they show, what commands print, the figures they quote.
 
-A part of README.md between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is made anew:
+A part of a page between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is made anew:
 
     file PATH         the file, as a code block
     output COMMAND    what COMMAND prints, run from the root of the clone
     markdown PATH     the file as it is: tables that a benchmark wrote
+    table PATH        the first table of the file
     results           the table of results, from the results.json files that are committed
+    ratios            its last columns alone
 
-Without --check, README.md is written. With it, nothing is, and the exit status says whether README.md is true: numbers
-of an output may differ in what depends on the machine (times, the last digits of a sum), words may not.
+Without --check, the pages are written. With it, nothing is, and the exit status says whether they are true: numbers of
+an output may differ in what depends on the machine (times, the last digits of a sum), words may not.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = ("README.md", "docs/guide.md", "docs/results.md", "docs/speed.md")
 BEGIN = "<!-- begin "
 END = "<!-- end -->"
 PART = re.compile(rf"({BEGIN}(?P<kind>\w+)(?: (?P<argument>[^\n]+?))? -->\n)(?P<body>.*?)({END})", re.DOTALL)
@@ -48,6 +51,13 @@ def markdown_part(path: str) -> str:
     return (ROOT / path).read_text()
 
 
+def table_part(path: str) -> str:
+    """The first table of a file."""
+    lines = (ROOT / path).read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:])) + "\n"
+
+
 def output_part(command: str) -> str:
     """What a command prints, as a code block."""
     words = shlex.split(command)
@@ -55,12 +65,12 @@ def output_part(command: str) -> str:
         words[0] = sys.executable
     run = subprocess.run(words, check=False, cwd=ROOT, capture_output=True, text=True)
     if run.returncode != 0:
-        raise RuntimeError(f"README.md shows `{command}`, which ended with {run.returncode}:\n{run.stderr}")
+        raise RuntimeError(f"a page shows `{command}`, which ended with {run.returncode}:\n{run.stderr}")
     return block("text", run.stdout)
 
 
 def results_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every run whose results are committed, with what README.md calls it."""
+    """Every run whose results are committed, with what pages call it."""
     lab = json.loads((ROOT / "experiments/26-gptq-toy/results.json").read_text())["runs"]
     yield "the lab, normal inputs", lab["normal"]
     yield "the lab, Cauchy inputs", lab["cauchy"]
@@ -85,7 +95,24 @@ def results_part(_: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-MAKERS = {"file": file_part, "markdown": markdown_part, "output": output_part, "results": results_part}
+def ratios_part(_: str) -> str:
+    """The ratios of results_part."""
+    lines = ["| layer | inputs | GPTQ / RTN | best / GPTQ |", "|---|---|---|---|"]
+    for name, run in results_rows():
+        for label, inputs, prefix in ((name, "calibration", ""), ("", "fresh", "fresh_")):
+            ratios = [f"{run[f'{prefix}{ratio}']:.3f}" for ratio in ("loss_ratio", "best_ratio")]
+            lines.append(f"| {' | '.join([label, inputs, *ratios])} |")
+    return "\n".join(lines) + "\n"
+
+
+MAKERS = {
+    "file": file_part,
+    "markdown": markdown_part,
+    "output": output_part,
+    "ratios": ratios_part,
+    "results": results_part,
+    "table": table_part,
+}
 
 
 def remade(part: re.Match[str]) -> str:
@@ -123,24 +150,30 @@ def agree(old: str, new: str) -> bool:
     return True
 
 
-def main() -> int:
-    """Writes or checks README.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where README.md is not true")
-    check = parser.parse_args().check
-    text = README.read_text()
-    parts = parts_of(text)
-    if not check:
-        README.write_text(PART.sub(remade, text))
-        return 0
+def stale_parts(page: str) -> list[str]:
+    """What a page should read where it does not."""
     stale = []
-    for part in parts:
+    for part in parts_of((ROOT / page).read_text()):
         made = remade(part)
         same = agree(part[0], made) if part["kind"] == "output" else part[0] == made
         if not same:
-            stale.append(f"README.md: `{part['kind']} {part['argument'] or ''}` should read\n{made}")
-    print("\n".join(stale) or "README.md is true")
-    return 1 if stale else 0
+            stale.append(f"{page}: `{part['kind']} {part['argument'] or ''}` should read\n{made}")
+    return stale
+
+
+def main() -> int:
+    """Writes or checks the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not true")
+    if parser.parse_args().check:
+        stale = [part for page in PAGES for part in stale_parts(page)]
+        print("\n".join(stale) or f"true: {', '.join(PAGES)}")
+        return 1 if stale else 0
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        parts_of(text)
+        (ROOT / page).write_text(PART.sub(remade, text))
+    return 0
 
 
 if __name__ == "__main__":
