@@ -37,14 +37,20 @@ template <typename T>
 struct RowScales {
   RoundScale<T> round;
   T unit;
+  T inverse_unit;  // exact: a unit is a power of two
 
   /// A positive scale as it is stored, in the row's units.
-  MINIQUANT_INLINE T operator()(T scale, std::int32_t levels) const { return round(scale * unit, levels) / unit; }
+  MINIQUANT_INLINE T operator()(T scale, std::int32_t levels) const {
+    return round(scale * unit, levels) * inverse_unit;
+  }
 };
 
 template <typename T>
 MINIQUANT_INLINE RowScales<T> scales_of_row(const GridView<T>& grid, std::int64_t row) {
-  return {grid.round_scale, grid.units == nullptr ? T(1) : grid.units[row]};
+  if (grid.units == nullptr) {
+    return {grid.round_scale, T(1), T(1)};
+  }
+  return {grid.round_scale, grid.units[row], T(1) / grid.units[row]};
 }
 
 /// The largest distance of a code from the zero point that lies `offset` above the smallest code.

@@ -41,6 +41,7 @@ template <typename T>
 void compute_grid(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                   std::int64_t row_end) {
   for (std::int64_t row = row_begin; row < row_end; ++row) {
+    const RowScales<T> round_scale = scales_of_row(grid, row);
     for (std::int64_t group = 0; group < grid.groups; ++group) {
       const std::int64_t begin = group * grid.group_size;
       const std::int64_t rest = columns - begin;
@@ -48,7 +49,7 @@ void compute_grid(const GridView<T>& grid, const T* weight, std::int64_t columns
       T highest;
       range_of(weight + row * columns + begin, min_of(rest, grid.group_size), lowest, highest);
       const std::int64_t at = row * grid.groups + group;
-      grid_of_range(grid.range, lowest, highest, scales_of_row(grid, row), grid.scales[at], grid.zero_points[at]);
+      grid_of_range(grid.range, lowest, highest, round_scale, grid.scales[at], grid.zero_points[at]);
     }
   }
 }

@@ -51,6 +51,7 @@ template <typename T>
 void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T* weight, std::int64_t columns,
                  std::int64_t row_begin, std::int64_t row_end) {
   for (std::int64_t row = row_begin; row < row_end; ++row) {
+    const RowScales<T> round_scale = scales_of_row(grid, row);
     for (std::int64_t group = 0; group < grid.groups; ++group) {
       const std::int64_t begin = group * grid.group_size;
       const std::int64_t count = min_of(columns - begin, grid.group_size);
@@ -62,8 +63,7 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
       for (std::int64_t factor = 0; factor < search.factor_count; ++factor) {
         T scale = T(1);
         std::int8_t zero_point = 0;
-        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], scales_of_row(grid, row), scale,
-                             zero_point);
+        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], round_scale, scale, zero_point);
         const double error = squared_error(grid.range, values, search.importance + begin, count, scale, zero_point);
         if (factor == 0 || error < least) {
           const std::int64_t at = row * grid.groups + group;
