@@ -26,13 +26,13 @@ int exponent_of(const at::Tensor& hessian, double ridge) {
   const int limit = hessian.scalar_type() == at::kDouble ? 1020 : 124;
   const int of_ridge = ridge > 1 ? std::ilogb(ridge) : 0;
   const int exponent = std::clamp(std::ilogb(largest) + of_ridge, -limit, limit);
-  return exponent - (exponent & 1);
+  return exponent - (exponent % 2 != 0 ? 1 : 0);
 }
 
 /// [D]: inputs whose diagonal entry is 0. `coupled`: those with an entry that is not 0 in their row or column, or those
 /// without.
 at::Tensor inputs_of_zero_diagonal(const at::Tensor& hessian, bool coupled) {
-  const at::Tensor zero = hessian.diagonal().eq(0).nonzero().flatten();
+  at::Tensor zero = hessian.diagonal().eq(0).nonzero().flatten();
   if (zero.numel() == 0) {
     return zero;
   }

@@ -23,7 +23,7 @@ bool any_with_exponent(const Bits* values, int64_t count, Bits exponent) {
 
 template <typename Bits>
 bool all_finite(const at::Tensor& tensor, Bits exponent) {
-  constexpr int64_t kPiece = 1 << 16;
+  constexpr int64_t kPiece = 65'536;
   const int64_t count = tensor.numel();
   const auto* const values = static_cast<const Bits*>(tensor.const_data_ptr());
   std::atomic<bool> finite = true;

@@ -147,7 +147,8 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
   }
   const at::Tensor moved = round_dead_inputs(dead_inputs(hessian), values, grid);
   settle_row_loss(hessian, damping, values, grid, {.before = swept_loss, .moved = moved}, row_loss);
-  return {{options, grid.codes, grid.stored_scales(), grid.zero_points}, in_true_units(row_loss, scaled, damping)};
+  const QuantizationGrid& kind = options;
+  return {{kind, grid.codes, grid.stored_scales(), grid.zero_points}, in_true_units(row_loss, scaled, damping)};
 }
 
 }  // namespace miniquant::algorithms

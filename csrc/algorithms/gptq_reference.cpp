@@ -216,7 +216,8 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   const at::Tensor E = original - Q;
   const at::Tensor row_loss = (E.matmul(damped) * E).sum(1).clamp_min(0);  // negative by rounding alone
   grid.codes.index_copy_(1, column, codes.to(at::kChar));
-  return {{options, grid.codes, grid.stored_scales(), zero_points.to(at::kChar)},
+  const QuantizationGrid& kind = options;
+  return {{kind, grid.codes, grid.stored_scales(), zero_points.to(at::kChar)},
           in_true_units(row_loss, scaled, damping)};
 }
 

@@ -43,7 +43,8 @@ at::Tensor rows_of(const std::vector<at::Tensor>& parts, int64_t width) {
 
 at::Tensor pack(const at::Tensor& codes, int64_t bits) {
   const Period period = period_of(bits);
-  const at::Tensor fields = at::bitwise_and(in_periods(codes, period.codes).view(at::kByte), (1 << bits) - 1);
+  const auto mask = static_cast<int64_t>((1U << static_cast<unsigned>(bits)) - 1);
+  const at::Tensor fields = at::bitwise_and(in_periods(codes, period.codes).view(at::kByte), mask);
   std::vector<at::Tensor> bytes(static_cast<size_t>(period.bytes));
   for (int64_t i = 0; i < period.codes; ++i) {
     const at::Tensor field = fields.select(2, i);

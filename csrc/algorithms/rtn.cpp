@@ -24,7 +24,8 @@ QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
       kernel.round_to_nearest(grid_view, from, columns, row_begin, row_end);
     });
   });
-  return {options, grid.codes, grid.stored_scales(), grid.zero_points};
+  const QuantizationGrid& kind = options;
+  return {kind, grid.codes, grid.stored_scales(), grid.zero_points};
 }
 
 }  // namespace miniquant::algorithms

@@ -16,7 +16,8 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at::Tensor& weight,
                 const at::Tensor& hessian, const GptqOptions& options) {
   auto [codes, scales, zero_points, row_loss] = ops::call_gptq(op, weight, hessian, options);
-  return {{options, codes, scales, zero_points}, row_loss};
+  const QuantizationGrid& kind = options;
+  return {{kind, codes, scales, zero_points}, row_loss};
 }
 
 }  // namespace
@@ -24,7 +25,8 @@ GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at
 QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
   static const auto op = find<ops::RtnSignature>("miniquant::rtn");
   auto [codes, scales, zero_points] = ops::call_rtn(op, weight, options);
-  return {options, codes, scales, zero_points};
+  const QuantizationGrid& kind = options;
+  return {kind, codes, scales, zero_points};
 }
 
 GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {

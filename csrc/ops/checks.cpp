@@ -396,8 +396,9 @@ void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scale
   check_zero_point_dtype(op, zero_points);
   check_per_group(op, "zero_points", zero_points, codes, group_size);
   check_same_device(op, "zero_points", zero_points, "codes", codes);
-  TORCH_CHECK_TYPE(is_weight_dtype(dtype.value_or(at::kFloat)), op, ": expected dtype to be ", kWeightDtypes,
-                   ", but got ", name_of(*dtype));
+  const at::ScalarType values = dtype.value_or(scales.scalar_type());
+  TORCH_CHECK_TYPE(is_weight_dtype(values), op, ": expected dtype to be ", kWeightDtypes, ", but got ",
+                   name_of(values));
 }
 
 c10::SymInt packed_bytes(const c10::SymInt& columns, int64_t bits) { return (columns * bits + 7) / 8; }
@@ -413,7 +414,7 @@ void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits) {
   if (bits == 8) {
     return;
   }
-  const auto half = static_cast<int64_t>(1) << (bits - 1);
+  const auto half = static_cast<int64_t>(1U << static_cast<unsigned>(bits - 1));
   const at::Tensor bad = (codes < -half).logical_or(codes >= half);
   TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected codes to be in [", -half, ", ", half - 1, "] for ", bits,
                     " bits, but got ", first_value(codes, bad));

@@ -10,7 +10,7 @@ namespace {
 
 TEST(Finite, FindsOneValueThatIsNotFiniteAmongMany) {
   // One more than a piece, so that the last value stands in a piece of its own.
-  constexpr int64_t kCount = (1 << 16) + 1;
+  constexpr int64_t kCount = 65'537;
   for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     const at::Tensor values = testing::normal({kCount}, 1, dtype);
     EXPECT_TRUE(all_finite(values)) << dtype;
