@@ -6,6 +6,7 @@
 #include "kernels/choices-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/lanes-inl.h"
+#include "kernels/target-inl.h"
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
@@ -167,7 +168,7 @@ MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const Sweep
 
 /// E = W, in the order of the sweep; lanes past the last row get 0.
 template <typename T>
-MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+MINIQUANT_NOINLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
     for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
@@ -181,7 +182,7 @@ MINIQUANT_INLINE void read_weights(const SweepProblem<T>& problem, const SweepTi
 
 /// Copies the codes to their rows.
 template <typename T>
-MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+MINIQUANT_NOINLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
@@ -195,7 +196,7 @@ MINIQUANT_INLINE void write_codes(const SweepProblem<T>& problem, const SweepTil
 
 /// Copies E H, which has taken the place of E R, to its rows.
 template <typename T>
-MINIQUANT_INLINE void write_gradient(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
+MINIQUANT_NOINLINE void write_gradient(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   const std::int64_t padded = SymmetricLayout{problem.columns}.padded_columns();
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);

@@ -15,3 +15,6 @@
 #endif
 
 #define MINIQUANT_INLINE inline __attribute__((always_inline))
+
+/// For copies beside a kernel's loops: inlined, they take registers from these.
+#define MINIQUANT_NOINLINE __attribute__((noinline))
