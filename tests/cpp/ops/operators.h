@@ -56,7 +56,8 @@ inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at
                                                           {"scale_dtype", options.scale_dtype},
                                                           {"refine", options.refine},
                                                           {"beam_scales", options.beam_scales}});
-  return {{options, results[0].toTensor(), results[1].toTensor(), results[2].toTensor()}, results[3].toTensor()};
+  const QuantizationGrid& kind = options;
+  return {{kind, results[0].toTensor(), results[1].toTensor(), results[2].toTensor()}, results[3].toTensor()};
 }
 
 }  // namespace miniquant::testing
