@@ -414,7 +414,7 @@ void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits) {
   if (bits == 8) {
     return;
   }
-  const auto half = static_cast<int64_t>(1U << static_cast<unsigned>(bits - 1));
+  const auto half = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits - 1));
   const at::Tensor bad = (codes < -half).logical_or(codes >= half);
   TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected codes to be in [", -half, ", ", half - 1, "] for ", bits,
                     " bits, but got ", first_value(codes, bad));

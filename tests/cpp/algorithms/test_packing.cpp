@@ -58,7 +58,7 @@ TEST(Packing, RoundTripOfAnyShapeAndStride) {
 // Bit by bit, as miniquant/packing.h defines the stream.
 TEST(Packing, ARowIsAStreamOfBitsOfAnyWidth) {
   for (int64_t bits = 2; bits <= 8; ++bits) {
-    const auto levels = static_cast<int64_t>(1U << static_cast<unsigned>(bits));
+    const auto levels = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits));
     for (const int64_t columns : {1, 2, 3, 7, 8, 9, 16, 31}) {
       SCOPED_TRACE(c10::str(bits, " bits, ", columns, " columns"));
       const at::Tensor codes = at::arange(0, 3 * columns, at::kLong)
