@@ -47,7 +47,7 @@ class Team {
  private:
   /// A moment's pause: of the processor at first, then of the thread.
   static void pause(int64_t turn) {
-    constexpr int64_t kTurnsOfProcessor = 256;
+    constexpr int64_t kTurnsOfProcessor = 4096;
     if (turn < kTurnsOfProcessor) {
       relax();
     } else {
