@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "algorithms/parallel.h"
+#include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
 
 // How the algorithms reach the kernels: by element type, over tiles of rows, with aligned scratch memory.
@@ -37,10 +38,10 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
 inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
   constexpr int64_t kPiecesPerThread = 4;
   constexpr int64_t kTilesPerPass = 4;
-  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t tiles = kernels::ceil_div(rows, tile_rows);
   const int64_t pieces = kPiecesPerThread * at::get_num_threads();
-  const int64_t share = std::max<int64_t>(1, (tiles + pieces - 1) / pieces);
-  return tile_rows * (share < kTilesPerPass ? share : (share + kTilesPerPass - 1) / kTilesPerPass * kTilesPerPass);
+  const int64_t share = std::max<int64_t>(1, kernels::ceil_div(tiles, pieces));
+  return tile_rows * (share < kTilesPerPass ? share : kernels::ceil_div(share, kTilesPerPass) * kTilesPerPass);
 }
 
 /// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:
@@ -48,7 +49,7 @@ inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
 template <typename Body>
 void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Body& body) {
   const int64_t piece_rows = rows_per_piece(rows, tile_rows);
-  for_pieces((rows + piece_rows - 1) / piece_rows, rows * operations,
+  for_pieces(kernels::ceil_div(rows, piece_rows), rows * operations,
              [&](int64_t piece) { body(piece * piece_rows, std::min(rows, (piece + 1) * piece_rows)); });
 }
 
@@ -59,7 +60,7 @@ void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
                  int64_t (*workspace_of)(const Problem& problem, int64_t rows),
                  void (*kernel)(const Problem& problem, int64_t row_begin, int64_t row_end, T* workspace)) {
   const int64_t piece_rows = rows_per_piece(rows, typed_kernels<T>().tile_rows);
-  const int64_t count = (rows + piece_rows - 1) / piece_rows;
+  const int64_t count = kernels::ceil_div(rows, piece_rows);
   Team team(team_size(count, rows * operations));
   Pieces pieces(count);
   team.run([&] {
