@@ -109,6 +109,7 @@ def make_source(python: Path, folder: Path) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "source tree", filter="data")
     (source,) = (folder / "source tree").iterdir()
+    (source / "PKG-INFO").unlink()  # with which a wheel's version would be that of the distribution, without the torch
     return source
 
 

@@ -14,6 +14,7 @@
 
 #include "algorithms/grid.h"
 #include "algorithms/parallel.h"
+#include "kernels/arithmetic.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -51,7 +52,7 @@ at::Tensor order_within_groups(const at::Tensor& hessian, int64_t group_columns)
   const at::Tensor order = at::empty({columns}, hessian.options().dtype(at::kLong));
   int64_t* const to = order.mutable_data_ptr<int64_t>();
   const int64_t operations = columns * group_columns * group_columns / 3;
-  for_pieces((columns + group_columns - 1) / group_columns, operations, [&](int64_t piece) {
+  for_pieces(kernels::ceil_div(columns, group_columns), operations, [&](int64_t piece) {
     const int64_t begin = piece * group_columns;
     const int64_t count = std::min(group_columns, columns - begin);
     const at::Tensor group = hessian.narrow(0, begin, count).narrow(1, begin, count).to(at::kDouble, false, true);

@@ -37,11 +37,11 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
 /// there is more than one. Kernels treat rows apart, so the choice changes the time taken and not the result.
 inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
   constexpr int64_t kPiecesPerThread = 4;
-  constexpr int64_t kTilesPerPass = 4;
+  constexpr int64_t kWholePass = kernels::kTilesPerPass;
   const int64_t tiles = kernels::ceil_div(rows, tile_rows);
   const int64_t pieces = kPiecesPerThread * at::get_num_threads();
   const int64_t share = std::max<int64_t>(1, kernels::ceil_div(tiles, pieces));
-  return tile_rows * (share < kTilesPerPass ? share : kernels::ceil_div(share, kTilesPerPass) * kTilesPerPass);
+  return tile_rows * (share < kWholePass ? share : kernels::ceil_div(share, kWholePass) * kWholePass);
 }
 
 /// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:
@@ -65,12 +65,12 @@ void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
   Pieces pieces(count);
   team.run([&] {
     at::Tensor workspace;
-    for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+    team.take(pieces, [&](int64_t piece) {
       if (!workspace.defined()) {
         workspace = at::empty({workspace_of(problem, std::min(rows, piece_rows))}, c10::CppTypeToScalarType<T>::value);
       }
       kernel(problem, piece * piece_rows, std::min(rows, (piece + 1) * piece_rows), workspace.mutable_data_ptr<T>());
-    }
+    });
   });
 }
 

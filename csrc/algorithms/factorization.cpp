@@ -49,12 +49,12 @@ class Factorization {
     Team team(team_size(layout_.panels(), columns * columns * columns / 6));
     Pieces pieces(static_cast<int64_t>(steps_.size()));
     team.run([&] {
-      for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+      team.take(pieces, [&](int64_t piece) {
         const Step& step = steps_[static_cast<size_t>(piece)];
         if (!(step.panel < 0 ? subtract_later_blocks(team, step) : solve(team, step))) {
           team.stop();
         }
-      }
+      });
     });
     return !team.stopped();
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "algorithms/parallel.h"
+#include "kernels/arithmetic.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -27,7 +28,7 @@ bool all_finite(const at::Tensor& tensor, Bits exponent) {
   const int64_t count = tensor.numel();
   const auto* const values = static_cast<const Bits*>(tensor.const_data_ptr());
   std::atomic<bool> finite = true;
-  for_pieces((count + kPiece - 1) / kPiece, count, [&](int64_t piece) {
+  for_pieces(kernels::ceil_div(count, kPiece), count, [&](int64_t piece) {
     const int64_t begin = piece * kPiece;
     if (any_with_exponent(values + begin, std::min(kPiece, count - begin), exponent)) {
       finite.store(false, std::memory_order_relaxed);

@@ -133,6 +133,8 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
 
   SweepFactor factor = factor_for_sweep(hessian, damping, options, dtype);
   Grid grid = make_grid(weight, options, scaled.units);
+  const at::Tensor dead = dead_inputs(hessian);
+  hold_dead_inputs(dead, values, grid);
   if (options.group_scales == GroupScales::kStatic && !options.scales.has_value()) {
     compute_scales(grid, values, options.scale_method, damped_diagonal(hessian, damping));
   }
@@ -145,7 +147,7 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
     row_loss = row_loss.clone();
     refine(hessian, damping, options.refine, grid, gradient, row_loss);
   }
-  const at::Tensor moved = round_dead_inputs(dead_inputs(hessian), values, grid);
+  const at::Tensor moved = round_dead_inputs(dead, values, grid);
   settle_row_loss(hessian, damping, values, grid, {.before = swept_loss, .moved = moved}, row_loss);
   const QuantizationGrid& kind = options;
   return {{kind, grid.codes, grid.stored_scales(), grid.zero_points}, in_true_units(row_loss, scaled, damping)};

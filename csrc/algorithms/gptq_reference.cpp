@@ -153,6 +153,7 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   Grid grid = make_grid(weight, options, scaled.units);
   const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
   if (!dynamic_scales && options.scale_method != ScaleMethod::kAbsmax) {
+    hold_dead_inputs(dead_inputs(hessian), scaled.values, grid);
     compute_scales(grid, scaled.values, options.scale_method, damped_diagonal(hessian, damping));
   }
   at::Tensor scales = grid.scales;

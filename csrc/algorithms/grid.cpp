@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -241,11 +243,25 @@ Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::T
                                          : at::empty({rows, groups}, bytes.dtype(dtype)),
             .zero_points = zero_points.has_value() ? zero_points->clone(at::MemoryFormat::Contiguous)
                                                    : at::zeros({rows, groups}, bytes),
-            .units = units};
+            .units = units,
+            .held = {}};
   if (scales.has_value() && units.defined()) {
     grid.scales.div_(units.unsqueeze(1));
   }
   return grid;
+}
+
+void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& grid) {
+  if (dead.numel() == 0) {
+    return;
+  }
+  const at::Tensor group = dead.div(grid.group_size, "floor").expand({weight.size(0), -1});
+  const at::Tensor values = weight.index_select(1, dead);
+  // The zeros that the extremes start from count as weights.
+  const auto extreme = [&](std::string_view reduce) {
+    return at::zeros({weight.size(0), grid.scales.size(1)}, weight.options()).scatter_reduce_(1, group, values, reduce);
+  };
+  grid.held = at::stack({extreme("amin"), extreme("amax")}, /*dim=*/2);
 }
 
 template <typename T>
@@ -257,7 +273,8 @@ kernels::GridView<T> view(const Grid& grid) {
           .zero_points = grid.zero_points.mutable_data_ptr<int8_t>(),
           .codes = grid.codes.mutable_data_ptr<int8_t>(),
           .round_scale = round_scale_to<T>(grid.stored),
-          .units = grid.units.defined() ? grid.units.const_data_ptr<T>() : nullptr};
+          .units = grid.units.defined() ? grid.units.const_data_ptr<T>() : nullptr,
+          .held = grid.held.defined() ? grid.held.const_data_ptr<T>() : nullptr};
 }
 template kernels::GridView<float> view(const Grid& grid);
 template kernels::GridView<double> view(const Grid& grid);

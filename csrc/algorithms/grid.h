@@ -51,12 +51,17 @@ struct Grid {
   at::Tensor scales;       ///< [N, groups], compute dtype, multiples of the row's unit
   at::Tensor zero_points;  ///< int8 [N, groups]
   at::Tensor units;        ///< [N], of ScaledWeight
+  at::Tensor held;         ///< [N, groups, 2], kernels::GridView::held; undefined where all may be clipped
   [[nodiscard]] at::Tensor stored_scales() const;
 };
 
 /// A grid for `weight` with codes not yet set. Scales and zero points are the given ones, or not yet set.
 /// units: [N], of ScaledWeight.
 Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::Tensor& units = {});
+
+/// Keeps the scales of `grid` from clipping the columns `dead` (int64 [D]) of `weight` [N, K] (ScaledWeight::values), on
+/// the CPU: no search sees in H what their weights will multiply.
+void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& grid);
 
 /// The kernels' view of a grid; T is its compute dtype.
 template <typename T>

@@ -23,14 +23,14 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   const int64_t tokens = inputs.size(0);
   const int64_t columns = inputs.size(1);
   const T* const values = inputs.const_data_ptr<T>();
-  const int64_t column_tiles = (columns + kernel.tile_rows - 1) / kernel.tile_rows;
+  const int64_t column_tiles = kernels::ceil_div(columns, kernel.tile_rows);
   // The first pieces pack a tile each, the others wait for all of these and update a row of tiles each, longer ones
   // first.
   Team team(team_size(column_tiles, tokens * columns * columns / 2));
   Pieces pieces(2 * column_tiles);
   std::atomic<int64_t> packed = 0;
   team.run([&] {
-    for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
+    team.take(pieces, [&](int64_t piece) {
       if (piece < column_tiles) {
         kernel.pack_tile(values, columns, tokens, columns, piece, tiles);
         packed.fetch_add(1, std::memory_order_release);
@@ -40,7 +40,7 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
           kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
         }
       }
-    }
+    });
   });
 }
 
@@ -60,7 +60,7 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   dispatch_compute(hessian.scalar_type(), [&]<typename T> {
     const int64_t lanes = typed_kernels<T>().tile_rows;
     const int64_t pass = std::min(kTokensPerPass, all_tokens.size(0));
-    const at::Tensor tiles = at::empty({(columns + lanes - 1) / lanes, pass, lanes}, sum.options());
+    const at::Tensor tiles = at::empty({kernels::ceil_div(columns, lanes), pass, lanes}, sum.options());
     for (int64_t token = 0; token < all_tokens.size(0); token += pass) {
       const int64_t count = std::min(pass, all_tokens.size(0) - token);
       at::Tensor tokens = all_tokens.narrow(0, token, count).to(sum.scalar_type());

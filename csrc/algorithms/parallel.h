@@ -18,6 +18,22 @@ inline constexpr int64_t kSerialOperations = 500'000;
 /// at::get_num_threads(), and 1 inside another parallel region.
 int64_t team_size(int64_t pieces, int64_t operations);
 
+/// The numbers 0 to count - 1, each handed out once, in order.
+class Pieces {
+ public:
+  explicit Pieces(int64_t count) : count_(count) {}
+
+  /// Whether there is one more, which `piece` is then set to.
+  [[nodiscard]] bool take(int64_t& piece) {
+    piece = next_.fetch_add(1, std::memory_order_relaxed);
+    return piece < count_;
+  }
+
+ private:
+  std::atomic<int64_t> next_ = 0;
+  int64_t count_;
+};
+
 /// A few threads that run one function together, the calling thread among them.
 class Team {
  public:
@@ -27,7 +43,15 @@ class Team {
   /// when the first to begin ends. An exception of a member stops the team and is thrown here.
   void run(const std::function<void()>& member);
 
-  /// Ends wait_until() and the taking of pieces in every member.
+  /// body(piece) for pieces that no other member took, until none is left or the team is stopped. Called by a member.
+  template <typename Body>
+  void take(Pieces& pieces, const Body& body) const {
+    for (int64_t piece = 0; !stopped() && pieces.take(piece);) {
+      body(piece);
+    }
+  }
+
+  /// Ends wait_until() and take() in every member.
   void stop() { stopped_.store(true, std::memory_order_relaxed); }
   [[nodiscard]] bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
@@ -65,32 +89,12 @@ class Team {
   std::atomic<bool> stopped_ = false;
 };
 
-/// The numbers 0 to count - 1, each handed out once, in order.
-class Pieces {
- public:
-  explicit Pieces(int64_t count) : count_(count) {}
-
-  /// Whether there is one more, which `piece` is then set to.
-  [[nodiscard]] bool take(int64_t& piece) {
-    piece = next_.fetch_add(1, std::memory_order_relaxed);
-    return piece < count_;
-  }
-
- private:
-  std::atomic<int64_t> next_ = 0;
-  int64_t count_;
-};
-
 /// body(piece) for 0 <= piece < count, in parallel where `operations` multiply-adds in all are worth it.
 template <typename Body>
 void for_pieces(int64_t count, int64_t operations, const Body& body) {
   Team team(team_size(count, operations));
   Pieces pieces(count);
-  team.run([&] {
-    for (int64_t piece = 0; !team.stopped() && pieces.take(piece);) {
-      body(piece);
-    }
-  });
+  team.run([&] { team.take(pieces, body); });
 }
 
 }  // namespace miniquant::algorithms

@@ -74,4 +74,6 @@ at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const
   return losses;
 }
 
+at::Tensor fallbacks_of(const at::Tensor& ridge) { return ridge * at::tensor({10.0, 100.0, 1000.0}, ridge.options()); }
+
 }  // namespace miniquant::algorithms

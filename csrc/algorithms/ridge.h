@@ -17,4 +17,8 @@ at::Tensor judged_ridges(int64_t tokens, int64_t columns);
 at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
                         const at::Tensor& ridges, const GridOptions& grid);
 
+/// What to try in turn where a Hessian is not positive definite with `ridge` (float64 []): float64 [kFallbacks].
+inline constexpr int64_t kFallbacks = 3;
+at::Tensor fallbacks_of(const at::Tensor& ridge);
+
 }  // namespace miniquant::algorithms

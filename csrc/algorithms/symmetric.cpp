@@ -25,7 +25,7 @@ constexpr int64_t kTile = kernels::kPanelColumns;
 /// body(row_begin, panel) for the tiles of the lower triangle, in parallel over rows of tiles.
 template <typename Body>
 void for_lower_tiles(int64_t columns, const Body& body) {
-  for_triangle((columns + kTile - 1) / kTile, kOperationsPerEntry * columns * columns, [&](int64_t tile) {
+  for_triangle(kernels::ceil_div(columns, kTile), kOperationsPerEntry * columns * columns, [&](int64_t tile) {
     for (int64_t panel = 0; panel <= tile; ++panel) {
       body(tile * kTile, panel);
     }
@@ -245,7 +245,7 @@ SymmetrySurvey survey_symmetry(const at::Tensor& hessian) {
             (hessian - hessian.mT()).abs().max().item<double>()};
   }
   const at::Tensor h = hessian.contiguous();
-  std::vector<SymmetrySurvey> of_row((columns + kTile - 1) / kTile);
+  std::vector<SymmetrySurvey> of_row(kernels::ceil_div(columns, kTile));
   dispatch_compute(h.scalar_type(), [&]<typename T> {
     for_triangle(static_cast<int64_t>(of_row.size()), kOperationsPerEntry * columns * columns, [&](int64_t tile) {
       RowOfTiles<T> row;

@@ -5,13 +5,12 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
-#include <tuple>
 #include <utility>
+
+#include "ops/results.h"
 
 namespace miniquant {
 namespace {
-
-constexpr size_t kMostFailures = 3;
 
 std::vector<double> to_vector(const at::Tensor& values) {
   const auto* const first = values.const_data_ptr<double>();
@@ -21,17 +20,18 @@ std::vector<double> to_vector(const at::Tensor& values) {
 }  // namespace
 
 RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator, const GridOptions& grid) {
-  using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                                   const at::Tensor&, int64_t, int64_t, int64_t, bool);
+  using Signature =
+      ops::RidgeTuple(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("miniquant::choose_ridge", "").typed<Signature>();
   TORCH_CHECK_VALUE(!grid.scales.has_value(), "choose_ridge: expected no scales, but got scales of shape ",
                     grid.scales->sizes());
-  const auto [ridge, ridges, losses] =
+  const auto [ridge, ridges, losses, fallbacks] =
       op.call(weight, accumulator.half(0), accumulator.half(1), std::lround(accumulator.effective_tokens()), grid.bits,
               grid.group_size, grid.symmetric);
   const at::Tensor nearest = losses.select(0, -1);
-  return {ridge.item<double>(), to_vector(ridges), to_vector(losses / nearest.masked_fill(nearest == 0, 1))};
+  return {ridge.item<double>(), to_vector(ridges), to_vector(losses / nearest.masked_fill(nearest == 0, 1)),
+          to_vector(fallbacks)};
 }
 
 AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator, const GptqOptions& options) {
@@ -44,19 +44,19 @@ AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& acc
   GptqOptions with_ridge = options;
   with_ridge.ridge = result.choice.ridge;
   const at::Tensor hessian = accumulator.hessian();
-  while (true) {
+  for (const double fallback : result.choice.fallbacks) {
     try {
       static_cast<GptqResult&>(result) = gptq(weight, hessian, with_ridge);
       result.ridge = with_ridge.ridge;
       return result;
     } catch (const c10::LinAlgError&) {
-      if (result.failed.size() == kMostFailures) {
-        throw;
-      }
       result.failed.push_back(with_ridge.ridge);
-      with_ridge.ridge *= 10;
+      with_ridge.ridge = fallback;
     }
   }
+  static_cast<GptqResult&>(result) = gptq(weight, hessian, with_ridge);
+  result.ridge = with_ridge.ridge;
+  return result;
 }
 
 }  // namespace miniquant

@@ -53,6 +53,32 @@ MINIQUANT_INLINE RowScales<T> scales_of_row(const GridView<T>& grid, std::int64_
   return {grid.round_scale, grid.units[row], T(1) / grid.units[row]};
 }
 
+/// The weights of a group that its scale must not clip.
+template <typename T>
+struct HeldRange {
+  T lowest;   // at most 0
+  T highest;  // at least 0
+};
+
+template <typename T>
+MINIQUANT_INLINE HeldRange<T> held_range(const GridView<T>& grid, std::int64_t row, std::int64_t group) {
+  if (grid.held == nullptr) {
+    return {T(0), T(0)};
+  }
+  const T* const held = grid.held + 2 * (row * grid.groups + group);
+  return {held[0], held[1]};
+}
+
+/// The least magnitude of a scale of this sign with which the grid reaches from one end of `held` to the other.
+template <typename T>
+MINIQUANT_INLINE T least_scale(const CodeRange& range, std::int8_t zero_point, HeldRange<T> held, bool positive) {
+  const T above = static_cast<T>(positive ? range.code_max - zero_point : zero_point - range.code_min);
+  const T below = static_cast<T>(positive ? zero_point - range.code_min : range.code_max - zero_point);
+  const T for_highest = held.highest > T(0) && above > T(0) ? held.highest / above : T(0);
+  const T for_lowest = held.lowest < T(0) && below > T(0) ? -held.lowest / below : T(0);
+  return for_highest > for_lowest ? for_highest : for_lowest;
+}
+
 /// The largest distance of a code from the zero point that lies `offset` above the smallest code.
 MINIQUANT_INLINE std::int32_t levels_beside(const CodeRange& range, std::int32_t offset) {
   const std::int32_t above = range.code_max - range.code_min - offset;
@@ -95,13 +121,23 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   zero_point = static_cast<std::int8_t>(range.code_min + offset);
 }
 
-/// The same with a range that is `factor` times as wide, and, if `factor` is negative, a scale of the other sign.
+/// The same with a range that is `factor` times as wide but includes `held`, and, if `factor` is negative, a scale of
+/// the other sign.
 template <typename T>
-MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor,
+MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor, HeldRange<T> held,
                                            RowScales<T> round_scale, T& scale, std::int8_t& zero_point) {
   const T width = factor < T(0) ? -factor : factor;
-  grid_of_range(range, lowest * width, highest * width, round_scale, scale, zero_point);
+  lowest = lowest * width < held.lowest ? lowest * width : held.lowest;
+  highest = highest * width > held.highest ? highest * width : held.highest;
+  grid_of_range(range, lowest, highest, round_scale, scale, zero_point);
   scale = factor < T(0) ? -scale : scale;
+  // The range may be held with the other sign only, or with another zero point.
+  const bool positive = scale > T(0);
+  const T least = least_scale(range, zero_point, held, positive);
+  if ((positive ? scale : -scale) < least) {
+    const T wider = round_scale(least, levels_beside(range, zero_point - range.code_min));
+    scale = positive ? wider : -wider;
+  }
 }
 
 }  // namespace

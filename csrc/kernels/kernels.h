@@ -12,6 +12,9 @@
 
 namespace miniquant::kernels {
 
+/// Tiles of rows that share one pass over L or H.
+inline constexpr std::int64_t kTilesPerPass = 4;
+
 /// The integers of a grid. `code_max` >= `code_min`; both within int8.
 struct CodeRange {
   std::int32_t code_min;
@@ -37,6 +40,9 @@ struct GridView {
   /// [N], powers of two: weight and scales of a row are multiples of its unit, and `round_scale` takes their product.
   /// Null where every unit is 1.
   const T* units = nullptr;
+  /// [N, groups, 2]: the lowest (at most 0) and the highest weight (at least 0) that no scale of the group may clip.
+  /// Null where all may be clipped.
+  const T* held = nullptr;
 };
 
 /// The scales that a search tries: those of a range `factors` times as wide as the group's.

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/arithmetic.h"
+#include "kernels/kernels.h"
 #include "kernels/vector-inl.h"
 
 // What kernels that take rows of W as lanes share: their arrays are [tile][column][lane].
@@ -13,9 +14,6 @@ namespace {
 /// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
 template <typename T>
 constexpr std::int64_t kDepth = 18432 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
-
-/// Tiles that share one pass over the triangle.
-constexpr std::int64_t kTilesPerPass = 4;
 
 template <typename T>
 constexpr std::int64_t kElementsPerDouble = 1;

@@ -205,13 +205,18 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
   for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
     moved[lane] = T(0);
     if (lane < tile.rows && curvature[lane] > 0.0) {
-      const std::int64_t at = (tile.row + lane) * problem.grid.groups + group.begin / problem.grid.group_size;
+      const std::int64_t group_index = group.begin / problem.grid.group_size;
+      const std::int64_t at = (tile.row + lane) * problem.grid.groups + group_index;
       T& scale = problem.grid.scales[at];
       const RowScales<T> round_scale = scales_of_row(problem.grid, tile.row + lane);
       const std::int32_t levels =
           levels_beside(problem.grid.range, problem.grid.zero_points[at] - problem.grid.range.code_min);
       const T best = scale + static_cast<T>(slope[lane] / curvature[lane]);
-      const T stored = best > T(0) ? round_scale(best, levels) : -round_scale(-best, levels);
+      const T magnitude = best > T(0) ? best : -best;
+      const T least = least_scale(problem.grid.range, problem.grid.zero_points[at],
+                                  held_range(problem.grid, tile.row + lane, group_index), best > T(0));
+      const T rounded = round_scale(magnitude > least ? magnitude : least, levels);
+      const T stored = best > T(0) ? rounded : -rounded;
       const double move = static_cast<double>(stored) - static_cast<double>(scale);
       const double change = move * (move * curvature[lane] - 2.0 * slope[lane]);
       if (change < 0.0 && (best > T(0)) == (scale > T(0))) {

@@ -59,11 +59,12 @@ void search_grid(const GridView<T>& grid, const ScaleSearch<T>& search, const T*
       T lowest;
       T highest;
       range_of(values, count, lowest, highest);
+      const HeldRange<T> held = held_range(grid, row, group);
       double least = 0.0;
       for (std::int64_t factor = 0; factor < search.factor_count; ++factor) {
         T scale = T(1);
         std::int8_t zero_point = 0;
-        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], round_scale, scale, zero_point);
+        grid_of_scaled_range(grid.range, lowest, highest, search.factors[factor], held, round_scale, scale, zero_point);
         const double error = squared_error(grid.range, values, search.importance + begin, count, scale, zero_point);
         if (factor == 0 || error < least) {
           const std::int64_t at = row * grid.groups + group;

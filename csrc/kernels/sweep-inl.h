@@ -189,6 +189,7 @@ template <typename T>
 MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, const T* low,
                                  const T* high) {
   clear(tile.kept);
+  const std::int64_t group = problem.steps[columns.begin].group;
   for (std::int64_t factor = 0; factor < problem.search.factor_count; ++factor) {
     double loss[kTileRows<T>] = {};
     double bound[kTileRows<T>];
@@ -201,6 +202,7 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
       stored_zero_point[lane] = 0;
       if (lane < tile.rows) {
         grid_of_scaled_range(problem.grid.range, low[lane], high[lane], problem.search.factors[factor],
+                             held_range(problem.grid, tile.row + lane, group),
                              scales_of_row(problem.grid, tile.row + lane), scale[lane], stored_zero_point[lane]);
       }
       reciprocal[lane] = T(1) / scale[lane];

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "kernels/arithmetic.h"
+
 namespace miniquant::kernels {
 
 /// Columns per panel of a triangle: a multiple of the tile of every kernel.
@@ -12,7 +14,7 @@ inline constexpr std::int64_t kSpareRows = 7;
 
 /// Panels that hold `columns` columns.
 [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panel_count(std::int64_t columns) {
-  return (columns + kPanelColumns - 1) / kPanelColumns;
+  return ceil_div(columns, kPanelColumns);
 }
 
 /// Where a lower triangle L [K, K] lies: in panels of kPanelColumns columns, one after the other, each row by row from

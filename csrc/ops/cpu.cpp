@@ -66,7 +66,8 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
       "choose_ridge: expected first and second to be positive definite with one of the ridges judged, but "
       "they are not with any from ",
       ridges[0].item<double>(), " to ", ridges[-1].item<double>());
-  return {ridges.index({losses.argmin()}).clone(), ridges, losses};
+  const at::Tensor ridge = ridges.index({losses.argmin()}).clone();
+  return {ridge, ridges, losses, algorithms::fallbacks_of(ridge)};
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {

@@ -53,7 +53,7 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
                                {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax", {}});
   const auto options = weight.options().dtype(at::kDouble);
   return {at::empty({}, options), at::empty({algorithms::kJudgedRidges}, options),
-          at::empty({algorithms::kJudgedRidges}, options)};
+          at::empty({algorithms::kJudgedRidges}, options), at::empty({algorithms::kFallbacks}, options)};
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {

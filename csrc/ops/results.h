@@ -9,7 +9,7 @@
 namespace miniquant::ops {
 
 using QuantizedTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using RidgeTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using RidgeTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using GptqTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 }  // namespace miniquant::ops

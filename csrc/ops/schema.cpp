@@ -36,7 +36,7 @@ TORCH_LIBRARY(miniquant, m) {
       tags);
   m.def(
       "choose_ridge(Tensor weight, Tensor first, Tensor second, int tokens, *, int bits=4, int group_size=64, "
-      "bool symmetric=True) -> (Tensor ridge, Tensor ridges, Tensor losses)",
+      "bool symmetric=True) -> (Tensor ridge, Tensor ridges, Tensor losses, Tensor fallbacks)",
       tags);
   m.def("quantization_loss(Tensor weight, Tensor dequantized, Tensor hessian) -> Tensor", tags);
   m.def(

@@ -164,7 +164,7 @@ class HessianAccumulator:
     @property
     def tokens(self) -> int:
         """Tokens that counted so far."""
-        return int(torch.ops.miniquant.accumulator_tokens(*self._state)[0])
+        return int(call("accumulator_tokens", *self._state)[0])
 
     @property
     def effective_tokens(self) -> float:
@@ -172,7 +172,7 @@ class HessianAccumulator:
 
         The number of tokens where no weights were given.
         """
-        return float(torch.ops.miniquant.accumulator_tokens(*self._state)[1])
+        return float(call("accumulator_tokens", *self._state)[1])
 
     def hessian(self) -> Tensor:
         """X diag(w) X^T / (sum of the weights w), a new tensor [K, K]: X X^T / tokens where no weights were given.
@@ -180,7 +180,7 @@ class HessianAccumulator:
         Raises:
             ValueError: before the first token.
         """
-        return cast("Tensor", torch.ops.miniquant.accumulator_hessian(*self._state))
+        return cast("Tensor", call("accumulator_hessian", *self._state))
 
     def half(self, index: int) -> Tensor:
         """The same of the first or the second half, a new tensor [K, K].
@@ -188,7 +188,7 @@ class HessianAccumulator:
         Raises:
             ValueError: where halves are not kept, for another index than 0 and 1, or while that half has no token.
         """
-        return cast("Tensor", torch.ops.miniquant.accumulator_hessian(*self._state, half=index))
+        return cast("Tensor", call("accumulator_hessian", *self._state, half=index))
 
     def half_tokens(self, index: int) -> int:
         """Tokens of the first or the second half so far.
@@ -196,4 +196,4 @@ class HessianAccumulator:
         Raises:
             ValueError: where halves are not kept, or for another index than 0 and 1.
         """
-        return int(torch.ops.miniquant.accumulator_tokens(*self._state, half=index)[0])
+        return int(call("accumulator_tokens", *self._state, half=index)[0])

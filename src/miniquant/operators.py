@@ -20,7 +20,9 @@ def _expectations(name: str) -> Mapping[str, str]:
 _EXPECTED = {
     name: _expectations(name)
     for name in (
+        "accumulator_hessian",
         "accumulator_merge_",
+        "accumulator_tokens",
         "accumulator_update_",
         "choose_ridge",
         "dequantize",

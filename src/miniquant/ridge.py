@@ -9,9 +9,9 @@ from torch import Tensor
 
 from miniquant.gptq import GptqResult, gptq
 from miniquant.hessian import HessianAccumulator
+from miniquant.operators import call
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
-MOST_FAILURES = 3
 
 
 class RidgeChoice(NamedTuple):
@@ -22,11 +22,13 @@ class RidgeChoice(NamedTuple):
         ridges: those that were judged, ascending; with the last GPTQ rounds to nearest.
         held_out: the held-out loss of each, relative to that of the last: below 1 where GPTQ is better than rounding to
             nearest.
+        fallbacks: larger ridges, to try in turn where the Hessian is not positive definite with ``ridge``.
     """
 
     ridge: float
     ridges: tuple[float, ...]
     held_out: tuple[float, ...]
+    fallbacks: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,8 @@ def choose_ridge(
         ValueError, TypeError: for a bad argument.
     """
     _check_accumulator("choose_ridge", accumulator)
-    ridge, ridges, losses = torch.ops.miniquant.choose_ridge(
+    ridge, ridges, losses, fallbacks = call(
+        "choose_ridge",
         weight,
         accumulator.half(0),
         accumulator.half(1),
@@ -96,14 +99,15 @@ def choose_ridge(
         symmetric=symmetric,
     )
     nearest = float(losses[-1]) or 1.0
-    return RidgeChoice(float(ridge), tuple(ridges.tolist()), tuple((losses / nearest).tolist()))
+    held_out = (losses / nearest).tolist()
+    return RidgeChoice(float(ridge), tuple(ridges.tolist()), tuple(held_out), tuple(fallbacks.tolist()))
 
 
 def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:
     """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` finds: the call to start from.
 
-    Where the Hessian is not positive definite with it, a ridge ten times larger is tried, three times at most, and
-    reported.
+    Where the Hessian is not positive definite with it, the choice's ``fallbacks`` are tried; the result says which ridge
+    was used.
 
     Args:
         weight: [N, K].
@@ -131,13 +135,14 @@ def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -
     choice = choose_ridge(weight, accumulator, **grid)
     hessian = accumulator.hessian()
 
-    def quantize(ridge: float, failed: tuple[float, ...]) -> AutoGptqResult:
+    failed: list[float] = []
+    for ridge in (choice.ridge, *choice.fallbacks):
         try:
             result = gptq(weight, hessian, ridge=ridge, **options)
-            return AutoGptqResult(**vars(result), choice=choice, ridge=ridge, failed=failed)
         except LinAlgError:
-            if len(failed) == MOST_FAILURES:
+            if ridge == choice.fallbacks[-1]:
                 raise
-        return quantize(10 * ridge, (*failed, ridge))
-
-    return quantize(choice.ridge, ())
+            failed.append(ridge)
+        else:
+            break
+    return AutoGptqResult(**vars(result), choice=choice, ridge=ridge, failed=tuple(failed))

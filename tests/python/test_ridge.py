@@ -168,12 +168,12 @@ def test_a_larger_ridge_is_tried_and_reported() -> None:
 def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, accumulator = weight_of(3, 2), indefinite(-0.2)
     ridge = 1e-2
-    choice = miniquant.RidgeChoice(ridge, (ridge,), (1.0,))
+    choice = miniquant.RidgeChoice(ridge, (ridge,), (1.0,), (10 * ridge, 100 * ridge, 1000 * ridge))
     monkeypatch.setattr("miniquant.ridge.choose_ridge", lambda *_arguments, **_options: choice)
     automatic = miniquant.gptq_auto(weight, accumulator)
     assert list(automatic.failed) == pytest.approx([ridge, 10 * ridge])
     assert automatic.ridge == pytest.approx(100 * ridge)
-    choice = miniquant.RidgeChoice(1e-5, (1e-5,), (1.0,))
+    choice = miniquant.RidgeChoice(1e-5, (1e-5,), (1.0,), (1e-4, 1e-3, 1e-2))
     with pytest.raises(torch.linalg.LinAlgError, match=r"ridge=0\.01 "):  # type: ignore[attr-defined]
         miniquant.gptq_auto(weight, accumulator)
 

@@ -13,6 +13,7 @@ struct RidgeChoice {
   std::vector<double> ridges;  ///< those that were judged, ascending; with the last GPTQ rounds to nearest
   /// The held-out loss of each, relative to that of the last: below 1 where GPTQ is better than rounding to nearest.
   std::vector<double> held_out;
+  std::vector<double> fallbacks;  ///< larger ridges, to try in turn where H is not positive definite with `ridge`
 };
 
 /// Judges ridges by the tokens themselves: some rows of the weight are quantized with the Hessian of one half of the
@@ -36,8 +37,8 @@ struct AutoGptqResult : GptqResult {
 };
 
 /// The call to start from: gptq() with the ridge that choose_ridge() finds for options.bits, group_size and symmetric;
-/// options.ridge is not read. Where H is not positive definite with it, a ridge ten times larger is tried, three times
-/// at most, and reported; then c10::LinAlgError is thrown.
+/// options.ridge is not read. Where H is not positive definite with it, RidgeChoice::fallbacks are tried; the result says
+/// which ridge was used. Throws c10::LinAlgError where none serves.
 MINIQUANT_API AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GptqOptions& options = {});
 

@@ -29,6 +29,7 @@ TEST(Ridge, TheChoiceIsWhatWasJudgedBest) {
   EXPECT_EQ(choice.ridge, choice.ridges[least - choice.held_out.begin()]);
   // White inputs, fewer than the weight's columns: they say nothing of others.
   EXPECT_GT(choice.ridge, 10);
+  EXPECT_EQ(choice.fallbacks, (std::vector<double>{10 * choice.ridge, 100 * choice.ridge, 1000 * choice.ridge}));
 }
 
 TEST(Ridge, AutomaticGptqReportsTheRidgeItUses) {
