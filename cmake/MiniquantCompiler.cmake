@@ -1,4 +1,4 @@
-# What every target of ours is compiled with. `miniquant_compiler` is linked PRIVATE and never exported.
+# Compile options of every target in this project. `miniquant_compiler` is linked PRIVATE and never exported.
 
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
@@ -13,7 +13,7 @@ set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 
 add_library(miniquant_compiler INTERFACE)
-# Fused multiply-adds move rounding ties: where one is wanted the code says so.
+# Fused multiply-adds move rounding ties, so the compiler makes none; the code asks for them explicitly.
 target_compile_options(miniquant_compiler INTERFACE -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion
                                                     -ffp-contract=off)
 if(MINIQUANT_WERROR)

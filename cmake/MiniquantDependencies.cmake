@@ -1,4 +1,5 @@
-# LibTorch and OpenMP. LibTorch: Torch_DIR or CMAKE_PREFIX_PATH where given, otherwise the torch of the Python that is found.
+# LibTorch and OpenMP. LibTorch: from Torch_DIR or CMAKE_PREFIX_PATH if given, otherwise the torch of the Python that is
+# found.
 
 include(MiniquantTorch)
 

@@ -1,8 +1,9 @@
-# What the driver needs beyond LibTorch: the installed package first, then (where there is one) a pinned and hashed download.
+# Libraries that the driver needs beyond LibTorch: the installed package first, then, for some, a pinned and hashed
+# download.
 
 include(FetchContent)
 if(POLICY CMP0135)
-  # A file's age in a downloaded archive is the time it was unpacked: what depends on it is then rebuilt.
+  # Files from a downloaded archive get the time of unpacking, so targets that depend on them are rebuilt.
   cmake_policy(SET CMP0135 NEW)
 endif()
 

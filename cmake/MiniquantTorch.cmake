@@ -1,19 +1,20 @@
-# LibTorch as imported targets made from its folders and its version file. find_package(Torch) is not asked: that of a
-# CUDA build refuses to go on without the CUDA toolkit, of which nothing here is used.
+# LibTorch as imported targets made from its folders and its version file. find_package(Torch) is not used: with a CUDA
+# build it fails without the CUDA toolkit, which this project does not need.
 #   miniquant::torch     headers, libtorch_cpu, libc10
-#   miniquant::libtorch  libtorch.so, which programs that load AOTInductor packages need: a package names it
+#   miniquant::libtorch  libtorch.so, for programs that load AOTInductor packages, which need it
 # The build includes this file, and so does the installed CMake package.
 
-# The oldest version that the source compiles with, and the first that it was not tested with.
+# The oldest version that the source compiles with, and the first version that it was not tested with.
 set(MINIQUANT_TORCH_MIN 2.9)
 set(MINIQUANT_TORCH_BELOW 2.16)
 
-# Versions, from the first to before the second, that one binary works with whichever of them it was built against.
-# Found by trying (scripts/torch_matrix.py). Any other version shares its binary with its own patch releases alone.
+# Versions, from the first to before the second, for which one binary works whichever of them it was built against.
+# Found by testing (scripts/torch_matrix.py). A binary for any other version works with that version's patch releases
+# only.
 set(MINIQUANT_TORCH_BINARIES 2.13-2.16)
 
 # miniquant_torch_served(<version> <min> <below>): the versions, from min to before below, that a library built against
-# <version> works with. setup.py holds the same rule.
+# <version> works with. setup.py has the same rule.
 function(miniquant_torch_served version min_variable below_variable)
   string(REGEX MATCH "^([0-9]+)\\.([0-9]+)" min "${version}")
   math(EXPR next "${CMAKE_MATCH_2} + 1")
@@ -32,8 +33,8 @@ function(miniquant_torch_served version min_variable below_variable)
   set(${below_variable} "${below}" PARENT_SCOPE)
 endfunction()
 
-# miniquant_torch_of_python(<folder> <python>): the folder of the CMake package of the torch that a Python finds, or
-# an empty string. torch is not imported: that takes seconds.
+# miniquant_torch_of_python(<folder> <python>): the folder of the CMake package of the torch that a Python finds, or an
+# empty string. torch is not imported, because that takes seconds.
 function(miniquant_torch_of_python folder_variable python)
   string(CONCAT code
     "import importlib.util, os\n"
@@ -45,9 +46,9 @@ function(miniquant_torch_of_python folder_variable python)
 endfunction()
 
 # miniquant_import_torch(<error> [HINTS <folder>...])
-# Defines the targets from Torch_DIR, or from the first of CMAKE_PREFIX_PATH and the hints (folders of TorchConfig.cmake)
-# that holds LibTorch, and sets MINIQUANT_TORCH_VERSION, MINIQUANT_TORCH_PREFIX and MINIQUANT_TORCH_LIB. Sets <error> to
-# what is missing, otherwise to an empty string.
+# Defines the targets from Torch_DIR, otherwise from the first folder with LibTorch among CMAKE_PREFIX_PATH and the
+# hints (folders of TorchConfig.cmake). Sets MINIQUANT_TORCH_VERSION, MINIQUANT_TORCH_PREFIX and MINIQUANT_TORCH_LIB,
+# and <error> to what is missing, or to an empty string.
 function(miniquant_import_torch error_variable)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "HINTS")
   set(${error_variable} "" PARENT_SCOPE)
@@ -110,7 +111,7 @@ function(miniquant_import_torch error_variable)
       INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${include};${include}/torch/csrc/api/include"
       INTERFACE_COMPILE_FEATURES cxx_std_20)
     add_library(miniquant::libtorch INTERFACE IMPORTED)
-    # It defines no symbol, so a linker told --as-needed would drop it.
+    # The library defines no symbol, so a linker with --as-needed would drop it.
     set_target_properties(miniquant::libtorch PROPERTIES
       INTERFACE_LINK_OPTIONS "LINKER:--push-state,--no-as-needed,${libtorch},--pop-state")
   endif()

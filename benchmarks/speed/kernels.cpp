@@ -1,7 +1,7 @@
-// Times the kernels of csrc/kernels/kernels.h, one thread each, and the operators on torch's threads. The counter
-// `of_mm` is the rate of multiplications and additions relative to that of at::mm on as many threads, measured in this
-// process: for a kernel at 1024 x 1024 x 1024, for an operator at its own sizes. What a kernel counts as its work
-// stands with it.
+// Measures the kernels of csrc/kernels/kernels.h on one thread each, and the operators on torch's threads. The counter
+// `of_mm` is the rate of multiplications and additions relative to that of at::mm on the same number of threads,
+// measured in this process: for a kernel at 1024 x 1024 x 1024, for an operator at its own sizes. A comment at each
+// kernel says what counts as its work.
 
 #include "kernels/kernels.h"
 
@@ -33,12 +33,12 @@ using kernels::TriangleLayout;
 
 constexpr std::size_t kAlignment = 64;
 constexpr int kMmRuns = 5;
-/// The size at which kernels find the rate of at::mm.
+/// The size of at::mm that kernels are compared with.
 constexpr int64_t kMmSize = 1024;
 
 const kernels::TypedKernels<float>& f32() { return kernels::kernels().f32; }
 
-/// Floats at an address that a vector of any length may start at.
+/// Floats at an address aligned for vectors of any length.
 class Workspace {
  public:
   explicit Workspace(int64_t count)
@@ -88,8 +88,8 @@ double mm_rate(int64_t rows, int64_t inner, int64_t columns, int threads) {
   return rate;
 }
 
-/// Runs `body` as often as Google Benchmark asks for, and sets `of_mm` for `flops` multiplications and additions in
-/// each run, relative to `rate` in a second.
+/// Runs `body` as often as Google Benchmark asks, and sets `of_mm` from the `flops` multiplications and additions of
+/// each run, relative to `rate` per second.
 template <typename Body>
 void measure(State& state, double flops, double rate, const Body& body) {
   const auto start = std::chrono::steady_clock::now();
@@ -141,7 +141,7 @@ struct Layer {
   std::vector<std::int8_t> codes;        // [N, K]
 };
 
-/// A lower triangle with 1 on the diagonal and little below, in panels.
+/// A lower triangle with 1 on the diagonal and small values below, in panels.
 std::vector<float> unit_triangle(int64_t columns) {
   const TriangleLayout layout{columns};
   std::vector<float> triangle = normal(layout.size(), 0.1 / static_cast<double>(columns));
@@ -305,7 +305,7 @@ void hessian_update_operator(State& state) {
           mm_rate(columns, tokens, columns, at::get_num_threads()), [&] { hessian_update_(hessian, inputs); });
 }
 
-// As many rows as a share of a thread has, and columns from the caches' size to well past it.
+// The rows of one thread's share, and columns from the size of the caches to well above it.
 BENCHMARK(sweep)
     ->ArgNames({"N", "K", "group", "dynamic"})
     ->Args({96, 768, 64, 0})
@@ -326,7 +326,7 @@ BENCHMARK(quadratic_form)
 BENCHMARK(compute_grid)->ArgNames({"N", "K", "group"})->Args({96, 768, 64})->Unit(benchmark::kMicrosecond);
 BENCHMARK(search_grid)->ArgNames({"N", "K", "group"})->Args({96, 768, 64})->Unit(benchmark::kMicrosecond);
 BENCHMARK(rank_update)->ArgName("T")->Arg(96)->Arg(1024)->Unit(benchmark::kMicrosecond);
-// 0 terms: as many as one call takes at best
+// 0 terms: the number for which one call is fastest
 BENCHMARK(subtract_products)->ArgName("terms")->Arg(0)->Arg(16)->Unit(benchmark::kMicrosecond);
 
 BENCHMARK(gptq_operator)

@@ -19,18 +19,19 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// Groups with more columns than this keep the order of their diagonal: finding a better one takes their cube.
+/// Max columns of a group to reorder by variance, which takes the cube of their number. Longer groups keep the order of
+/// their diagonal.
 constexpr int64_t kMostColumnsToOrder = 512;
 
-/// Orders the columns of a group, from the last: that of least H_jj, then each time the one of least variance given
-/// those behind it. What is left of a column's variance when it is quantized weighs its rounding error; it is most even
-/// over the columns this way. `group` [G, G] is overwritten.
+/// Orders the columns of a group, last place first: the column of least H_jj, then each time the column of least
+/// variance given those already placed. The loss weights a column's rounding error by the variance that is left of the
+/// column when it is quantized; this order evens out these variances. `group` [G, G] is overwritten.
 std::vector<int64_t> order_within_group(at::TensorAccessor<double, 2> group) {
   const int64_t columns = group.size(0);
   std::vector<int64_t> place(columns);
   std::iota(place.begin(), place.end(), 0);
   for (int64_t last = columns - 1; last > 0; --last) {
-    // Of equals the last: columns without inputs stay in their order.
+    // Ties go to the last, so columns without inputs keep their order.
     const auto least = std::min_element(place.rbegin() + (columns - 1 - last), place.rend(),
                                         [&](int64_t a, int64_t b) { return group[a][a] < group[b][b]; });
     std::rotate(least.base() - 1, least.base(), place.begin() + last + 1);
@@ -46,7 +47,7 @@ std::vector<int64_t> order_within_group(at::TensorAccessor<double, 2> group) {
   return place;
 }
 
-/// The columns of every group in turn, in stored order of groups.
+/// The columns in stored order of groups, each group ordered by order_within_group().
 at::Tensor order_within_groups(const at::Tensor& hessian, int64_t group_columns) {
   const int64_t columns = hessian.size(0);
   const at::Tensor order = at::empty({columns}, hessian.options().dtype(at::kLong));
@@ -79,7 +80,7 @@ at::Tensor order_of_columns(const at::Tensor& hessian, ColumnOrder order, int64_
     means.push_back(group.mean());
   }
   if (columns % group_columns != 0) {
-    // A shorter last group comes last: every other then takes as many steps of the sweep.
+    // A shorter last group comes last, so every group of the sweep begins at a multiple of the group size.
     means.back() = at::full_like(means.back(), -std::numeric_limits<double>::infinity());
   }
   const at::Tensor place_of_group = at::stack(means).argsort(true, 0, /*descending=*/true).argsort();

@@ -15,9 +15,9 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// The power of four that a Hessian is divided by: that of its largest diagonal entry once it is damped. Even, as
-/// square roots of 2^exponent scale exactly then. 2^-exponent is a normal number of the Hessian's dtype, in which H is
-/// multiplied by it.
+/// The exponent of the power of two that a Hessian is divided by: that of its largest diagonal entry after damping,
+/// rounded down to an even number so square roots of 2^exponent are exact. 2^-exponent is a normal number of the
+/// Hessian's dtype, in which H is multiplied by it.
 int exponent_of(const at::Tensor& hessian, double ridge) {
   const double largest = hessian.size(0) == 0 ? 0.0 : hessian.diagonal().max().to(at::kDouble).item<double>();
   if (!(largest > 0)) {
@@ -29,8 +29,8 @@ int exponent_of(const at::Tensor& hessian, double ridge) {
   return exponent - (exponent % 2 != 0 ? 1 : 0);
 }
 
-/// [D]: inputs whose diagonal entry is 0. `coupled`: those with an entry that is not 0 in their row or column, or those
-/// without.
+/// [D]: inputs whose diagonal entry is 0: with `coupled`, those that have another entry in their row or column that is
+/// not 0; otherwise those that have none.
 at::Tensor inputs_of_zero_diagonal(const at::Tensor& hessian, bool coupled) {
   at::Tensor zero = hessian.diagonal().eq(0).nonzero().flatten();
   if (zero.numel() == 0) {
@@ -57,7 +57,7 @@ std::string what_fails(const at::Tensor& hessian, const Damping& damping) {
                            : "it is not to working precision (all leading minors are positive in float64)";
 }
 
-/// A ridge that may help: none does where the mean diagonal is not positive.
+/// A hint with a ridge that may help; "" where the mean diagonal is not positive, because no ridge helps there.
 std::string what_to_try(const at::Tensor& hessian, const Damping& damping) {
   constexpr double kUsualRidge = 0.01;
   if (!(hessian.diagonal().to(at::kDouble).max().item<double>() > 0) || damping.added < 0) {
@@ -74,7 +74,7 @@ Damping damping_of(const at::Tensor& hessian, double ridge) {
   if (hessian.size(0) > 0) {
     const at::Tensor diagonal = hessian.diagonal().to(at::kDouble);
     const double mean = diagonal.mean().item<double>();
-    // The sum of the largest entries is out of range.
+    // Scaled before the mean is taken if the sum of the diagonal overflows.
     damping.added =
         ridge * (std::isfinite(mean) ? mean * damping.factor : diagonal.mul(damping.factor).mean().item<double>());
   }
@@ -82,7 +82,7 @@ Damping damping_of(const at::Tensor& hessian, double ridge) {
 }
 
 at::Tensor damped_matrix(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype) {
-  // Multiplied before it is cast: what float64 holds may be out of the range of float32.
+  // Multiplied before the cast: a value of float64 may be out of the range of float32.
   const at::Tensor h = (hessian * damping.factor).to(dtype);
   at::Tensor matrix = (h + h.mT()) / 2;
   matrix.diagonal().add_(damping.added);

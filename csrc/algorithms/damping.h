@@ -7,15 +7,15 @@
 
 namespace miniquant::algorithms {
 
-/// What damping makes of a Hessian. The one place where it is computed; all that reads H damped takes it from here.
+/// Damping of a Hessian. It is computed here only; all code that reads the damped H takes it from here.
 ///
-/// Solvers see D = ((H + H^T) / 2 + ridge * mean(diag H) * I) / 2^exponent, with an even exponent and a largest
-/// diagonal entry in [1, 4): dividing by a power of two is exact, and so is the square root of a power of four, so
+/// Solvers read D = ((H + H^T) / 2 + ridge * mean(diag H) * I) / 2^exponent, with an even exponent and a largest
+/// diagonal entry in [1, 4). Dividing by a power of two is exact, and so is the square root of a power of four. So
 /// codes do not depend on the scale of H, and no product of a very large or very small H leaves the range of the
-/// compute dtype. A loss with D times 2^exponent is the loss with the damped H.
+/// compute dtype. A loss with D, times 2^exponent, is the loss with the damped H.
 struct Damping {
-  double ridge = 0.0;   ///< as asked for, relative to the mean diagonal
-  double added = 0.0;   ///< to each diagonal entry of H / 2^exponent
+  double ridge = 0.0;   ///< as given: relative to the mean diagonal
+  double added = 0.0;   ///< added to each diagonal entry of H / 2^exponent
   double factor = 1.0;  ///< 2^-exponent
   int exponent = 0;
 };
@@ -37,19 +37,19 @@ at::Tensor damped_lower_triangle(const at::Tensor& hessian, const Damping& dampi
 /// D as symmetric_panels() lays it out. hessian: on the CPU.
 at::Tensor damped_panels(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype);
 
-/// Dead inputs, int64 [D], ascending: those that are 0 in every token, so that their row and column of H are 0.
+/// Dead inputs, int64 [D], ascending: inputs that are 0 in every token, so their row and column of H are 0.
 at::Tensor dead_inputs(const at::Tensor& hessian);
 
-/// Throws the c10::LinAlgError of `op` for a negative diagonal entry of `hessian`, which no X X^T has, whatever is
-/// added to it. argument: its name.
+/// Throws the c10::LinAlgError of `op` where `hessian` has a negative diagonal entry, whatever the ridge: no X X^T has
+/// one. argument: the name of the Hessian in the message.
 void check_diagonal_not_negative(const char* op, const char* argument, const at::Tensor& hessian);
 
-/// Throws as below where nothing is added to the diagonal and an entry of it is 0 in a row that is not.
+/// Throws as below where nothing is added to the diagonal and it has a 0 in a row that is not 0.
 void check_dead_inputs(const char* op, const at::Tensor& hessian, const Damping& damping);
 
-/// Throws the c10::LinAlgError of `op` for a damped Hessian that is not positive definite. It names an input whose
-/// diagonal entry is 0 and whose row is not, otherwise the first leading minor that is not positive; the ridge used;
-/// and a ridge to try, where one can help.
+/// Throws the c10::LinAlgError of `op` for a damped Hessian that is not positive definite. The message names an input
+/// whose diagonal entry is 0 and whose row is not, otherwise the first leading minor that is not positive; the ridge
+/// used; and a ridge to try, if one can help.
 [[noreturn]] void throw_not_positive_definite(const char* op, const at::Tensor& hessian, const Damping& damping);
 
 }  // namespace miniquant::algorithms

@@ -33,8 +33,8 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
   }
 }
 
-/// Rows of one piece of work: few enough that every thread gets several pieces, and whole passes of the kernels where
-/// there is more than one. Kernels treat rows apart, so the choice changes the time taken and not the result.
+/// Rows in one piece of work: few enough that every thread gets several pieces, and whole passes of the kernels where
+/// there is more than one piece. Kernels treat rows independently, so the number of rows changes only the time taken.
 inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
   constexpr int64_t kPiecesPerThread = 4;
   constexpr int64_t kWholePass = kernels::kTilesPerPass;
@@ -45,7 +45,7 @@ inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
 }
 
 /// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:
-/// multiply-adds per row, about.
+/// approximate multiply-adds per row.
 template <typename Body>
 void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Body& body) {
   const int64_t piece_rows = rows_per_piece(rows, tile_rows);
@@ -53,8 +53,8 @@ void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Bo
              [&](int64_t piece) { body(piece * piece_rows, std::min(rows, (piece + 1) * piece_rows)); });
 }
 
-/// kernel(problem, row_begin, row_end, workspace) for pieces of `rows`, in parallel, each thread with a workspace of
-/// its own of as many T as workspace_of(problem, rows of a piece) says. `operations`: multiply-adds per row, about.
+/// kernel(problem, row_begin, row_end, workspace) for pieces of `rows`, in parallel. Each thread has its own workspace,
+/// of workspace_of(problem, rows per piece) elements T. `operations`: approximate multiply-adds per row.
 template <typename T, typename Problem>
 void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
                  int64_t (*workspace_of)(const Problem& problem, int64_t rows),
@@ -74,8 +74,8 @@ void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
   });
 }
 
-/// body(index) for 0 <= index < count, in parallel, the last first; for work that grows with the index. `operations`:
-/// multiply-adds in all, about.
+/// body(index) for 0 <= index < count, in parallel, the last index first; for work that grows with the index.
+/// `operations`: approximate multiply-adds in all.
 template <typename Body>
 void for_triangle(int64_t count, int64_t operations, const Body& body) {
   for_pieces(count, operations, [&](int64_t piece) { body(count - 1 - piece); });

@@ -14,17 +14,18 @@ namespace {
 using kernels::kPanelColumns;
 using kernels::TriangleLayout;
 
-/// Panels per block: every later row that is read serves as many, so that large matrices are limited by arithmetic.
+/// Panels per block. A later row that is read is used for all of them, so arithmetic, not memory, limits large
+/// matrices.
 constexpr int64_t kBlockPanels = 4;
 
-/// How far a panel of columns is, as threads tell one another. On a cache line of its own.
+/// How far the factorization of one panel of columns is; threads read it of one another. On a cache line of its own.
 struct alignas(64) PanelProgress {
   std::atomic<int64_t> solved_from;  ///< rows of panels from this one on hold L
-  std::atomic<int64_t> later_done;   ///< rows of panels from this one on lack the products of later blocks no more
+  std::atomic<int64_t> later_done;   ///< rows of panels from this one on: products of later blocks are subtracted
 };
 
-/// Steps of the factorization in an order in which each needs earlier ones only. Threads take them in that order and
-/// wait for what they need, so one parallel region serves all of it.
+/// The steps of the factorization, in an order in which each step needs only earlier ones. Threads take them in that
+/// order and wait for what they need, so one parallel region is enough.
 ///
 ///   for each block of panels [begin, end), from the last
 ///     for each panel `right` < end:        A[block, right]  -= L[after block, block]^T L[after block, right]
@@ -90,7 +91,7 @@ class Factorization {
 
   [[nodiscard]] PanelProgress& progress(int64_t panel) { return progress_[static_cast<size_t>(panel)]; }
 
-  /// Waits until L[rows of panels from `first` on, panel] is there.
+  /// Waits until L[rows of panels from `first` on, panel] is computed.
   [[nodiscard]] bool wait_for_solved(const Team& team, int64_t panel, int64_t first) {
     return team.wait_until([&] { return progress(panel).solved_from.load(std::memory_order_acquire) <= first; });
   }
@@ -104,7 +105,8 @@ class Factorization {
     }
   }
 
-  /// The products of later blocks, for the rows of a block in one panel. Returns false where the team was stopped.
+  /// Subtracts the products of later blocks from the rows of a block in one panel. Returns false if the team was
+  /// stopped.
   [[nodiscard]] bool subtract_later_blocks(const Team& team, const Step& step) {
     const int64_t first = std::max(step.begin, step.right);
     for (int64_t panel = first; panel < step.end; ++panel) {
@@ -125,7 +127,8 @@ class Factorization {
     return true;
   }
 
-  /// The rows of one panel in another. Returns false where a pivot is not positive or the team was stopped.
+  /// Computes L in the rows of one panel and the columns of another. Returns false if a pivot is not positive or the
+  /// team was stopped.
   [[nodiscard]] bool solve(const Team& team, const Step& step) {
     const int64_t row = row_of(step.panel);
     const int64_t rows = row_of(step.panel + 1) - row;

@@ -12,8 +12,8 @@ namespace miniquant::algorithms {
 /// Returns whether it succeeded; where it did not, A is not positive definite to working precision and the contents are
 /// undefined.
 ///
-/// Blocked, left-looking, from the last row up; the same bits for any number of threads. (Golub and Van Loan, Matrix
-/// Computations, 4.2, with rows and columns in reverse.)
+/// Blocked and left-looking, from the last row up; gives the same bits for any number of threads. (Golub and Van Loan,
+/// Matrix Computations, 4.2, with rows and columns in reverse.)
 [[nodiscard]] bool factor_from_last_row(const at::Tensor& triangle, int64_t columns);
 
 }  // namespace miniquant::algorithms

@@ -12,7 +12,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// Whether an exponent has all its bits set, which is how infinities and NaN are encoded (IEEE 754, 3.4).
+/// Whether all bits of an exponent are set: the encoding of infinities and NaN (IEEE 754, 3.4).
 template <typename Bits>
 bool any_with_exponent(const Bits* values, int64_t count, Bits exponent) {
   Bits found = 0;

@@ -1,5 +1,5 @@
 // GPTQ in the form without an inverse. Read gptq_reference.cpp first for the algorithm, then docs/algorithm.md for why
-// this is the same; the loop itself is kernels/sweep-inl.h.
+// the two forms are equivalent. The loop itself is in kernels/sweep-inl.h.
 
 #include "algorithms/gptq.h"
 
@@ -30,10 +30,9 @@ struct SweepFactor {
   at::Tensor pivot_squared;  ///< compute dtype [K], R_jj^2; 0 where the damped Hessian's diagonal is 0
 };
 
-/// A pivot's square is what is left of a diagonal entry H_jj after products of about its size were subtracted, each
-/// with a rounding error, which H_jj / R_jj^2 therefore magnifies. Where it does so more than this in the mean over the
-/// columns, a float32 factor has lost so many digits that the loss can move by a thousandth, and float64 is used
-/// instead.
+/// Max mean of H_jj / R_jj^2 for a float32 factor. R_jj^2 is the remainder of H_jj after subtracting products of about
+/// the size of H_jj, so H_jj / R_jj^2 magnifies their rounding errors. If the mean over columns is larger, a float32
+/// factor has lost so many digits that the loss can change by a thousandth, and float64 is used.
 constexpr double kLargestFloat32Magnification = 200;
 
 /// The mean of H_jj / R_jj^2.
@@ -42,7 +41,7 @@ double magnification_of_errors(const at::Tensor& pivot, const at::Tensor& diagon
 }
 
 /// Factors the damped Hessian in `dtype`. `without_pivot`, bool [K]: steps whose diagonal entry is 0. Returns whether
-/// that went well enough.
+/// the factorization succeeded and `dtype` is accurate enough.
 bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, const Damping& damping, const at::Tensor& without_pivot,
                SweepFactor& factor) {
   const int64_t columns = hessian.size(0);
@@ -64,7 +63,7 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const Damping& damping, 
   if (options.column_order != ColumnOrder::kNatural) {
     factor.column = column;
   }
-  // An input that is always 0 and got no ridge has a zero row and column: any pivot leaves it decoupled.
+  // A dead input without a ridge has a zero row and column: any pivot leaves it decoupled.
   const at::Tensor without_pivot = damped_diagonal(hessian, damping).index_select(0, column) == 0;
   if (!factor_in(dtype, hessian, damping, without_pivot, factor)) {
     factor.triangle.reset();
@@ -91,7 +90,7 @@ std::vector<kernels::SweepStep<T>> steps_of_sweep(const SweepFactor& factor, int
   return steps;
 }
 
-/// Sets the grid's codes (and its scales, if they are dynamic) and `gradient`, if it is defined, to refine()'s.
+/// Sets the codes of the grid (and its scales, if they are dynamic) and, if it is defined, the `gradient` for refine().
 /// Returns the loss of each row.
 template <typename T>
 at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const GptqOptions& options, const Grid& grid,
@@ -99,7 +98,7 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
   const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
-  // A segment is a group whose scale is taken when it is reached, and a block as many of them as fit.
+  // With dynamic scales a segment is one group; a block holds as many segments as fit.
   const int64_t block_columns = std::clamp<int64_t>(options.block_size, 1, std::max<int64_t>(columns, 1));
   const int64_t segment_columns = dynamic_scales ? grid.group_size : block_columns;
   const std::vector<kernels::SweepStep<T>> steps = steps_of_sweep<T>(factor, grid.group_size);

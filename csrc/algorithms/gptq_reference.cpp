@@ -22,8 +22,8 @@
 //                       B_cur_Err1[:, k] = err1                                                  [N, B]
 //     W[:, B_cur_k_end:] -= B_cur_Err1 @ Hinv[B_cur_k_start:B_cur_k_end, B_cur_k_end:]           the later blocks
 //
-// A group may cross the border of two blocks: it is then met once in each. In activation order W and H are permuted
-// first, and a "group" of the loop is a run of columns that are stored in one group.
+// A group may cross the border of two blocks; the loop then meets it once in each. In activation order W and H are
+// permuted first, and a "group" of the loop is a run of columns that are stored in one group.
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/clamp.h>
@@ -68,8 +68,8 @@ at::Tensor dequantize(const at::Tensor& code, const QParams& qparams) {
   return (code - qparams.zero_point) * qparams.scale;
 }
 
-/// Positive scales [N], in units of the rows, as they are stored: never 0, and of which `levels` [N] multiples are
-/// finite.
+/// Positive scales [N], in units of the rows, rounded as they are stored: never to 0, and never to a scale of which
+/// `levels` [N] multiples are not finite.
 at::Tensor stored(const at::Tensor& scale, const at::Tensor& levels, const Grid& grid) {
   const auto dtype = scale.scalar_type();
   const at::Tensor unit = grid.units.defined() ? grid.units : at::ones_like(scale);
@@ -90,7 +90,7 @@ QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
     const at::Tensor levels = at::full_like(largest, -grid.range.code_min, largest.options().dtype(at::kLong));
     at::Tensor scale = stored(largest / -grid.range.code_min, levels, grid);
     if (-grid.range.code_min > grid.range.code_max) {
-      // The side with a code more is that of the largest weight.
+      // The side with one more code is that of the largest weight.
       scale = at::where(group.amax(1) > -group.amin(1), -scale, scale);
     }
     return {at::where(largest == 0, at::ones_like(scale), scale), at::zeros_like(scale)};
@@ -100,7 +100,7 @@ QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
   const int32_t steps = grid.range.code_max - grid.range.code_min;
   const at::Tensor all_zero = lowest == highest;
   const auto offset_with = [&](const at::Tensor& scale) { return at::clamp(at::round(-lowest / scale), 0, steps); };
-  // The largest distance of a code from the zero point that lies `offset` above the smallest code.
+  // The largest distance of a code from the zero point, which lies `offset` above the smallest code.
   const auto levels_beside = [&](const at::Tensor& offset) {
     return at::maximum(offset, steps - offset).to(at::kLong);
   };
@@ -111,7 +111,7 @@ QParams choose_qparams(const at::Tensor& group, const Grid& grid) {
   return {scale, at::where(all_zero, at::zeros_like(scale), grid.range.code_min + offset_with(scale))};
 }
 
-/// The upper triangular factor Hinv of H^-1. Nothing where H is not positive definite.
+/// The upper triangular factor Hinv of H^-1; nullopt where H is not positive definite.
 std::optional<at::Tensor> inverse_factor(const at::Tensor& H) {
   if (std::get<1>(at::linalg_cholesky_ex(H)).item<int64_t>() != 0) {
     return std::nullopt;
@@ -140,7 +140,7 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   check_dead_inputs("gptq_reference", hessian, damping);
   const at::Tensor damped = damped_matrix(hessian, damping, dtype).index_select(0, column).index_select(1, column);
   at::Tensor H = damped.clone();
-  H.diagonal().masked_fill_(damped_diagonal(hessian, damping).index_select(0, column) == 0, 1);  // no ridge, no input
+  H.diagonal().masked_fill_(damped_diagonal(hessian, damping).index_select(0, column) == 0, 1);  // dead, no ridge
   const std::optional<at::Tensor> factor = inverse_factor(H);
   if (!factor.has_value()) {
     throw_not_positive_definite("gptq_reference", hessian, damping);
@@ -187,7 +187,7 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
       const int64_t G_k_end = end_of_group(group_of_column, G_k_start, B_cur_k_end);
       const int64_t group = group_of_column[G_k_start];
       if (dynamic_scales && G_k_start % grid.group_size == 0) {
-        // What of the group lies in later blocks has not had this block's errors yet.
+        // The part of the group in later blocks has not received this block's errors yet.
         const int64_t group_end = std::min(G_k_start + grid.group_size, K);
         at::Tensor updated = W.slice(1, G_k_start, group_end).clone();
         const int64_t in_block = B_cur_k_end - G_k_start;
@@ -215,7 +215,7 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   }
 
   const at::Tensor E = original - Q;
-  const at::Tensor row_loss = (E.matmul(damped) * E).sum(1).clamp_min(0);  // negative by rounding alone
+  const at::Tensor row_loss = (E.matmul(damped) * E).sum(1).clamp_min(0);  // only rounding makes it negative
   grid.codes.index_copy_(1, column, codes.to(at::kChar));
   const QuantizationGrid& kind = options;
   return {{kind, grid.codes, grid.stored_scales(), zero_points.to(at::kChar)},

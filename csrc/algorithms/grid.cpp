@@ -24,11 +24,11 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// What dequantize() computes scales of dtype Stored in, and what ATen converts them through.
+/// The type in which dequantize() multiplies scales of dtype Stored, and through which ATen converts them.
 template <typename Stored>
 using Arithmetic = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 
-/// The largest value of Arithmetic<Stored> that is finite once it is rounded to Stored.
+/// The largest value of Arithmetic<Stored> that stays finite when it is rounded to Stored.
 template <typename Stored>
 constexpr Arithmetic<Stored> kLargestFinite = std::numeric_limits<Stored>::max();
 template <>
@@ -69,7 +69,7 @@ T round_scale(T scale, int32_t levels) {
              : static_cast<T>(largest_scale_of<Stored>(levels));
 }
 
-/// kernels::RoundScale of a dtype at most as wide as T.
+/// kernels::RoundScale for a dtype at most as wide as T.
 template <typename T>
 kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
   switch (stored) {
@@ -84,7 +84,7 @@ kernels::RoundScale<T> round_scale_to(at::ScalarType stored) {
   }
 }
 
-/// Exponents of rows that need no unit: their squares, and those of what rounding leaves of them, are in range.
+/// Max |exponent| of rows that need no unit: squares of the row and of its rounding errors are in range.
 constexpr int kOrdinaryExponent = 30;
 
 /// A unit and its reciprocal are normal numbers.
@@ -94,7 +94,7 @@ constexpr int kLargestUnitExponent = std::numeric_limits<T>::max_exponent - 3;
 /// max |values_i| over i < count.
 template <typename T>
 T largest_magnitude(const T* values, int64_t count) {
-  constexpr int64_t kLanes = 16;  // as many maxima, for vectors
+  constexpr int64_t kLanes = 16;  // independent maxima, so the loop is vectorized
   std::array<T, kLanes> largest{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -109,7 +109,7 @@ T largest_magnitude(const T* values, int64_t count) {
   return *std::ranges::max_element(largest);
 }
 
-/// The smallest magnitude, but for 0, and the largest of some values; both 0 where there are none.
+/// The smallest magnitude other than 0, and the largest; both 0 if there is none.
 template <typename T>
 struct Magnitudes {
   T smallest = T(0);
@@ -129,8 +129,8 @@ Magnitudes<T> magnitudes(const T* values, int64_t count) {
   return found;
 }
 
-/// The exponent of the unit of a row with this largest weight and these given scales, if any: 0 where none would keep
-/// all of them in range.
+/// The exponent of the unit of a row with this largest weight and these given scales, if any; 0 if no unit keeps all of
+/// them in range.
 template <typename T>
 int64_t exponent_of_unit(T weight, Magnitudes<T> scales) {
   constexpr int kScaleAboveWeight = 60;  // a larger scale rounds the whole row to 0
@@ -179,11 +179,11 @@ kernels::CodeRange code_range(int64_t bits, bool symmetric, bool full_range) {
 double smallest_scale(at::ScalarType stored) {
   switch (stored) {
     case at::kHalf:
-      return 0x1p-24;  // subnormal: the normal range of float16 ends above the scales of small weights
+      return 0x1p-24;  // subnormal: small weights have scales below the normal range of float16
     case at::kDouble:
       return std::numeric_limits<double>::min();
     default:
-      return std::numeric_limits<float>::min();  // of bfloat16, too
+      return std::numeric_limits<float>::min();  // of bfloat16 as well
   }
 }
 
@@ -283,14 +283,14 @@ template <typename T>
 std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method) {
   std::vector<T> factors = {T(1)};
   if (method != ScaleMethod::kAbsmax) {
-    // From half the range to a little more than all of it, in steps of 1/40; the likelier first.
+    // From half the range to 1.1 times the range, in steps of 1/40; the likelier half first.
     for (int step = -1; step >= -20; --step) {
       factors.push_back(T(1) + static_cast<T>(step) / 40);
     }
     for (int step = 1; step <= 4; ++step) {
       factors.push_back(T(1) + static_cast<T>(step) / 40);
     }
-    // In a sweep the other sign pays where the level that it moves is one of few.
+    // In a sweep the other sign pays only where the extra level is one of few.
     const bool few_levels = range.code_max < 7;
     if (range.symmetric && -range.code_min > range.code_max && (method != ScaleMethod::kLoss || few_levels)) {
       const size_t count = factors.size();

@@ -13,7 +13,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// Tokens per pass over the Hessian: enough that the pass costs little beside the products.
+/// Tokens per pass over the Hessian: enough to make the cost of the pass small beside the products.
 constexpr int64_t kTokensPerPass = 1024;
 
 /// hessian += Y^T Y for one pass, inputs Y [tokens, K]; `tiles` has room for Y packed.
@@ -24,8 +24,8 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   const int64_t columns = inputs.size(1);
   const T* const values = inputs.const_data_ptr<T>();
   const int64_t column_tiles = kernels::ceil_div(columns, kernel.tile_rows);
-  // The first pieces pack a tile each, the others wait for all of these and update a row of tiles each, longer ones
-  // first.
+  // The first pieces pack one tile each. The others wait for all of these, and update one row of tiles each, longer
+  // rows first.
   Team team(team_size(column_tiles, tokens * columns * columns / 2));
   Pieces pieces(2 * column_tiles);
   std::atomic<int64_t> packed = 0;
@@ -54,7 +54,7 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   // inputs that share memory with the sum must not change while they are read
   const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
   const at::Tensor sum = hessian.contiguous();
-  // X^T diag(w) X = Y^T Y with the rows of Y those of X times sqrt(w)
+  // X^T diag(w) X = Y^T Y, where the rows of Y are those of X times sqrt(w)
   const at::Tensor factors =
       token_weights.defined() ? token_weights.sqrt().to(sum.scalar_type()).unsqueeze(1) : at::Tensor();
   dispatch_compute(hessian.scalar_type(), [&]<typename T> {
@@ -101,7 +101,7 @@ void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Te
     add_tokens(state, lighter, inputs, token_weights);
     return;
   }
-  // Cut so that both halves have as many tokens afterwards, to one.
+  // Both halves end with the same number of tokens, or differ by one.
   const int64_t cut = (count + tokens[1 - lighter] - tokens[lighter] + 1) / 2;
   const auto part = [&](const at::Tensor& of_tokens, int64_t begin, int64_t end) {
     return of_tokens.defined() ? of_tokens.narrow(0, begin, end - begin) : of_tokens;

@@ -10,8 +10,8 @@ namespace miniquant::algorithms {
 /// token_weights: w, float64 [n], positive; undefined where all are 1.
 void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights = {});
 
-/// Adds tokens X [n, K] of weights w (as above) to one sum or, where halves are kept apart, to either half as
-/// miniquant::Halves::kApart says.
+/// Adds tokens X [n, K] of weights w (as above) to the one sum or, where halves are kept apart, to either half by the
+/// rule of miniquant::Halves::kApart.
 void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Tensor& token_weights);
 
 }  // namespace miniquant::algorithms

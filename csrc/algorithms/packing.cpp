@@ -10,8 +10,9 @@
 #include <numeric>
 #include <vector>
 
-// The bits of a row repeat their layout after the fewest codes that fill whole bytes: 8 codes of 3 bits are 3 bytes, 2
-// of 4 bits are 1. So each byte of such a period is made of the same codes, with the same shifts, all along a row.
+// The layout of a row repeats after the fewest codes that fill whole bytes: 8 codes of 3 bits fill 3 bytes, 2 codes of
+// 4 bits fill 1. In every such period, the byte at one place is made of the codes at the same places with the same
+// shifts.
 
 namespace miniquant::algorithms {
 namespace {
@@ -26,16 +27,16 @@ Period period_of(int64_t bits) {
   return {8 / shared, bits / shared};
 }
 
-/// [N, n] cut into periods of `length`, the last filled up with 0: [N, ceil(n / length), length].
+/// [N, n] cut into periods of `length`, the last padded with 0: [N, ceil(n / length), length].
 at::Tensor in_periods(const at::Tensor& values, int64_t length) {
   const int64_t missing = (length - values.size(1) % length) % length;
   return at::constant_pad_nd(values, {0, missing}).unflatten(1, {-1, length});
 }
 
-/// The parts [N, periods], side by side in their periods, as rows of `width`.
+/// Interleaves the parts [N, periods], one for each place of a period, to rows of `width`.
 at::Tensor rows_of(const std::vector<at::Tensor>& parts, int64_t width) {
   const at::Tensor rows = parts.size() == 1 ? parts.front().contiguous() : at::stack(parts, 2).flatten(1);
-  // Not contiguous(): of a single row that is cut it would keep the strides of the longer row.
+  // Not contiguous(): for a single row that is cut it keeps the strides of the longer row.
   return width == rows.size(1) ? rows : rows.narrow(1, 0, width).clone(at::MemoryFormat::Contiguous);
 }
 

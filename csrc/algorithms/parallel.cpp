@@ -25,12 +25,13 @@ void Team::run(const std::function<void()>& member) {
         member();
       } catch (...) {
         stop();
-        throw;  // which parallel_for() carries to its caller
+        throw;  // parallel_for() rethrows it in its caller
       }
       ended.fetch_add(1, std::memory_order_release);
     }
-    // OpenMP waits at the end of its region without giving the processor away, and may thereby keep the thread it waits
-    // for from running. So wait here first; for a limited time, as parallel_for() promises no threads.
+    // At the end of its region OpenMP waits without yielding the processor, and may so keep the thread it waits for
+    // from running. So members wait here first, for a limited time, because parallel_for() does not promise that each
+    // has a thread.
     constexpr int64_t kMostTurns = 10'000;
     for (int64_t turn = 0; turn < kMostTurns && ended.load(std::memory_order_acquire) < size_ && !stopped(); ++turn) {
       pause(turn);

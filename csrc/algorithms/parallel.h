@@ -5,16 +5,16 @@
 #include <functional>
 #include <thread>
 
-// Work in pieces that are taken by whichever thread is free, so that a call does not wait for a thread that the
-// operating system keeps from running: on a shared machine a wait is a time slice of some other program. What threads
-// compute must not depend on who takes which piece.
+// Work is cut into pieces, and any thread that is free takes the next one. So a call does not wait for a thread that
+// the operating system keeps from running; on a shared machine such a wait lasts a time slice of another program. What
+// threads compute must not depend on which thread takes which piece.
 
 namespace miniquant::algorithms {
 
 /// Multiply-adds below which a second thread costs more than it saves.
 inline constexpr int64_t kSerialOperations = 500'000;
 
-/// Threads for `pieces` pieces of work with `operations` multiply-adds in all: at least 1, at most
+/// Number of threads for `pieces` pieces of work with `operations` multiply-adds in all: at least 1, at most
 /// at::get_num_threads(), and 1 inside another parallel region.
 int64_t team_size(int64_t pieces, int64_t operations);
 
@@ -23,7 +23,7 @@ class Pieces {
  public:
   explicit Pieces(int64_t count) : count_(count) {}
 
-  /// Whether there is one more, which `piece` is then set to.
+  /// Sets `piece` to the next number. Returns false if there is none left.
   [[nodiscard]] bool take(int64_t& piece) {
     piece = next_.fetch_add(1, std::memory_order_relaxed);
     return piece < count_;
@@ -39,8 +39,8 @@ class Team {
  public:
   explicit Team(int64_t size) : size_(size) {}
 
-  /// Runs `member` on every thread of the team, in one parallel region, and waits for all. Others need not have begun
-  /// when the first to begin ends. An exception of a member stops the team and is thrown here.
+  /// Runs `member` on every thread of the team, in one parallel region, and waits for all of them. One member may end
+  /// before another begins. An exception in a member stops the team and is thrown here.
   void run(const std::function<void()>& member);
 
   /// body(piece) for pieces that no other member took, until none is left or the team is stopped. Called by a member.
@@ -51,12 +51,12 @@ class Team {
     }
   }
 
-  /// Ends wait_until() and take() in every member.
+  /// Makes every member leave wait_until() and take no more pieces.
   void stop() { stopped_.store(true, std::memory_order_relaxed); }
   [[nodiscard]] bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
-  /// Waits until `condition()` is true, and lets others run meanwhile. Returns false where the team was stopped. Called
-  /// by a member, for what another member has begun.
+  /// Waits until `condition()` is true; other threads may run meanwhile. Returns false if the team was stopped. A
+  /// member calls it to wait for work that another member has begun.
   template <typename Condition>
   [[nodiscard]] bool wait_until(const Condition& condition) const {
     for (int64_t turn = 0; !condition(); ++turn) {
@@ -69,7 +69,7 @@ class Team {
   }
 
  private:
-  /// A moment's pause: of the processor at first, then of the thread.
+  /// Pauses for a moment: the first turns pause the processor, later ones yield the thread.
   static void pause(int64_t turn) {
     constexpr int64_t kTurnsOfProcessor = 4096;
     if (turn < kTurnsOfProcessor) {
@@ -89,7 +89,7 @@ class Team {
   std::atomic<bool> stopped_ = false;
 };
 
-/// body(piece) for 0 <= piece < count, in parallel where `operations` multiply-adds in all are worth it.
+/// body(piece) for 0 <= piece < count; in parallel where `operations`, multiply-adds in all, are enough.
 template <typename Body>
 void for_pieces(int64_t count, int64_t operations, const Body& body) {
   Team team(team_size(count, operations));

@@ -11,7 +11,7 @@ namespace miniquant::algorithms {
 
 at::Tensor times_power_of_two(const at::Tensor& values, const at::Tensor& exponents) {
   TORCH_INTERNAL_ASSERT(values.numel() == exponents.numel());
-  // A factor 2^exponent may be out of range where the product is not.
+  // A factor 2^exponent may be out of range where the product is in range.
   constexpr int64_t kMost = 10000;
   const at::Tensor wide = values.to(at::kCPU, at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
   const at::Tensor shifts = exponents.cpu().contiguous();

@@ -9,7 +9,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// Max passes over the codes in the first round. What a fourth pass would find, the next round finds too.
+/// Max passes over the codes in the first round. The next round finds what a fourth pass would.
 constexpr int64_t kMostPasses = 3;
 
 }  // namespace

@@ -17,7 +17,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// Rows that are judged: they all have the same inputs, so that some speak for the others.
+/// Max rows to judge by. All rows have the same inputs, so some represent the others.
 constexpr int64_t kJudgedRows = 128;
 
 /// Evenly spaced rows of the weight, at most kJudgedRows.
@@ -27,10 +27,10 @@ at::Tensor some_rows(const at::Tensor& weight) {
   return weight.index_select(0, at::arange(judged, at::kLong).mul(rows).div(std::max<int64_t>(judged, 1), "floor"));
 }
 
-/// How the ridge that serves best falls with the number of tokens.
+/// The best ridge falls with the number of tokens to this power.
 constexpr double kPowerOfTokens = 0.7;
 
-/// A ridge to start from: what was best on the layers of an encoder (docs/algorithm.md, "The ridge from the data").
+/// A ridge to start from: the best one for the layers of an encoder (docs/algorithm.md, "The ridge from the data").
 double usual_ridge(int64_t tokens) { return std::pow(128.0 / static_cast<double>(tokens), kPowerOfTokens); }
 
 double held_out_loss(const at::Tensor& weight, const at::Tensor& calibration, const at::Tensor& held_out,
@@ -48,13 +48,14 @@ double held_out_loss(const at::Tensor& weight, const at::Tensor& calibration, co
 }  // namespace
 
 at::Tensor judged_ridges(int64_t tokens, int64_t columns) {
-  // The last leaves nothing of H but a multiple of the identity: GPTQ with it rounds to nearest.
+  // With the last ridge H is in effect a multiple of the identity, so GPTQ rounds to nearest.
   constexpr double kRoundsToNearest = 1e6;
   const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
   const double usual = usual_ridge(tokens);
   if (tokens / 2 < columns) {
-    // Where a half does not determine H, none below the usual: tokens of one text resemble one another, so that the
-    // halves of a few agree better than either does with tokens to come, and would have one trust them too far.
+    // If a half does not determine H, no ridge below the usual one is tried. Tokens of one text resemble one another,
+    // so two small halves agree with each other better than with future tokens, and smaller ridges look better than
+    // they are.
     return at::tensor({usual, 3 * usual, 10 * usual, 30 * usual, 100 * usual, kRoundsToNearest}, options);
   }
   return at::tensor({usual / 10, usual / 3, usual, 3 * usual, 10 * usual, kRoundsToNearest}, options);

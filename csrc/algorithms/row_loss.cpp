@@ -15,10 +15,10 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// A loss that fell to less than this part of what it was has lost as much of its precision.
+/// A loss that fell below this fraction of its earlier value has lost too many digits to cancellation.
 constexpr double kLargestCancellation = 0x1p-12;
 
-/// Error of the rows `rows` (int64), weight - dequantized, float64 [rows, K].
+/// The errors weight - dequantized of the rows `rows` (int64), float64 [rows, K].
 at::Tensor error_of_rows(const at::Tensor& rows, const at::Tensor& weight, const Grid& grid) {
   const auto chosen = [&](const at::Tensor& tensor) { return tensor.index_select(0, rows).to(at::kDouble); };
   const auto per_column = [&](const at::Tensor& per_group) {
@@ -51,7 +51,7 @@ void settle_row_loss(const at::Tensor& hessian, const Damping& damping, const at
     return;
   }
   const at::Tensor triangle = damped_lower_triangle(hessian, damping, at::kDouble);
-  // D is positive definite: a form of it is negative by rounding alone.
+  // D is positive definite, so only rounding makes the form negative.
   const at::Tensor exact = quadratic_forms(error_of_rows(rows, weight, grid), triangle).clamp_min_(0);
   const at::Tensor before = history.before.index_select(0, rows);
   const at::Tensor loss = exact.to(row_loss.scalar_type());

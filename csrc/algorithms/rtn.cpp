@@ -6,7 +6,7 @@
 namespace miniquant::algorithms {
 
 QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
-  // Only a search for scales takes squares.
+  // Only a search for scales computes squares.
   const ScaledWeight scaled = options.scale_method == ScaleMethod::kAbsmax
                                   ? ScaledWeight{weight.to(compute_dtype(weight.scalar_type())).contiguous(), {}, {}}
                                   : scaled_weight(weight, options.scales);

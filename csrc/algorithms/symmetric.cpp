@@ -16,7 +16,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// What a pass costs for each entry of H, in multiply-adds: it moves memory.
+/// The cost of a pass for each entry of H, in multiply-adds: high, because the pass moves memory.
 constexpr int64_t kOperationsPerEntry = 32;
 
 /// Rows and columns per tile of the passes below.
@@ -32,8 +32,8 @@ void for_lower_tiles(int64_t columns, const Body& body) {
   });
 }
 
-/// A tile of H and the same tile of H^T, rows from i_begin and columns from j_begin on. The other triangle is copied
-/// first: rows a power of two apart would evict one another from the cache while they are read column by column.
+/// A tile of H and the same tile of H^T, rows from i_begin and columns from j_begin on. The tile of the other triangle
+/// is copied first: while it is read column by column, rows a power of two apart evict one another from the cache.
 template <typename T>
 class TilePair {
  public:
@@ -100,8 +100,8 @@ void average_triangles(const From* h, double factor, kernels::SymmetricLayout la
   });
 }
 
-/// The lower triangle with rows and columns in the order `column`. Each of two passes reads whole rows of H, so what it
-/// picks out of them comes from the cache.
+/// The lower triangle with rows and columns in the order `column`. Each of the two passes reads whole rows of H, so the
+/// entries that it picks come from the cache.
 template <typename From, typename T>
 void average_triangles(const From* h, double factor, kernels::TriangleLayout layout, const int64_t* column, T* out) {
   const int64_t columns = layout.columns;
@@ -127,7 +127,7 @@ void average_triangles(const From* h, double factor, kernels::TriangleLayout lay
   });
 }
 
-/// survey_symmetry() of one row of tiles. One accumulator for each column of a tile: loops over them are vectorized.
+/// survey_symmetry() of one row of tiles. One accumulator for each column of a tile, so the loops are vectorized.
 template <typename T>
 class RowOfTiles {
  public:
@@ -179,7 +179,7 @@ at::Tensor lower_triangle(const at::Tensor& hessian, double factor, at::ScalarTy
       } else {
         average_triangles(from, factor, layout, out);
       }
-      // Read with the last strip, and of no effect: not left to chance.
+      // Set to 0, because the kernels read these rows with the last strip, though without effect.
       for (int64_t panel = 0; panel < layout.panels(); ++panel) {
         std::fill(out + layout.offset(columns, panel), out + layout.offset(columns + kernels::kSpareRows, panel), T(0));
       }

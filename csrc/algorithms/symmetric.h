@@ -23,10 +23,10 @@ void add_to_diagonal_of_panels(at::Tensor& panels, int64_t columns, double added
 /// A copy of the diagonal, [K], of a triangle of K = `columns` columns.
 at::Tensor diagonal_of_triangle(const at::Tensor& triangle, int64_t columns);
 
-/// Sets a triangle's diagonal, [K].
+/// Sets the diagonal of a triangle from `diagonal` [K].
 void set_diagonal_of_triangle(const at::Tensor& triangle, const at::Tensor& diagonal);
 
-/// What a matrix must show before it is taken for symmetric.
+/// The figures that decide whether a matrix counts as finite and symmetric.
 struct SymmetrySurvey {
   bool finite = true;
   double largest = 0.0;            ///< max |H_ij|, if finite

@@ -27,7 +27,7 @@ void add(HessianSums& sums, const HessianSums& other) {
   op.call(sums.sums, sums.tokens, sums.weights, other.sums, other.tokens, other.weights);
 }
 
-/// Sums of nothing, in the shapes of these. Normal tensors, whatever mode is on, for updates in any mode.
+/// Sums of no tokens, in the shapes of `like`. Never inference tensors, so any mode can update them.
 HessianSums no_tokens(const HessianSums& like) {
   const c10::InferenceMode normal(false);
   return {at::zeros_like(like.sums), at::zeros_like(like.tokens), at::zeros_like(like.weights)};
@@ -40,7 +40,7 @@ at::Tensor hessian_of(const HessianSums& sums, std::optional<int64_t> half) {
   return op.call(sums.sums, sums.tokens, sums.weights, half);
 }
 
-/// Tokens and effective tokens.
+/// The numbers of tokens and of effective tokens.
 Counts counts_of(const HessianSums& sums, std::optional<int64_t> half) {
   static const auto op = find<Counts(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
       "miniquant::accumulator_tokens");

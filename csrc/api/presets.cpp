@@ -44,7 +44,7 @@ GptqOptions options_of(Preset preset, bool symmetric) {
 
 namespace {
 
-/// The options that presets set, as the operators name them.
+/// The options that presets set, by the operators' names.
 using PresetTuple = std::tuple<bool, bool, std::string, std::string, std::string, int64_t, int64_t>;
 
 PresetTuple preset(std::string_view name, bool symmetric) {
@@ -65,7 +65,7 @@ PresetTuple preset(std::string_view name, bool symmetric) {
 }  // namespace
 }  // namespace miniquant
 
-// From here Python's miniquant.preset() has its options.
+// Python's miniquant.preset() reads its options here.
 TORCH_LIBRARY_FRAGMENT(miniquant, m) {
   m.def(
       "preset(str name, *, bool symmetric=True) -> (bool symmetric, bool full_range, str scale_method, "

@@ -35,7 +35,7 @@ class Descriptor {
   int value_;
 };
 
-// A name in the folder of `target` that nothing has, hidden, so that a listing shows finished files only.
+// An unused, hidden name in the folder of `target`, so a listing shows finished files only.
 fs::path sibling(const fs::path& target, std::string_view kind, int attempt) {
   std::string name = target.filename().string();
   name.insert(0, 1, '.');
@@ -46,7 +46,7 @@ fs::path sibling(const fs::path& target, std::string_view kind, int attempt) {
 
 constexpr int kMaxAttempts = 1000;
 
-// One file on its way to its name. What is not finished is undone by the destructor.
+// A file on its way to its target. The destructor undoes unfinished steps.
 class PendingFile {
  public:
   PendingFile(fs::path target, std::string_view text) : target_(std::move(target)) {
@@ -74,7 +74,7 @@ class PendingFile {
     if (!backup_.empty()) {
       std::error_code ignored;
       fs::rename(backup_, target_, ignored);
-      // Renaming one name of a file onto another name of the same file leaves both.
+      // rename() between two names of the same file leaves both.
       remove(backup_);
     } else if (renamed_ && is_new_) {
       remove(target_);
@@ -136,7 +136,7 @@ class PendingFile {
       }
       if (errno != EEXIST) break;
     }
-    // A file system without hard links: the rename alone is still all or nothing for this file.
+    // A file system without hard links: the rename alone is still atomic for this file.
     if (errno != EPERM && errno != EOPNOTSUPP && errno != ENOSYS) fail(errno, "cannot replace", target_);
   }
 
@@ -164,7 +164,7 @@ void write_files(const std::vector<OutputFile>& files) {
   for (PendingFile& file : pending) file.rename();
   for (PendingFile& file : pending) file.finish();
 
-  // The names are on disk once their folders are. The files are already whole: a failure here takes nothing back.
+  // Names are on disk once their folders are flushed. The files are complete by now, so a failure here undoes nothing.
   for (const fs::path& folder : folders) {
     const Descriptor directory(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (directory.get() >= 0) ::fsync(directory.get());

@@ -11,12 +11,12 @@ struct OutputFile {
   std::string text;
 };
 
-/// Writes all files, or none of them. Folders that are missing are made.
+/// Writes all files, or none of them. Creates missing folders.
 ///
-/// Each text goes to a temporary file in the folder of its file, is flushed to disk, and only when all are there are
-/// they renamed to their names in the order given, replacing what was there. If a step fails, what was there before is
-/// put back, and std::system_error says which file and why. A machine that stops between two renames can leave an
-/// earlier file new and a later one old, so the file that vouches for the others belongs last.
+/// Each text is written to a temporary file in the folder of its target and flushed to disk. When all are written, they
+/// are renamed to their targets in the order given, replacing existing files. If a step fails, the earlier files are
+/// restored, and std::system_error names the file and the reason. If the machine stops between two renames, an earlier
+/// file can be new and a later one old: put the file that lists the others last.
 void write_files(const std::vector<OutputFile>& files);
 
 }  // namespace miniquant::driver

@@ -4,13 +4,13 @@
 
 namespace miniquant::driver {
 
-/// What this program was built from.
+/// The versions that this program was built from.
 struct BuildInfo {
   std::string miniquant;     ///< version
   std::string torch;         ///< version
   std::string compiler;      ///< name and version
   std::string cxx_standard;  ///< C++20
-  std::string git_revision;  ///< the commit checked out when it was built; empty outside a checkout
+  std::string git_revision;  ///< the commit checked out at the build; empty outside a checkout
 };
 
 [[nodiscard]] const BuildInfo& build_info();

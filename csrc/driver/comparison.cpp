@@ -23,7 +23,7 @@ std::vector<double> to_vector(const at::Tensor& values) {
   return {first, first + contiguous.numel()};
 }
 
-// In row order, so that the sum does not depend on the number of threads.
+// In row order, so the sum does not depend on the number of threads.
 double sum(const std::vector<double>& values) { return std::accumulate(values.begin(), values.end(), 0.0); }
 
 at::Tensor hessian_of(const at::Tensor& inputs, HessianAccumulator& accumulator) {
@@ -65,7 +65,7 @@ Agreement agreement_of(std::string name, const GptqResult& a, const GptqResult& 
   return agreement;
 }
 
-// Both implementations in float64, where they have to agree, and in the dtype the figures are computed in.
+// Compares the implementations in float64, where they must agree, and in the dtype of the figures.
 CheckFigures run_check(const Problem& problem, const at::Tensor& hessian, const GptqOptions& options) {
   const at::ScalarType dtype = compute_type(problem.weight.scalar_type());
   const at::Tensor weight64 = problem.weight.to(at::kDouble);
@@ -155,7 +155,7 @@ std::vector<RowGain> top_rows_relative(const std::vector<double>& loss_rtn, cons
 
 namespace {
 
-// A comparison taken apart into stages: each reads what those before it have left, and the figures are whole after the
+// A comparison as a list of stages. Each stage reads the results of earlier ones; the figures are complete after the
 // last.
 class Comparer {
  public:
@@ -189,7 +189,7 @@ class Comparer {
     return list;
   }
 
-  // What the stages have found, and what follows from it alone.
+  // The results of the stages, and the figures derived from them.
   [[nodiscard]] Comparison take() {
     result_.n_grid_changes = count_differences(nearest_.codes, corrected_.codes).codes;
     result_.grid_change_share =
@@ -207,11 +207,10 @@ class Comparer {
   struct Scheme {
     SchemeFigures* figures;
     at::Tensor codes;
-    at::Tensor
-        value;  ///< of the codes with the scales as stored, without rounding it to a half-precision weight's dtype
+    at::Tensor value;  ///< dequantized codes [N, K] with the stored scales, not rounded to the weight's dtype
   };
 
-  // GPTQ with the ridge of the options, or with one from the data, which is put in its place.
+  // GPTQ with the ridge of the options, or with one from the data, which then replaces it.
   void quantize() {
     if (!options_.ridge_from_data) {
       corrected_ = gptq(problem_.weight, hessian_, used_);
@@ -268,7 +267,7 @@ class Comparer {
   const Problem& problem_;
   const Options& options_;
   at::ScalarType dtype_;
-  GptqOptions used_;  ///< the options' with the ridge that is used
+  GptqOptions used_;  ///< the options of the run, with the ridge used
   HessianAccumulator accumulator_;
   at::Tensor hessian_;        ///< [K, K] of the calibration inputs, without the ridge
   at::Tensor fresh_hessian_;  ///< [K, K]

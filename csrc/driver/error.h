@@ -4,7 +4,7 @@
 
 namespace miniquant::driver {
 
-/// What the user gave cannot be used: an option, a file, a tensor. The program ends with exit code 2.
+/// An option, a file or a tensor from the user that cannot be used. The program ends with exit code 2.
 class InputError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

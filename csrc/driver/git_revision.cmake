@@ -1,5 +1,6 @@
 # cmake -DGIT_EXECUTABLE=... -DSOURCE_DIR=... -DOUTPUT=... -P git_revision.cmake
-# Writes a header with the commit checked out in SOURCE_DIR; an empty string where SOURCE_DIR is not the top of a checkout.
+# Writes a header with the commit checked out in SOURCE_DIR, or an empty string if SOURCE_DIR is not the top of a
+# checkout.
 
 set(revision "")
 if(GIT_EXECUTABLE AND EXISTS "${SOURCE_DIR}/.git")

@@ -13,7 +13,7 @@
 namespace miniquant::driver {
 namespace {
 
-// What float32 or float64 holds: its smallest normal number and its largest.
+// The range of float32 or float64: the smallest normal number and the largest.
 struct Range {
   std::string_view name;
   double low;
@@ -38,12 +38,12 @@ std::string where(std::string_view option, const TensorOrigin& origin) {
   return std::string(option) + ": " + origin.file + ": tensor '" + origin.tensor + "'";
 }
 
-// [K] in float64: the sum over tokens of every column's squares.
+// [K] in float64: the sum of squares of every column over tokens.
 at::Tensor sums_of_squares(const at::Tensor& inputs) {
   return at::linalg_vector_norm(inputs, /*ord=*/2, /*dim=*/0, /*keepdim=*/false, at::kDouble).square();
 }
 
-// Largest magnitudes: no product of two columns is larger than the larger one's squares.
+// Checks the sums of squares: the largest of them bounds every product of two columns.
 void check_range(const std::string& where, const at::Tensor& squares, const Range& range) {
   const auto [largest, column] = squares.max(/*dim=*/0);
   const double value = largest.item<double>();

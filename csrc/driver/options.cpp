@@ -42,7 +42,7 @@ constexpr std::string_view kExamples = R"(Examples:
 
 Exit codes: 0 done; 1 could not be computed or written, or --check found a difference; 2 bad option or input file.)";
 
-// For transform(): leaves the canonical decimal form, so "010" is ten wherever it is read next.
+// For transform(): returns the canonical decimal form, so "010" is ten wherever it is read next.
 CLI::Validator integer_from(int64_t low, int64_t high) {
   const auto check = [low, high](std::string& text) -> std::string {
     int64_t value = 0;
@@ -70,7 +70,7 @@ CLI::Validator group_size() {
 
 constexpr std::string_view kFromData = "auto";
 
-// The number, or nothing where the text is not a valid ridge.
+// The number; nullopt if the text is not a valid ridge.
 std::optional<double> ridge_in(std::string_view text) {
   double value = 0.0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
@@ -93,7 +93,7 @@ CLI::Validator not_empty() {
   return {check, "", "name"};
 }
 
-// CLI11 marks names that turn a flag off by "{false}" behind them.
+// CLI11 appends "{false}" to names that turn a flag off.
 class HelpFormatter : public CLI::Formatter {
  public:
   std::string make_option_name(const CLI::Option* option, bool is_positional) const override {
@@ -114,7 +114,8 @@ std::string joined(const Choices<T>& choices, std::string_view separator) {
   return text;
 }
 
-// An option that takes one of a few words. `Target` is T, or an optional T where it matters whether it was given.
+// Adds an option that takes one of a few words. `Target` is T, or std::optional<T> where it matters whether it was
+// given.
 template <typename Target, typename T>
 CLI::Option* add_choice(CLI::App& app, const std::string& name, Target& target, const Choices<T>& choices,
                         const std::string& description) {
@@ -136,7 +137,7 @@ constexpr int64_t kMaxSize = 16'777'216;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxRounds = 1024;
 
-// Options given on top of the preset.
+// Options that change the preset.
 struct Overrides {
   std::optional<ColumnOrder> column_order;
   std::optional<GroupScales> group_scales;
@@ -200,7 +201,7 @@ void add_file_options(CLI::App& app, FileSource& source) {
   }
 }
 
-// The choices by the names that the library gives them.
+// The choices by the library's names.
 template <typename T>
 Choices<T> named(const std::vector<T>& values) {
   Choices<T> choices;
@@ -285,10 +286,10 @@ GptqOptions gptq_options(const CLI::App& app, Preset preset, const GptqOptions& 
   return options;
 }
 
-// Rejects what the library would reject, in the words of the command line.
+// Rejects combinations that the library would reject, in the words of the command line.
 void check_gptq_options(const CLI::App& app, const Options& options) {
   const GptqOptions& gptq = options.gptq;
-  // "loss", or "loss (of --preset best)" where that is where it comes from.
+  // "loss", or "loss (of --preset best)" if the preset set it.
   const auto said = [&](const char* name, std::string_view value) {
     std::string text(value);
     if (!is_given(app, name)) text.append(" (of --preset ").append(name_of(options.preset)).append(")");
@@ -405,7 +406,7 @@ std::variant<Options, Information> parse_options(const std::vector<std::string>&
   app.add_flag("--quiet", parsed.options.quiet, "print errors only");
 
   try {
-    // CLI11 takes a vector from its back.
+    // CLI11 takes a vector in reverse order.
     app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));
   } catch (const CLI::Success& request) {
     std::ostringstream text;

@@ -12,13 +12,13 @@
 
 namespace miniquant::driver {
 
-/// What the synthetic layer's inputs are drawn from.
+/// The distribution of the synthetic layer's inputs.
 enum class Distribution { kNormal, kCauchy };
 
 /// "normal" or "cauchy".
 [[nodiscard]] std::string_view name_of(Distribution distribution);
 
-/// A layer drawn from random numbers; the defaults are the lab's.
+/// A layer from random numbers; the defaults are the lab's.
 struct SyntheticSource {
   int64_t rows = 768;
   int64_t columns = 768;
@@ -28,40 +28,40 @@ struct SyntheticSource {
   std::vector<Distribution> distributions = {Distribution::kNormal, Distribution::kCauchy};
 };
 
-/// A layer from safetensors files. An empty tensor name means the only tensor of its file.
+/// A layer from safetensors files. An empty tensor name means the file's only tensor.
 struct FileSource {
   std::filesystem::path weights;
   std::string tensor;
   std::filesystem::path inputs;
   std::string input_tensor;
   std::filesystem::path fresh_inputs;  ///< empty: none
-  std::string fresh_input_tensor;      ///< empty: the only tensor of its file, else the name of the inputs' tensor
+  std::string fresh_input_tensor;      ///< empty: the only tensor of its file, otherwise the name of the inputs' tensor
 };
 
-/// The preset with what is the same for every scheme of a run: bits, group size, symmetry, ridge and block size of
-/// `terms`. An asymmetric grid has every code: there the full range of a preset does not apply.
+/// The preset with the options that all schemes of a run share, from `terms`: bits, group size, symmetry, ridge and
+/// block size. An asymmetric grid has every code, so the full range of a preset does not apply to it.
 [[nodiscard]] GptqOptions preset_on_terms(Preset preset, const GptqOptions& terms);
 
 struct Options {
   std::variant<SyntheticSource, FileSource> source;
-  Preset preset = Preset::kPlain;                         ///< what `gptq` started from
-  GptqOptions gptq;                                       ///< the preset's, and what the command line says otherwise
+  Preset preset = Preset::kPlain;                         ///< the start of `gptq`
+  GptqOptions gptq;                                       ///< the preset's, changed by the command line
   GptqOptions best = preset_on_terms(Preset::kBest, {});  ///< the best preset on the terms of `gptq`
-  bool ridge_from_data = false;                           ///< choose_ridge() for every run, in place of gptq.ridge
+  bool ridge_from_data = false;                           ///< choose_ridge() for every run, instead of gptq.ridge
   std::filesystem::path output = "gptq-toy";
-  std::filesystem::path save;  ///< file for the layer as quantized by `gptq`; empty: none
-  int threads = 0;             ///< 0: what LibTorch chooses
+  std::filesystem::path save;  ///< file for the layer quantized by `gptq`; empty: none
+  int threads = 0;             ///< 0: LibTorch's default
   bool check = false;
   bool quiet = false;
 };
 
-/// The command line asks for a text (help, version) instead of a run.
+/// The command line asks for a text (help, version), not a run.
 struct Information {
   std::string text;
 };
 
-/// Reads a command line, `arguments` being what follows the program's name.
-/// Throws InputError that names the option, what was expected and what came.
+/// Parses a command line; `arguments` excludes the program's name. Throws InputError that names the option, the
+/// requirement and the value.
 [[nodiscard]] std::variant<Options, Information> parse_options(const std::vector<std::string>& arguments);
 
 }  // namespace miniquant::driver

@@ -18,7 +18,7 @@ namespace {
 
 constexpr double kWeightScale = 0.02;
 
-// [2, 3], cut to a length that leaves a message readable.
+// [2, 3], truncated so a message stays readable.
 std::string shape_text(const std::vector<uint64_t>& shape) {
   constexpr std::size_t kMaxShown = 8;
   std::string text = "[";
@@ -48,7 +48,7 @@ at::Tensor draw_inputs(int64_t columns, int64_t tokens, Distribution distributio
   return at::empty({columns, tokens}, at::kFloat).cauchy_(/*median=*/0.0, /*sigma=*/1.0, generator);
 }
 
-// A tensor that a file holds: what can be said of it before its data are read.
+// A tensor in a file; its shape and dtype are known before its data are read.
 class StoredTensor {
  public:
   StoredTensor(std::string_view option, const SafetensorsFile& file, const std::string& name)
@@ -60,10 +60,10 @@ class StoredTensor {
 
   [[nodiscard]] bool is_empty() const { return std::ranges::find(shape(), uint64_t{0}) != shape().end(); }
 
-  // Throws InputError that says which option, file and tensor.
+  // Throws InputError that names the option, file and tensor.
   [[noreturn]] void fail(const std::string& message) const { throw InputError(where_ + ": " + message); }
 
-  // [M, columns]: the data, whose dimensions but the last become one. (Operators of torch take at most 64 dimensions.)
+  // The data as [M, columns], M the product of the other dimensions. (Operators of torch take at most 64 dimensions.)
   [[nodiscard]] at::Tensor read(int64_t columns) const {
     at::Tensor data = file_.read(item_.first).view({-1, columns});
     const int64_t finite = at::isfinite(data).sum().item<int64_t>();
@@ -103,7 +103,7 @@ Loaded load_weight(const SafetensorsFile& file, const std::string& name) {
   return {.data = data, .origin = stored.origin(data)};
 }
 
-// [..., K] as [tokens, K].
+// Inputs [..., K] as [tokens, K].
 Loaded load_inputs(std::string_view option, const SafetensorsFile& file, const std::string& name, int64_t columns) {
   const StoredTensor stored(option, file, name);
   if (stored.shape().empty() || std::cmp_not_equal(stored.shape().back(), columns)) {

@@ -11,7 +11,7 @@
 
 namespace miniquant::driver {
 
-/// Where a tensor came from.
+/// The origin of a tensor.
 struct TensorOrigin {
   std::string file;         ///< its name without folders; empty for random numbers
   std::string tensor;       ///< its name in the file
@@ -21,7 +21,7 @@ struct TensorOrigin {
   std::string sha256;  ///< of its bytes, row-major
 };
 
-/// One layer and the inputs it is compared on.
+/// One layer, and the inputs that the schemes are compared on.
 struct Problem {
   std::string name;                        ///< of the run: normal, cauchy or file
   at::Tensor weight;                       ///< [N, K]
@@ -32,12 +32,12 @@ struct Problem {
   std::optional<TensorOrigin> fresh_input_origin;
 };
 
-/// W = randn(N, K) * 0.02, then X, then X_fresh, all float32 and [K, tokens], from one generator: the numbers that
-/// torch.manual_seed(seed) gives in this order in Python. X is N(0, 1) or Cauchy(0, 1).
+/// W = randn(N, K) * 0.02, then X, then X_fresh, all float32; X and X_fresh are [K, tokens]. All from one generator,
+/// with the numbers that torch.manual_seed(seed) gives in this order in Python. X is N(0, 1) or Cauchy(0, 1).
 [[nodiscard]] Problem draw_problem(const SyntheticSource& source, Distribution distribution);
 
-/// Reads the layer and its inputs [..., K]; their leading dimensions are tokens.
-/// Throws InputError if a tensor is missing, has the wrong shape or dtype, or holds a value that is not finite.
+/// Reads the layer and its inputs [..., K]; all dimensions but the last are tokens. Throws InputError if a tensor is
+/// missing, has the wrong shape or dtype, or holds a value that is not finite.
 [[nodiscard]] Problem load_problem(const FileSource& source);
 
 }  // namespace miniquant::driver

@@ -10,7 +10,7 @@ namespace miniquant::driver {
 namespace {
 
 constexpr std::size_t kBarWidth = 24;
-// Back to the start of the line, and erase it.
+// Returns to the start of the line and erases it.
 constexpr std::string_view kWipe = "\r\x1b[K";
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 namespace miniquant::driver {
 
-/// One line that shows what is being done, rewritten in place; nothing at all where it is not `enabled`.
+/// One line with the current step, rewritten in place; nothing is written unless `enabled`.
 class Progress {
  public:
   Progress(std::ostream& stream, bool enabled, std::size_t steps);
@@ -18,7 +18,7 @@ class Progress {
   Progress& operator=(const Progress&) = delete;
   ~Progress();
 
-  /// The next of `steps` begins.
+  /// Shows that the next of `steps` begins.
   void step(std::string_view description);
 
   /// Wipes the line.
@@ -35,7 +35,7 @@ class Progress {
 /// Whether standard error is a terminal that can rewrite a line.
 [[nodiscard]] bool error_stream_is_terminal();
 
-/// Runs the stages of a run one after the other, announces each and takes its time.
+/// Runs the stages of a run one after the other, announces each and measures its time.
 class Stages {
  public:
   explicit Stages(std::function<void(std::string_view)> announce) : announce_(std::move(announce)) {}

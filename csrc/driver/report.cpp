@@ -18,16 +18,16 @@ namespace {
 
 using json = nlohmann::ordered_json;
 
-// results.json's: 2 added the best preset and the options of GPTQ that presets set; with 3 setup.ridge may be "auto",
-// and a run has its own ridge and how that was found.
+// Version of results.json. Version 2 added the best preset and the options of GPTQ that presets set. In version 3
+// setup.ridge may be "auto", and each run has its own ridge and how it was chosen.
 constexpr int kResultsVersion = 3;
-// manifest.json's: 2 added instruction_set.
+// Version of manifest.json. Version 2 added instruction_set.
 constexpr int kManifestVersion = 2;
 
 json or_null(const std::optional<double>& value) { return value ? json(*value) : json(nullptr); }
 
 std::string text_of(const json& document) {
-  // A file name need not be UTF-8; JSON has to be.
+  // A file name may be invalid UTF-8, which JSON does not allow.
   return document.dump(2, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace) + "\n";
 }
 
@@ -118,7 +118,7 @@ json seed_json(const Options& options) {
   return synthetic != nullptr ? json(synthetic->seed) : json(nullptr);
 }
 
-// What a preset sets.
+// The options that a preset sets.
 json preset_json(const GptqOptions& gptq) {
   return {{"column_order", name_of(gptq.column_order)},
           {"group_scales", name_of(gptq.group_scales)},

@@ -28,18 +28,18 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t kLengthBytes = 8;
-// Of the data in a file that is written, as the reference does.
+// Alignment of the data in a written file, as in the reference.
 constexpr std::size_t kAlignment = 8;
-// The limit that the format itself sets.
+// The format's own limit.
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
-// Objects and lists inside one another: the limit of the reference's parser, which keys that nobody reads can reach.
+// Max nesting of objects and lists: the limit of the reference's parser, which keys that are not read can reach, too.
 constexpr int kMaxDepth = 127;
 constexpr std::size_t kMaxQuoted = 60;
 
 struct ItemType {
   std::string_view name;
   uint64_t bits;
-  std::optional<at::ScalarType> scalar_type;  ///< where read() supports it
+  std::optional<at::ScalarType> scalar_type;  ///< if read() supports it
 };
 
 constexpr std::array kItemTypes = {ItemType{"F64", 64, at::kDouble},     ItemType{"F32", 32, at::kFloat},
@@ -66,7 +66,7 @@ std::string_view dtype_name(at::ScalarType dtype) {
   return found->name;
 }
 
-// 'text', cut to a length that leaves a message readable, without control characters.
+// 'text', truncated so a message stays readable, without control characters.
 std::string in_quotes(std::string_view text) {
   std::string result = "'";
   for (const char c : text.substr(0, kMaxQuoted)) result += static_cast<unsigned char>(c) < 0x20 ? '?' : c;
@@ -82,7 +82,7 @@ std::string abbreviated(const json& value) {
   return text;
 }
 
-// What is wrong with the header; the caller adds the path.
+// An error in the header; the caller adds the path.
 class HeaderError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -94,7 +94,7 @@ class HeaderError : public std::runtime_error {
 
 constexpr std::array<const char*, 3> kEntryKeys = {"dtype", "shape", "data_offsets"};
 
-// The value of a key of a tensor. The reference also reads an entry that lists the values of the three keys in order.
+// The value of a key of a tensor. The reference also accepts an entry that is a list of the three values, in order.
 const json& entry_value(const std::string& name, const json& entry, std::size_t key) {
   if (entry.is_array() && entry.size() == kEntryKeys.size()) return entry[key];
   if (!entry.is_object()) {
@@ -107,7 +107,7 @@ const json& entry_value(const std::string& name, const json& entry, std::size_t 
 
 std::string parse_dtype(const std::string& name, const json& value) {
   if (value.is_string()) return value.get<std::string>();
-  // The reference also reads {"F32": null}.
+  // The reference also accepts {"F32": null}.
   if (value.is_object() && value.size() == 1 && value.begin()->is_null()) return value.begin().key();
   reject_tensor(name, "expected dtype to be a string, but got " + abbreviated(value));
 }
@@ -125,8 +125,8 @@ std::vector<uint64_t> parse_shape(const std::string& name, const json& value) {
   return shape;
 }
 
-// The bits of a tensor, or nothing where they cannot be counted: sizes are multiplied from the left, as the reference
-// does, for whom sizes behind a 0 are therefore never too large.
+// The number of bits of a tensor; nullopt if it overflows. Sizes are multiplied from the left, as in the reference, so
+// no size after a 0 is too large.
 std::optional<uint64_t> bits_of(const std::vector<uint64_t>& shape, uint64_t bits_of_item) {
   uint64_t bits = 1;
   for (const uint64_t size : shape) {
@@ -136,7 +136,7 @@ std::optional<uint64_t> bits_of(const std::vector<uint64_t>& shape, uint64_t bit
   return bits;
 }
 
-// The entry as it is written, its offsets from the start of the data.
+// The entry as written; its offsets count from the start of the data.
 SafetensorsFile::Entry parse_entry(const std::string& name, const json& value) {
   SafetensorsFile::Entry entry;
   entry.dtype = parse_dtype(name, entry_value(name, value, 0));
@@ -151,7 +151,7 @@ SafetensorsFile::Entry parse_entry(const std::string& name, const json& value) {
   return entry;
 }
 
-// The entry lies in the data and is as long as its shape and dtype say.
+// Checks that the entry lies in the data and is as long as its shape and dtype require.
 void check_entry(const std::string& name, const SafetensorsFile::Entry& entry, uint64_t data_bytes) {
   const auto offsets = [&] { return "data_offsets " + abbreviated(json({entry.begin, entry.end})); };
   if (entry.begin > entry.end) reject_tensor(name, offsets() + " end before they begin");
@@ -174,14 +174,14 @@ void check_entry(const std::string& name, const SafetensorsFile::Entry& entry, u
   }
 }
 
-// Takes entry after entry from the parser and keeps no document, so a header costs no more memory than its entries.
-// As for the reference, the last of several tensors of one name counts, and `__metadata__` or a key of a tensor that
-// comes twice is an error.
+// Reads the parser's events and keeps only entries, so a header takes no more memory than its entries. As in the
+// reference, the last of several tensors of one name counts; `__metadata__` twice, or a key of a tensor twice, is an
+// error.
 class HeaderReader {
  public:
   explicit HeaderReader(std::map<std::string, SafetensorsFile::Entry>& entries) : entries_(entries) {}
 
-  // What json::parse() calls: whether what was `parsed` is kept in the document.
+  // json::parse() calls it; returns whether to keep `parsed` in the document.
   bool operator()(int depth, json::parse_event_t event, const json& parsed) {
     switch (event) {
       case json::parse_event_t::key:
@@ -241,8 +241,8 @@ class HeaderReader {
   bool has_metadata_ = false;
 };
 
-// Throws where the text is no JSON object for a reason that json::parse() does not see: it takes NUL for the end of
-// the text, and skips a byte order mark.
+// Throws if the text is not a JSON object for a reason that json::parse() does not see: it takes NUL for the end of the
+// text, and skips a byte order mark.
 void check_text(const std::string& text) {
   const std::size_t start = text.find_first_not_of(" \t\n\r");
   if (start == std::string::npos || text[start] != '{') {
@@ -253,7 +253,7 @@ void check_text(const std::string& text) {
   }
 }
 
-// The format wants every byte of the data to belong to exactly one tensor.
+// Checks that every byte of the data belongs to exactly one tensor, as the format requires.
 void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, uint64_t data_bytes) {
   using Item = std::pair<const std::string, SafetensorsFile::Entry>;
   std::vector<const Item*> by_offset;
@@ -285,7 +285,7 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path) {
   static_assert(std::endian::native == std::endian::little,
                 "the format is little-endian, and data are read as they are");
-  // Opening a FIFO would otherwise wait for a writer.
+  // Without O_NONBLOCK, opening a FIFO waits for a writer.
   descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor_ < 0) fail("cannot be opened: " + std::generic_category().message(errno));
   try {
@@ -370,7 +370,7 @@ at::Tensor SafetensorsFile::read(const std::string& name) const {
     fail(where + "expected dtype F64, F32, F16 or BF16, but got " +
          (type == nullptr ? in_quotes(entry.dtype) : entry.dtype));
   }
-  // The sizes as int64, and what at::empty() needs to count: the strides, in which an empty dimension is one of 1.
+  // The sizes as int64. at::empty() also counts strides, in which an empty dimension counts as 1.
   std::vector<int64_t> shape;
   int64_t reach = 1;
   for (const uint64_t size : entry.shape) {

@@ -10,19 +10,21 @@
 
 namespace miniquant::driver {
 
-/// A safetensors file: 8 bytes with the header's length n (little-endian), n bytes of JSON, then the tensors' bytes.
+/// A safetensors file: 8 bytes with the header's length n (little-endian), n bytes of JSON, then the bytes of the
+/// tensors.
 ///
-/// The constructor reads the header and checks all of it against the size of the file: every length, offset and shape
-/// of every tensor, that none overlap and that nothing is left between or behind them. Nothing the header claims is
-/// used to allocate or read before that. Data are read when asked for, into tensors of their own. It accepts and
-/// rejects what the Python package safetensors 0.8 does, with one exception: a tensor of a dtype that neither knows
+/// The constructor reads the header and checks all of it against the size of the file: the length, offsets and shape of
+/// every tensor, that none overlap, and that no bytes between or after them are unused. No value of the header is used
+/// to allocate or read before that. Tensors are read on demand. Accepts and rejects what the Python package safetensors
+/// 0.8 does, with one exception: a tensor of an unknown dtype does not make the others unreadable. Errors are
+/// InputError and start with the path.
 /// does not make the others unreadable. Errors are InputError and start with the path.
 class SafetensorsFile {
  public:
   struct Entry {
     std::string dtype;  ///< as written in the header: F32, BF16, ...
     std::vector<uint64_t> shape;
-    uint64_t begin = 0;  ///< of the bytes, from the start of the file
+    uint64_t begin = 0;  ///< of the tensor's bytes, from the start of the file
     uint64_t end = 0;
   };
 
@@ -36,11 +38,11 @@ class SafetensorsFile {
   /// All tensors by name.
   [[nodiscard]] const std::map<std::string, Entry>& entries() const { return entries_; }
 
-  /// The tensor called `name`, or, with an empty name, the only tensor of the file.
-  /// Returns the name and the entry; the error lists the names there are.
+  /// The tensor called `name`, or, if `name` is empty, the only tensor of the file. Returns the name and the entry.
+  /// InputError if there is no such tensor; the message lists the names in the file.
   [[nodiscard]] const std::pair<const std::string, Entry>& find(const std::string& name) const;
 
-  /// The tensor's data. InputError unless its dtype is F64, F32, F16 or BF16, and where torch cannot hold its shape.
+  /// The tensor's data. InputError if its dtype is not F64, F32, F16 or BF16, or torch cannot hold its shape.
   [[nodiscard]] at::Tensor read(const std::string& name) const;
 
  private:
@@ -60,7 +62,7 @@ struct NamedTensor {
 };
 
 /// The bytes of a safetensors file with these tensors and this `__metadata__`. The widest dtypes come first, so every
-/// tensor starts at a multiple of the size of its items.
+/// tensor starts at a multiple of its item size.
 [[nodiscard]] std::string safetensors_text(const std::vector<NamedTensor>& tensors,
                                            const std::map<std::string, std::string>& metadata);
 

@@ -49,7 +49,7 @@ std::vector<Source> sources(const Options& options) {
   return list;
 }
 
-// The report needs shapes and origins only: the data go before the next run's are drawn.
+// The report needs shapes and origins only, so the data are released before the next run draws its own.
 void release_data(Problem& problem) {
   const auto shape_only = [](const at::Tensor& tensor) { return tensor.to(at::kMeta); };
   problem.weight = shape_only(problem.weight);
@@ -62,7 +62,7 @@ std::vector<Run> run_all(const Options& options, std::ostream& error, bool progr
   std::optional<Progress> line;
   std::vector<Run> runs;
   for (const auto& [name, make] : all) {
-    // How many stages there are is known once the first problem is: whether it has fresh inputs.
+    // The number of stages is known once the first problem is: it depends on whether there are fresh inputs.
     Stages stages([&, run = name](std::string_view stage) {
       if (line) line->step(run + ": " + std::string(stage));
     });
@@ -80,7 +80,7 @@ std::vector<Run> run_all(const Options& options, std::ostream& error, bool progr
   return runs;
 }
 
-// Before any work: what is sure to fail at its end.
+// Rejects, before any work, a path that cannot be written at the end.
 void check_folder(std::string_view option, const std::filesystem::path& folder) {
   std::error_code ignored;
   if (std::filesystem::exists(folder, ignored) && !std::filesystem::is_directory(folder, ignored)) {
@@ -103,7 +103,7 @@ void check_outputs(const Options& options) {
   }
 }
 
-// The manifest last, as it vouches for the others.
+// The manifest comes last, because it lists the others.
 std::vector<OutputFile> output_files(const Options& options, const std::vector<Run>& runs,
                                      const std::vector<std::string>& command) {
   std::vector<OutputFile> files;
@@ -135,7 +135,7 @@ bool all_checks_passed(const std::vector<Run>& runs) {
   return true;
 }
 
-// The library chooses its kernels at their first use, which is late to hear that MINIQUANT_ISA names none.
+// The library chooses its kernels at their first use; this reports a wrong MINIQUANT_ISA before that.
 void check_environment() {
   try {
     static_cast<void>(instruction_set());
@@ -152,7 +152,7 @@ int run_options(const Options& options, const std::vector<std::string>& command,
   const c10::InferenceMode inference;
   const std::vector<Run> runs = run_all(options, error, progress && !options.quiet);
 
-  // The files come first: a reader of the table that goes away early (`| head`) ends the program.
+  // Files are written first: a reader of the table that exits early (`| head`) ends the program.
   std::exception_ptr write_error;
   const std::vector<OutputFile> files = output_files(options, runs, command);
   try {

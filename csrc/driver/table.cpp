@@ -54,7 +54,7 @@ std::string source_text(const Options& options, const Problem& problem) {
   return problem.weight_origin.tensor + " of " + problem.weight_origin.file + " (" + problem.weight_origin.dtype + ")";
 }
 
-// What a preset sets.
+// The options that a preset sets.
 std::string scheme_text(const GptqOptions& gptq) {
   std::string text(name_of(gptq.column_order));
   text.append(" order, ").append(name_of(gptq.group_scales)).append(" scales by ").append(name_of(gptq.scale_method));
@@ -86,7 +86,7 @@ class Grid {
 
   void blank() { text_ += '\n'; }
 
-  // A label and, for every run, what `cells` gives: at most kCellsPerRun texts.
+  // Adds a label and, for every run, the texts of `cells`: at most kCellsPerRun.
   void line(const std::string& label, const std::function<std::vector<std::string>(const Run&)>& cells) {
     std::string result = left(label, kLabelWidth);
     for (const Run& run : runs_) {
@@ -99,7 +99,7 @@ class Grid {
     text_ += result + '\n';
   }
 
-  // The runs' names, each over its own columns.
+  // Adds the names of the runs, each over its own columns.
   void names() {
     line("", [](const Run& run) {
       // right() puts one blank before a text as wide as this.
@@ -120,7 +120,7 @@ class Grid {
 
 using Cells = std::vector<std::string>;
 
-// Each stands under the line it belongs to.
+// Each label stands under the line it belongs to.
 constexpr const char* kRatios = "  GPTQ/RTN, best/GPTQ";
 constexpr const char* kShare = "  share of all";
 
@@ -159,7 +159,7 @@ void add_figures(Grid& grid) {
   });
 }
 
-// What every run's ridge was chosen from; runs with a ridge from the data have as many.
+// Adds the ridges that were tried; every run with a ridge from the data tried the same number.
 void add_ridges(Grid& grid, const std::vector<Run>& runs) {
   if (!runs.front().comparison.ridge_choice) return;
   grid.blank();
@@ -173,7 +173,7 @@ void add_ridges(Grid& grid, const std::vector<Run>& runs) {
   }
 }
 
-// Why the ridge of a run is what it is.
+// The ridge of a run, and the reason for it.
 std::string ridge_text(const Run& run) {
   const Comparison& c = run.comparison;
   if (!c.ridge_choice) return "";
@@ -226,7 +226,7 @@ std::string check_text(const std::string& name, const CheckFigures& check) {
   return text;
 }
 
-// What the figures of a run must not be read without.
+// A note that a reader needs to judge the figures of a run.
 std::string note(const Options& options, const Run& run) {
   const Comparison& c = run.comparison;
   const std::optional<double> gptq = ratio(c.gptq.fresh_loss, c.rtn.fresh_loss);

@@ -8,7 +8,7 @@
 
 namespace miniquant::driver {
 
-/// The figures as a person reads them: all runs side by side, in plain ASCII, ends with a newline.
+/// The figures for a person to read: all runs side by side, in plain ASCII, with a newline at the end.
 [[nodiscard]] std::string table(const Options& options, const std::vector<Run>& runs);
 
 }  // namespace miniquant::driver

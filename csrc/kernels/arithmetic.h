@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// Integer arithmetic of sizes. Always inlined, so no object of the kernels defines it: kernels/target-inl.h.
+// Integer arithmetic of sizes. Always inlined, so no kernel object defines a symbol for it: kernels/target-inl.h.
 
 namespace miniquant::kernels {
 
@@ -10,7 +10,7 @@ namespace miniquant::kernels {
   return a < b ? a : b;
 }
 
-/// How many pieces of `size` hold `count`, the last one perhaps in part.
+/// The number of pieces of `size` that hold `count`; the last piece may be partly filled.
 [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t ceil_div(std::int64_t count, std::int64_t size) {
   return (count + size - 1) / size;
 }

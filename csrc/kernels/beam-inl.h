@@ -9,47 +9,47 @@
 #include "kernels/microkernel-inl.h"
 #include "kernels/sweep_tile-inl.h"
 
-// A beam search over the columns of one row's group. The sweep's rule takes the level nearest to each target; here the
-// kBeamWidth partial choices of least loss are kept instead (the K-best search of sphere decoders, of which the nearest
-// plane is the width of 1):
+// A beam search over the columns of one row's group. The sweep's rule takes the level nearest to each target. The beam
+// search keeps the kBeamWidth partial choices of least loss instead (the K-best search of sphere decoders; with a width
+// of 1 it is the nearest plane):
 //
 //   for each column j of the group, for each choice kept
 //     target_j = w_j + (S_j + sum_{i<j, in group} E_i R_ij) / R_jj
-//     two choices: the level nearest to target_j, and the one on its other side
+//     two choices: the level nearest to target_j, and the one on the other side of target_j
 //     loss    += R_jj^2 (target_j - dequantize(level))^2
-//   the kBeamWidth choices of least loss are kept
+//   keep the kBeamWidth choices of least loss
 //
-// A vector holds the choices for as many scales as it has room for, four lanes each, so every instruction set
-// chooses alike. Start reading at search_beams().
+// A vector holds the choices for as many scales as it has room for, four lanes each, so every instruction set chooses
+// alike. Start reading at search_beams().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Searches that run side by side: one computes while the others wait for their own results. What they share
-/// lies in their structures of arrays, and every step below is taken by one after the other. Weights, sums and errors
-/// are multiples of the scale, and losses of its square.
+/// Searches that run side by side: one computes while the others wait for their own results. Shared values lie in
+/// structures of arrays, and every step below is done for one search after the other. Weights, sums and errors are in
+/// units of the scale, and losses in units of its square.
 template <typename T>
 struct BeamSearches {
   Choices<T> scale[kBeamsAtOnce];           // of the choice
   Choices<T> reciprocal[kBeamsAtOnce];      // 1 / scale
   Choices<T> low[kBeamsAtOnce];             // lowest level
   Choices<T> high[kBeamsAtOnce];            // highest level
-  Choices<T> loss[kBeamsAtOnce];            // infinite where there is no such choice
+  Choices<T> loss[kBeamsAtOnce];            // infinite where there is no choice
   const T* weight[kBeamsAtOnce];            // the row's, stored order
   Choices<T>* sum[kBeamsAtOnce];            // [B]  S of the columns from the current strip on
-  Choices<T>* level[kBeamsAtOnce];          // [B]  of the choices that were kept at each column
-  ChoiceIntegers<T>* parent[kBeamsAtOnce];  // [B]  and what number their ancestor had before it
+  Choices<T>* level[kBeamsAtOnce];          // [B]  level of the choices kept at each column
+  ChoiceIntegers<T>* parent[kBeamsAtOnce];  // [B]  number of their parent among the choices kept before
 };
 
 /// The columns of a strip in one search.
 template <typename T>
 struct BeamStrip {
-  Choices<T> sum[kBeamColumns];    // S of the columns not yet taken
-  Choices<T> error[kBeamColumns];  // E of those taken, in the numbering of when they were
+  Choices<T> sum[kBeamColumns];    // S of the columns not yet quantized
+  Choices<T> error[kBeamColumns];  // E of those quantized, numbered as the choices were then
 };
 
-/// Takes the strip's column number `taken`, number `at` of the group. `triangle` is L from the strip's first row and
-/// column on.
+/// Quantizes column `taken` of the strip, which is column `at` of the group. `triangle` is L from the strip's first row
+/// and column on.
 template <typename T>
 MINIQUANT_INLINE void take_column(const SweepStep<T>& step, const T* triangle, std::int64_t at, std::int64_t taken,
                                   std::int64_t width, BeamSearches<T>& searches, BeamStrip<T> (&strips)[kBeamsAtOnce]) {
@@ -84,7 +84,7 @@ MINIQUANT_INLINE void take_column(const SweepStep<T>& step, const T* triangle, s
   }
 #pragma GCC unroll 8
   for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-    // Of two sorted fours, one ascending and one descending, the four smallest.
+    // The four smallest of two sorted fours, one ascending and one descending.
     const ChoiceIntegers<T> kept = near_keys[s] < far_keys[s] ? near_keys[s] : far_keys[s];
     const ChoiceIntegers<T> parent = kept & (kBeamWidth - 1);
     const auto is_far = (kept & kBeamWidth) != 0;
@@ -104,12 +104,12 @@ MINIQUANT_INLINE void take_column(const SweepStep<T>& step, const T* triangle, s
   }
 }
 
-/// S of the columns after a strip of one search: += E R of the strip's, for the choices that were kept. `parent` and
-/// `sum` are those of the strip's first column and after, `triangle` is L from the strip's first row and column on.
+/// S of the columns after a strip of one search: += E R of the strip, for the choices kept. `parent` and `sum` are
+/// those of the strip's first column and after; `triangle` is L from the strip's first row and column on.
 template <typename T>
 MINIQUANT_INLINE void carry_errors(const T* triangle, std::int64_t width, std::int64_t columns,
                                    const ChoiceIntegers<T>* parent, const BeamStrip<T>& strip, Choices<T>* sum) {
-  // From the last column back: where among the choices of that time each of today's has its ancestor.
+  // From the last column back: the ancestor of each final choice among the choices of that column.
   ChoiceIntegers<T> ancestor = by_number<T>(0, 1, 2, 3);
   Choices<T> error[kBeamColumns];
 #pragma GCC unroll 8
@@ -140,7 +140,7 @@ MINIQUANT_INLINE void carry_errors(const T* triangle, std::int64_t width, std::i
   }
 }
 
-/// Takes the columns of a group in all searches, which begin with S in `sum`.
+/// Quantizes the columns of a group in all searches, which start from S in `sum`.
 template <typename T>
 MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns, BeamSearches<T>& searches) {
   BeamStrip<T> strips[kBeamsAtOnce];
@@ -168,23 +168,23 @@ MINIQUANT_INLINE void run_searches(const SweepProblem<T>& problem, Span columns,
   }
 }
 
-/// A scale is searched only where its loss by the nearest plane is at most this many times that of the best scale: a
-/// search saves 5 to 10% of the loss.
+/// A scale is searched only if its nearest-plane loss is at most this many times that of the best scale: a search
+/// lowers the loss by 5 to 10%.
 constexpr double kWorthSearching = 1.1;
 
-/// Max loss by the nearest plane of a scale that is worth a search for the tile's row `lane`.
+/// Max nearest-plane loss of a scale that is worth a search for row `lane` of the tile.
 template <typename T>
 MINIQUANT_INLINE double most_worth_searching(const KeptScales<T>& kept, std::int64_t lane) {
   return kWorthSearching * kept.loss[lane];
 }
 
-/// Whether the row has a kept scale of that number, and it is.
+/// Whether the row has a kept scale of that number that is worth a search.
 template <typename T>
 MINIQUANT_INLINE bool has_scale_to_search(const KeptScales<T>& kept, std::int64_t lane, std::int64_t scale) {
   return scale < kept.count && kept.loss[scale * kTileRows<T> + lane] <= most_worth_searching(kept, lane);
 }
 
-/// What a search is run for: a row of the tile, and the first of the kScalesPerBeam kept scales that it takes.
+/// The work of one search: a row of the tile, and the first of the kScalesPerBeam kept scales to search.
 struct BeamJob {
   std::int64_t lane;
   std::int64_t first;
@@ -195,7 +195,7 @@ MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTi
                                    std::int64_t number, BeamSearches<T>& searches) {
   searches.weight[number] = problem.weight + (tile.row + job.lane) * problem.columns;
   for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    // Where there is none, the first one is searched again.
+    // If there are fewer scales, the first one is searched again in their place.
     const std::int64_t scale = job.first + lane / kBeamWidth;
     const std::int64_t at =
         (has_scale_to_search(tile.kept, job.lane, scale) ? scale : job.first) * kTileRows<T> + job.lane;
@@ -210,7 +210,7 @@ MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTi
   }
 }
 
-/// Puts a choice of a search that has ended, by its lane, in the place of what the row's group was quantized to.
+/// Replaces the quantized group of a row by a choice, given by its lane, of a search that has ended.
 template <typename T>
 MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
                                   std::int64_t row_lane, const BeamSearches<T>& searches, std::int64_t number,
@@ -229,20 +229,20 @@ MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTil
   }
 }
 
-/// The search after this one: of the row's next scales, or of the next row.
+/// The next search: for the next scales of the row, or for the next row.
 template <typename T>
 MINIQUANT_INLINE BeamJob next_job(const KeptScales<T>& kept, BeamJob job) {
   const std::int64_t first = job.first + kScalesPerBeam<T>;
   return has_scale_to_search(kept, job.lane, first) ? BeamJob{job.lane, first} : BeamJob{job.lane + 1, 0};
 }
 
-/// What the best choice of a few searches is.
+/// The best choice of a few searches.
 struct BestChoice {
   std::int64_t search;
   std::int64_t choice;
 };
 
-/// Puts the best choice for each row in the place of what the row has so far, where it loses less than `least` [lane].
+/// Replaces the quantized group of each row by its best choice, where that loses less than `least` [lane].
 template <typename T>
 MINIQUANT_INLINE void take_best(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
                                 const BeamJob* jobs, const BeamSearches<T>& searches, double* least) {
@@ -268,8 +268,8 @@ MINIQUANT_INLINE void take_best(const SweepProblem<T>& problem, const SweepTile<
   }
 }
 
-/// Searches the group `columns`, quantized to the nearest plane with the first of the kept scales, with all of them,
-/// and takes for each row what adds least to its loss.
+/// Searches the group `columns` with all kept scales, and takes for each row the choice that adds least to its loss. On
+/// entry the group is quantized to the nearest plane with the first of the kept scales.
 template <typename T>
 MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns) {
   double least[kTileRows<T>];
@@ -287,7 +287,7 @@ MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTi
   while (job.lane < tile.rows) {
     BeamJob jobs[kBeamsAtOnce];
     for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-      // A search too many is the one before again.
+      // Without a job left, the job before is repeated.
       jobs[s] = job.lane < tile.rows ? job : jobs[s - 1];
       begin_search(problem, tile, columns, jobs[s], s, searches);
       job = next_job(tile.kept, jobs[s]);

@@ -5,20 +5,20 @@
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
-// The vectors of a beam search: kBeamWidth choices for each of as many scales as one register has room for. Choices are
-// numbered within their scale; no operation mixes those of two scales.
+// The vectors of a beam search: kBeamWidth choices for each of as many scales as one register holds. Choices are
+// numbered within their scale; no operation mixes the choices of two scales.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Partial choices that a beam search keeps.
+/// Number of partial choices that a beam search keeps.
 constexpr std::int64_t kBeamWidth = 4;  // Fours
 
-/// Columns whose errors are gathered before they reach the columns after them.
+/// Columns whose errors are collected before they are added to later columns.
 constexpr std::int64_t kBeamColumns = 8;
 static_assert(kPanelColumns % kBeamColumns == 0);
 
-/// Searches that run side by side: one computes while the other waits for its own results.
+/// Searches that run side by side: one computes while the others wait for their own results.
 constexpr std::int64_t kBeamsAtOnce = 3;
 
 template <typename T>
@@ -40,7 +40,7 @@ MINIQUANT_INLINE Choices<T> for_each_choice(T value) {
   return value - Choices<T>{};
 }
 
-/// a * b + c, fused where the instruction set has it.
+/// a * b + c, fused if the instruction set can.
 template <typename T>
 MINIQUANT_INLINE Choices<T> multiply_add_choices(Choices<T> a, Choices<T> b, Choices<T> c) {
   if constexpr (kBeamLanes<T> == kLanes<T>) {
@@ -61,19 +61,19 @@ MINIQUANT_INLINE Choices<T> one_with_sign_of(Choices<T> values) {
       reinterpret_cast<ChoiceIntegers<T>>(one));
 }
 
-/// Of each scale's choices, those numbered `from`, 0 to 3.
+/// For each scale, the choices numbered `from`, 0 to 3.
 template <typename T>
 MINIQUANT_INLINE Choices<T> permute(Choices<T> values, ChoiceIntegers<T> from) {
   return Fours<T, kBeamLanes<T>>::permute(values, from);
 }
 
-/// Each scale's integers with every kWith of them in the place of the next kWith.
+/// For each scale, every kWith integers exchanged with the next kWith.
 template <std::int64_t kWith, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
   return Fours<T, kBeamLanes<T>>::template exchange<kWith>(values);
 }
 
-/// A value for each choice by its number among those of its scale.
+/// For each choice, the value given for its number.
 template <typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> by_number(int first, int second, int third, int fourth) {
   const int values[kBeamWidth] = {first, second, third, fourth};
@@ -84,7 +84,7 @@ MINIQUANT_INLINE ChoiceIntegers<T> by_number(int first, int second, int third, i
   return result;
 }
 
-/// One step of a sorting network: of a key and its partner, the smaller where `smaller` is not 0.
+/// One step of a sorting network: of a key and its partner, the smaller where `smaller` is not 0, otherwise the larger.
 template <std::int64_t kWith, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> compare_exchange(ChoiceIntegers<T> keys, ChoiceIntegers<T> smaller) {
   const ChoiceIntegers<T> partner = exchange<kWith, T>(keys);
@@ -93,7 +93,7 @@ MINIQUANT_INLINE ChoiceIntegers<T> compare_exchange(ChoiceIntegers<T> keys, Choi
   return smaller != 0 ? low : high;
 }
 
-/// Each scale's four keys in order: a bitonic sort.
+/// Sorts the four keys of each scale: a bitonic sort.
 template <bool kAscending, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> sort(ChoiceIntegers<T> keys) {
   constexpr int kUp = kAscending ? 1 : 0;
@@ -103,10 +103,10 @@ MINIQUANT_INLINE ChoiceIntegers<T> sort(ChoiceIntegers<T> keys) {
   return compare_exchange<1, T>(keys, by_number<T>(kUp, kDown, kUp, kDown));
 }
 
-/// Of a key, the values that number the choices of two vectors.
+/// Number of choices that a key tells apart: those of two vectors.
 constexpr std::int64_t kChoicesPerKey = 2 * kBeamWidth;
 
-/// An integer that orders choices by their losses, which are not negative, and then by their numbers.
+/// An integer that orders choices by loss (not negative), then by number.
 template <typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> key_of(Choices<T> loss, ChoiceIntegers<T> number) {
   using Integer = IntegerOf<T>::type;

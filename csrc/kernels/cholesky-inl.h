@@ -7,7 +7,7 @@
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
 
-// The pieces of A = L^T L (L lower triangular), factored from the last row up, on blocks [rows][kPanelColumns] of the
+// The steps of A = L^T L (L lower triangular), factored from the last row up, on blocks [rows][kPanelColumns] of the
 // panels of a triangle.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {

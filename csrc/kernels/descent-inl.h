@@ -8,23 +8,23 @@
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
-// Moves of single codes, scales held, until none lowers the loss by itself. With E = W - dequantized and G = E H,
+// Moves of single codes, scales held, until no single move lowers the loss. With E = W - dequantized and G = E H,
 // moving column j's value by t changes the loss of a row by t^2 H_jj - 2 t G_j, and its G by -t H[j, :]:
 //
 //   for each round, until no row moves
 //     for each panel of columns, for each row that still moves
-//       G[panel] -= t H[j, panel]                  for every move (j, t) of the row since it was here last
+//       G[panel] -= t H[j, panel]                  for every move (j, t) of the row since its last visit here
 //       while a move within the panel lowers the loss
 //         make the one that lowers it most
 //
-// A few codes in a hundred move, so the work is small beside a product with H, and a panel of H stays in the cache for
-// all rows. Columns are the lanes. (Greedy coordinate descent: CDQuant, arXiv:2406.17542.) Start reading at
+// Only a few percent of the codes move, so the work is small beside a product with H, and a panel of H stays in the
+// cache for all rows. Columns are the lanes. (Greedy coordinate descent: CDQuant, arXiv:2406.17542.) Start reading at
 // descend().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Share of a row's loss below which a change may be rounding: no code moves for it, so the descent ends.
+/// Share of a row's loss below which a change may be rounding. No code moves for less, so the descent ends.
 template <typename T>
 constexpr double kNoChange = 0;
 template <>
@@ -35,18 +35,18 @@ constexpr double kNoChange<double> = 16 * 0x1p-52;
 template <typename T>
 constexpr std::int64_t kPanelVectors = kPanelColumns / kLanes<T>;
 
-/// Where the arrays of a descent lie in the workspace. P = panels.
+/// The arrays of a descent in the workspace. P = panels.
 template <typename T>
 struct DescentArrays {
   T* diagonal;            // [P * kPanelColumns]  H_jj
   T* inverse_diagonal;    // [P * kPanelColumns]  1 / H_jj; 0 where that is 0, and past the last column
   double* loss;           // [rows]
   T* amount;              // [rows][capacity]     t of the moves, the latest last
-  std::int32_t* column;   // [rows][capacity]     and their j
-  std::int32_t* moves;    // [rows]               how many there are
-  std::int32_t* applied;  // [P][rows]            and how many of them G[panel] knows of
+  std::int32_t* column;   // [rows][capacity]     j of the moves
+  std::int32_t* moves;    // [rows]               number of moves
+  std::int32_t* applied;  // [P][rows]            number of moves already applied to G[panel]
   std::int32_t* idle;     // [rows]               panels without a move since the last one
-  std::int32_t* active;   // [rows]               the rows that still move
+  std::int32_t* active;   // [rows]               rows that still move
   std::int64_t rows;
   std::int64_t capacity;  // of a row's moves
   std::int64_t elements;  // of the workspace, in T
@@ -122,7 +122,7 @@ MINIQUANT_INLINE void apply_move(const RefineProblem<T>& problem, std::int64_t p
   }
 }
 
-/// Applies what the row has moved since it was here last.
+/// Applies the moves of the row since its last visit to this panel.
 template <typename T>
 MINIQUANT_INLINE void catch_up(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t index,
                                std::int64_t panel, PanelGradient<T>& gradient) {
@@ -133,7 +133,8 @@ MINIQUANT_INLINE void catch_up(const RefineProblem<T>& problem, const DescentArr
   }
 }
 
-/// Forgets a row's moves once every panel but `up_to_date`, which is there already, has been brought to where it is.
+/// Empties a row's list of moves, after applying them to every panel except `up_to_date`, where they are applied
+/// already.
 template <typename T>
 MINIQUANT_INLINE void forget_moves(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, DescentRow row,
                                    std::int64_t up_to_date) {
@@ -150,7 +151,7 @@ MINIQUANT_INLINE void forget_moves(const RefineProblem<T>& problem, const Descen
   arrays.moves[row.index] = 0;
 }
 
-/// The codes of a row's panel and their scales; both 0 past the last column.
+/// The codes in one panel of a row, and their scales; both 0 past the last column.
 template <typename T>
 struct PanelCodes {
   T code[kPanelColumns];
@@ -182,16 +183,16 @@ MINIQUANT_INLINE void read_codes(const RefineProblem<T>& problem, std::int64_t r
   }
 }
 
-/// A move of one column, by its place in the panel.
+/// A move of one column, given by its place in the panel.
 template <typename T>
 struct Move {
   std::int64_t at;
-  T code;    // the new one
+  T code;    // the new code
   T amount;  // t
   T change;  // of the loss
 };
 
-/// The move within a panel that lowers the loss most, the first of equals; `change` is 0 where none does.
+/// The move within a panel that lowers the loss most, the first of equals; `change` is 0 if none does.
 template <typename T>
 MINIQUANT_INLINE Move<T> best_move(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t panel,
                                    const PanelCodes<T>& codes, const PanelGradient<T>& gradient) {
@@ -227,7 +228,8 @@ MINIQUANT_INLINE Move<T> best_move(const RefineProblem<T>& problem, const Descen
   return {at, code[at], amount[at], lowest};
 }
 
-/// Asks the memory for what the visit of a row will read: a page apart from the row before, no hardware guesses it.
+/// Prefetches what the visit of a row reads. It lies a page apart from the row before, so the hardware does not
+/// prefetch it.
 template <typename T>
 MINIQUANT_INLINE void prefetch(const RefineProblem<T>& problem, const DescentArrays<T>& arrays, std::int64_t row_begin,
                                std::int64_t index, std::int64_t panel) {

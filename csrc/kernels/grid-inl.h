@@ -5,7 +5,7 @@
 #include "kernels/kernels.h"
 #include "kernels/target-inl.h"
 
-// The grid: how a scale comes from a range, and how a value is rounded. The one place for either.
+// The grid: how a scale is computed from a range, and how a value is rounded. All kernels do both here.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -17,8 +17,8 @@ constexpr float kRoundToInteger<float> = 12582912.0F;  // 1.5 * 2^23
 template <>
 constexpr double kRoundToInteger<double> = 6755399441055744.0;  // 1.5 * 2^52
 
-/// clamp(round(level), low, high), ties to even; `low` for NaN. V is T or a vector of T. Clamping first leaves at most
-/// 255 in magnitude, where adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
+/// clamp(round(level), low, high), ties to even; `low` for NaN. V is T or a vector of T. Clamping first leaves a
+/// magnitude of at most 255, where adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
 template <typename T, typename V>
 MINIQUANT_INLINE V clamp_and_round(V level, V low, V high) {
   level = level > low ? level : low;
@@ -26,7 +26,7 @@ MINIQUANT_INLINE V clamp_and_round(V level, V low, V high) {
   return (level + kRoundToInteger<T>)-kRoundToInteger<T>;
 }
 
-/// The level of a value. Divides, because multiplying by a reciprocal rounds ties differently.
+/// The level of a value. It divides, because multiplying by a reciprocal rounds ties differently.
 template <typename T, typename V>
 MINIQUANT_INLINE V round_to_level(V value, V scale, V low, V high) {
   return clamp_and_round<T, V>(value / scale, low, high);
@@ -39,7 +39,7 @@ struct RowScales {
   T unit;
   T inverse_unit;  // exact: a unit is a power of two
 
-  /// A positive scale as it is stored, in the row's units.
+  /// A positive scale, rounded as it is stored, in the row's units.
   MINIQUANT_INLINE T operator()(T scale, std::int32_t levels) const {
     return round(scale * unit, levels) * inverse_unit;
   }
@@ -79,7 +79,7 @@ MINIQUANT_INLINE T least_scale(const CodeRange& range, std::int8_t zero_point, H
   return for_highest > for_lowest ? for_highest : for_lowest;
 }
 
-/// The largest distance of a code from the zero point that lies `offset` above the smallest code.
+/// The largest distance of a code from the zero point, which lies `offset` above the smallest code.
 MINIQUANT_INLINE std::int32_t levels_beside(const CodeRange& range, std::int32_t offset) {
   const std::int32_t above = range.code_max - range.code_min - offset;
   return offset > above ? offset : above;
@@ -93,7 +93,7 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   if (range.symmetric) {
     const T largest = highest > -lowest ? highest : -lowest;
     scale = largest == T(0) ? T(1) : round_scale(largest / static_cast<T>(-range.code_min), -range.code_min);
-    // The side with a code more is that of the largest weight.
+    // The side with one more code is that of the largest weight.
     scale = -range.code_min > range.code_max && highest > -lowest ? -scale : scale;
     return;
   }
@@ -103,7 +103,7 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
     scale = T(1);
     return;
   }
-  // Halved: the range of the largest weights would overflow.
+  // Halved, because the range of the largest weights overflows.
   const T half = T(0.5);
   const T steps = static_cast<T>(range.code_max - range.code_min);
   const T exact = (highest * half - lowest * half) / (steps * half);
@@ -114,15 +114,15 @@ MINIQUANT_INLINE void grid_of_range(const CodeRange& range, T lowest, T highest,
   scale = round_scale(exact, levels);
   std::int32_t offset = offset_with(scale);
   if (levels_beside(range, offset) > levels) {
-    // Rounding moved the zero point, and the largest code away from it.
+    // Rounding has moved the zero point, and with it the largest distance of a code.
     scale = round_scale(exact, levels_beside(range, offset));
     offset = offset_with(scale);
   }
   zero_point = static_cast<std::int8_t>(range.code_min + offset);
 }
 
-/// The same with a range that is `factor` times as wide but includes `held`, and, if `factor` is negative, a scale of
-/// the other sign.
+/// The same for a range `factor` times as wide that includes `held`; a negative `factor` gives the scale the other
+/// sign.
 template <typename T>
 MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor, HeldRange<T> held,
                                            RowScales<T> round_scale, T& scale, std::int8_t& zero_point) {

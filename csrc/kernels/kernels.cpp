@@ -7,7 +7,7 @@
 
 namespace miniquant::kernels {
 
-// Each is defined by kernels_isa.cpp as compiled for its instruction set.
+// kernels_isa.cpp, compiled for each instruction set, defines one table each.
 #define MINIQUANT_DECLARE_TABLE(name, enumerator, supported) extern const KernelTable kernel_table_##name;
 MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_DECLARE_TABLE)
 #undef MINIQUANT_DECLARE_TABLE

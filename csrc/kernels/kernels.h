@@ -5,14 +5,14 @@
 #include "kernels/instruction_set.h"
 #include "kernels/triangle.h"
 
-// The kernels: serial, reentrant, on raw pointers. Sizes are the caller's to check. Matrices are row-major and
-// contiguous unless a leading dimension is given. N rows (out features), K columns (in features), G columns per group.
+// The kernels: serial, reentrant, on raw pointers. The caller checks sizes. Matrices are row-major and contiguous
+// unless a leading dimension is given. N rows (out features), K columns (in features), G columns per group.
 //
 // Every result is a sum in a fixed order per element, so it does not depend on how the caller splits the work.
 
 namespace miniquant::kernels {
 
-/// Tiles of rows that share one pass over L or H.
+/// Tiles of rows that share one reading of L or H.
 inline constexpr std::int64_t kTilesPerPass = 4;
 
 /// The integers of a grid. `code_max` >= `code_min`; both within int8.
@@ -22,12 +22,12 @@ struct CodeRange {
   bool symmetric;
 };
 
-/// Rounds a positive scale to the dtype in which it is stored: never to 0, and never to one of which `levels` multiples
-/// are not finite in that dtype.
+/// Rounds a positive scale to the dtype in which it is stored: never to 0, and never to a scale of which `levels`
+/// multiples are not finite in that dtype.
 template <typename T>
 using RoundScale = T (*)(T scale, std::int32_t levels);
 
-/// One group-quantized weight: where its parts are.
+/// One group-quantized weight, as pointers to its arrays.
 template <typename T>
 struct GridView {
   CodeRange range;
@@ -37,7 +37,7 @@ struct GridView {
   std::int8_t* zero_points;  ///< [N, groups]
   std::int8_t* codes;        ///< [N, K]
   RoundScale<T> round_scale;
-  /// [N], powers of two: weight and scales of a row are multiples of its unit, and `round_scale` takes their product.
+  /// [N], powers of two. Weights and scales of a row are in units of its entry; `round_scale` takes scale times unit.
   /// Null where every unit is 1.
   const T* units = nullptr;
   /// [N, groups, 2]: the lowest (at most 0) and the highest weight (at least 0) that no scale of the group may clip.
@@ -45,19 +45,19 @@ struct GridView {
   const T* held = nullptr;
 };
 
-/// The scales that a search tries: those of a range `factors` times as wide as the group's.
+/// The scales that a search tries: those for ranges `factors` times as wide as the group's.
 template <typename T>
 struct ScaleSearch {
-  const T* factors;  ///< [factor_count], the one taken where others are no better first
+  const T* factors;  ///< [factor_count]; ties go to the first
   std::int64_t factor_count;
-  const T* importance;  ///< [K], the weight of each column's squared error; not read by a sweep
+  const T* importance;  ///< [K], the weight of each column's squared error; a sweep does not read it
 };
 
-/// What a sweep knows of one step: it quantizes stored column `column`.
+/// One step of a sweep: it quantizes stored column `column`.
 template <typename T>
 struct SweepStep {
   std::int64_t column;
-  std::int64_t group;  ///< of that column
+  std::int64_t group;  ///< the group of that column
   T inverse_pivot;     ///< 1 / R_jj
   T pivot_squared;     ///< R_jj^2 as it counts in the loss
 };
@@ -68,15 +68,15 @@ struct SweepProblem {
   std::int64_t columns;  ///< K
   const T* weight;       ///< [N, K]
   GridView<T> grid;
-  bool dynamic_scales;           ///< scales are computed when a segment (one group) is reached, else read
-  ScaleSearch<T> search;         ///< of dynamic scales
-  std::int64_t beam_scales;      ///< of them, the best that a beam search takes, or 0: no such search
+  bool dynamic_scales;           ///< scales are computed when a segment (one group) is reached, otherwise read
+  ScaleSearch<T> search;         ///< for dynamic scales
+  std::int64_t beam_scales;      ///< number of the best scales that a beam search tries; 0: no beam search
   const SweepStep<T>* steps;     ///< [K]
   const T* triangle;             ///< L = R^T in the order of the sweep, laid out by TriangleLayout{columns}
-  std::int64_t segment_columns;  ///< at least 1; a group's if scales are dynamic
+  std::int64_t segment_columns;  ///< at least 1; the columns of a group if scales are dynamic
   std::int64_t block_columns;    ///< a multiple of segment_columns
   T* row_loss;                   ///< [N]
-  T* gradient;  ///< [N, SymmetricLayout::padded_columns()] E H, 0 past the last column; null where it is not wanted
+  T* gradient;  ///< [N, SymmetricLayout::padded_columns()] E H, 0 past the last column; null: not computed
 };
 
 /// Per-row quadratic forms e H e^T over the lower triangle of H.
@@ -88,14 +88,15 @@ struct QuadraticFormProblem {
   T* form;                         ///< [N]
 };
 
-/// What lowers the loss of a quantized weight: kernels/descent-inl.h and kernels/refine-inl.h.
+/// Input and output of the kernels that lower the loss of a quantized weight: kernels/descent-inl.h and
+/// kernels/refine-inl.h.
 template <typename T>
 struct RefineProblem {
   std::int64_t columns;  ///< K
-  GridView<T> grid;      ///< codes are changed, and by refine() scales; zero points are not
+  GridView<T> grid;      ///< codes change; scales change in refine() only; zero points do not
   const T* hessian;      ///< the damped H, laid out by SymmetricLayout{columns}
   T* gradient;           ///< [N, SymmetricLayout::padded_columns()], E H before, and after a descent
-  std::int64_t rounds;   ///< at most
+  std::int64_t rounds;   ///< max rounds
   T* row_loss;           ///< [N], e H e^T before and after
 };
 
@@ -104,11 +105,11 @@ template <typename T>
 struct TypedKernels {
   std::int64_t tile_rows;
 
-  /// scales, zero_points = grid of weight [rows, K] (all of a row's groups), for rows [row_begin, row_end).
+  /// scales, zero_points = grid of weight [rows, K] (all groups of a row), for rows [row_begin, row_end).
   void (*compute_grid)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                        std::int64_t row_end);
 
-  /// The same of least weighted squared error.
+  /// The same with the scales of least weighted squared error.
   void (*search_grid)(const GridView<T>& grid, const ScaleSearch<T>& search, const T* weight, std::int64_t columns,
                       std::int64_t row_begin, std::int64_t row_end);
 
@@ -116,22 +117,22 @@ struct TypedKernels {
   void (*round_to_nearest)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                            std::int64_t row_end);
 
-  /// Elements of workspace that `sweep` needs for as many rows.
+  /// Elements of workspace that `sweep` needs for that number of rows.
   std::int64_t (*sweep_workspace)(const SweepProblem<T>& problem, std::int64_t rows);
 
   /// Quantizes rows [row_begin, row_end). `workspace` is aligned to 64 bytes.
   void (*sweep)(const SweepProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
-  /// Elements of workspace that `descend` needs for as many rows.
+  /// Elements of workspace that `descend` needs for that number of rows.
   std::int64_t (*descent_workspace)(const RefineProblem<T>& problem, std::int64_t rows);
 
-  /// Lowers the loss of rows [row_begin, row_end) by moves of codes. `workspace` is aligned to 64 bytes.
+  /// Lowers the loss of rows [row_begin, row_end) by moving codes. `workspace` is aligned to 64 bytes.
   void (*descend)(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
-  /// Elements of workspace that `refine` needs for as many rows.
+  /// Elements of workspace that `refine` needs for that number of rows.
   std::int64_t (*refine_workspace)(const RefineProblem<T>& problem, std::int64_t rows);
 
-  /// Lowers the loss of rows [row_begin, row_end) by scales and codes. `workspace` is aligned to 64 bytes.
+  /// Lowers the loss of rows [row_begin, row_end) by moving scales and codes. `workspace` is aligned to 64 bytes.
   void (*refine)(const RefineProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end, T* workspace);
 
   /// Elements of workspace that `quadratic_form` needs.
@@ -150,7 +151,7 @@ struct TypedKernels {
   void (*rank_update)(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
                       std::int64_t i_tile, std::int64_t j_tile);
 
-  /// Terms that one call of `subtract_products` takes at best.
+  /// The number of terms for which one call of `subtract_products` is fastest.
   std::int64_t terms_per_product;
 
   /// block[j, i] -= sum_k left[k, j] right[k, i] for j < rows and every i; all are [.][kPanelColumns], k < count.
@@ -160,7 +161,7 @@ struct TypedKernels {
   /// [rows][kPanelColumns]). Returns -1, or the row whose pivot is not positive.
   std::int64_t (*factor_block)(T* block, std::int64_t rows);
 
-  /// block = L^-T block with L the factored block `diagonal`; both [rows][kPanelColumns].
+  /// block = L^-T block with L the factored block `diagonal`; both are [rows][kPanelColumns].
   void (*solve_block)(const T* diagonal, std::int64_t rows, T* block);
 };
 
@@ -170,7 +171,7 @@ struct KernelTable {
   TypedKernels<double> f64;
 };
 
-/// The kernels of one instruction set, which must be supported.
+/// The kernels of one instruction set, which this CPU must support.
 const KernelTable& kernels_for(InstructionSet instruction_set);
 
 /// The kernels of choose_instruction_set(), chosen once.

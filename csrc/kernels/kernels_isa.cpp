@@ -1,5 +1,5 @@
-// The table of every kernel, for the one instruction set that this compilation is for: kernels/target-inl.h. What one
-// kernel is made of is seen in its own includes; sweep-inl.h is the place to start reading.
+// The table of all kernels for one instruction set, the one that this compilation is for: kernels/target-inl.h. Each
+// kernel's header includes its parts; start reading at sweep-inl.h.
 
 #include "kernels/cholesky-inl.h"
 #include "kernels/descent-inl.h"

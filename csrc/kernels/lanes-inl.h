@@ -6,12 +6,12 @@
 #include "kernels/kernels.h"
 #include "kernels/vector-inl.h"
 
-// What kernels that take rows of W as lanes share: their arrays are [tile][column][lane].
+// Shared by kernels that take rows of W as lanes: their arrays are [tile][column][lane].
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Columns of E whose tile stays in the first-level cache while every strip of a block passes over it: whole panels.
+/// Columns of E whose tile stays in the first-level cache while every strip of a block reads it: whole panels.
 template <typename T>
 constexpr std::int64_t kDepth = 18432 / (kTileRows<T> * static_cast<std::int64_t>(sizeof(T)));
 
@@ -20,11 +20,12 @@ constexpr std::int64_t kElementsPerDouble = 1;
 template <>
 constexpr std::int64_t kElementsPerDouble<float> = 2;
 
-/// Cuts a workspace into arrays that are aligned as it is, to 64 bytes. Without one it counts what they need.
+/// Cuts a workspace, aligned to 64 bytes, into arrays with the same alignment. Without a workspace it counts their
+/// elements.
 template <typename T>
 struct WorkspaceCutter {
   T* workspace;
-  std::int64_t used = 0;  // in T
+  std::int64_t used = 0;  // in elements of T
 
   MINIQUANT_INLINE T* take(std::int64_t count) {
     constexpr std::int64_t kAlign = 64 / static_cast<std::int64_t>(sizeof(T));
@@ -52,13 +53,13 @@ MINIQUANT_INLINE Span group_of(std::int64_t group_size, std::int64_t first, std:
   return span_of(first, group_size - first % group_size, end);
 }
 
-/// The columns from `first` on that one set of accumulators takes. Ends at multiples of kStripColumns: a strip thus
-/// lies in one panel.
+/// The columns from `first` on that one set of accumulators takes. Ends at a multiple of kStripColumns, so a strip lies
+/// in one panel.
 MINIQUANT_INLINE Span strip_of(std::int64_t first, std::int64_t end) {
   return span_of(first, kStripColumns - first % kStripColumns, end);
 }
 
-/// Columns whose losses are summed in T before they are added in float64: the same for every instruction set.
+/// Columns whose losses are summed in T before they are added in float64; the same for every instruction set.
 constexpr std::int64_t kColumnsPerLoss = 4;
 static_assert(kStripColumns % kColumnsPerLoss == 0);
 
@@ -75,7 +76,7 @@ MINIQUANT_INLINE void add_loss(Vector<T>* loss, double* to) {
   }
 }
 
-/// Columns that are copied between rows and lanes at a time: what the lanes write then stays in the cache.
+/// Columns copied between rows and lanes at a time: few enough that what the lanes write stays in the cache.
 constexpr std::int64_t kColumnsPerCopy = 128;
 
 }  // namespace

@@ -6,14 +6,14 @@
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
-// The innermost loop, shared by everything that multiplies matrices here:
+// The innermost loop of every matrix product here:
 //   accumulator[c] += sum_k coefficient[k, c] * lanes[k, :]     c < kStripColumns, one tile of lanes
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Terms that matrix products sum before they add the sum to the rest: rounding then does not grow with their number,
-/// and what is read stays in the first-level cache. The same for every instruction set.
+/// Terms that a matrix product sums before it adds their sum to the total, so rounding does not grow with the number of
+/// terms, and the data read stay in the first-level cache. The same for every instruction set.
 template <typename T>
 constexpr std::int64_t kTermsPerSum = 384 / static_cast<std::int64_t>(sizeof(T));
 
@@ -33,7 +33,7 @@ MINIQUANT_INLINE void clear(TileAccumulator<T>& accumulator) {
   }
 }
 
-/// Reads `width` rows of a tile at `from`, `row` elements apart; the others become 0.
+/// Reads `width` rows of a tile at `from`, `row` elements apart; the other rows become 0.
 template <typename T>
 MINIQUANT_INLINE void load(TileAccumulator<T>& accumulator, const T* from, std::int64_t row, std::int64_t width) {
 #pragma GCC unroll 8
@@ -70,13 +70,13 @@ MINIQUANT_INLINE void add(TileAccumulator<T>& accumulator, const TileAccumulator
   }
 }
 
-/// How far apart the coefficients of two terms, and of two accumulators, lie.
+/// The distances between the coefficients of two terms, and of two accumulators.
 struct Strides {
   std::int64_t term;
   std::int64_t strip;
 };
 
-/// Terms are added one after the other, so the sum is the same however `count` is split over calls.
+/// Adds terms one after the other, so the sum is the same however `count` is split over calls.
 template <typename T>
 MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, Strides coefficient_strides,
                                  const T* lanes, std::int64_t lanes_stride, std::int64_t count) {
@@ -110,7 +110,7 @@ MINIQUANT_INLINE void load_lanes(const T* from, Vector<T>* lanes) {
   }
 }
 
-/// One more term for the accumulators [first, last).
+/// Adds one term to the accumulators [first, last).
 template <typename T>
 MINIQUANT_INLINE void accumulate_term(TileAccumulator<T>& accumulator, const T* coefficient, std::int64_t strip_stride,
                                       const Vector<T>* lanes, std::int64_t first, std::int64_t last) {
@@ -127,7 +127,7 @@ MINIQUANT_INLINE void accumulate_term(TileAccumulator<T>& accumulator, const T* 
 }
 
 /// accumulator[c] += sum over i in [begin, end) of L[first + c, i] * lanes[i - begin, :], lanes [.][kTileRows], for a
-/// triangle L as TriangleLayout says and end <= first + 1.
+/// triangle L in TriangleLayout and end <= first + 1.
 template <typename T>
 MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layout, std::int64_t first,
                                          std::int64_t begin, std::int64_t end, const T* lanes,
@@ -167,7 +167,7 @@ MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout la
   }
 }
 
-/// tile[r][lane] of rows[lane][column(r)]: lanes past `rows` get 0.
+/// tile[r][lane] = rows[lane][column(r)]; lanes past `rows` get 0.
 template <typename T>
 MINIQUANT_INLINE void transpose_into_tile(const T* from, std::int64_t ld, std::int64_t rows, const std::int64_t* column,
                                           std::int64_t columns, T* tile) {

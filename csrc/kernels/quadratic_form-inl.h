@@ -7,7 +7,7 @@
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
 
-// e H e^T = sum_j e_j (2 sum_{i<j} e_i H_ij + H_jj e_j): half the products of e H, one tile of rows at a time.
+// e H e^T = sum_j e_j (2 sum_{i<j} e_i H_ij + H_jj e_j): half the products of e H, for one tile of rows at a time.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {

@@ -22,8 +22,8 @@ void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t 
   }
 }
 
-/// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]: short sums added up, so
-/// rounding does not grow with `count`.
+/// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]. Short sums are added up,
+/// so rounding does not grow with `count`.
 template <typename T>
 MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, T* product) {
   for (std::int64_t row = 0; row < count; row += kTermsPerSum<T>) {

@@ -13,36 +13,36 @@
 // Refinement of codes and scales, rows as lanes. With E = W - dequantized and G = E H, the loss e H e^T of a row
 // changes
 //   by  t^2 H_jj - 2 t G_j                    if column j's dequantized value moves by t
-//   by  d^2 z H_gg z^T - 2 d z G_g^T          if group g's scale moves by d, z its codes - zero point
+//   by  d^2 z H_gg z^T - 2 d z G_g^T          if group g's scale moves by d, with z its codes - zero point
 //
 //   for each round, from the first group to the last or back, for each group g
 //     G_g = E H[:, g]                                              the blocked product, most of the work
 //     twice
-//       scale_g += z G_g^T / (z H_gg z^T), as it is stored         where that lowers the loss
+//       scale_g += z G_g^T / (z H_gg z^T), rounded as stored       where that lowers the loss
 //       for each column j of the group
 //         move to the grid point nearest to dequantized_j + G_j / H_jj, where that lowers the loss
 //
-// Of G it is given what it is in the beginning, and products are taken of what E has changed by since then. Rounds
-// alternate in direction, so the groups ahead are as the round before left them: what they add is at hand, and every
-// round takes half a product with H. (A known saving of symmetric Gauss-Seidel iterations:
-// Conrad and Wallach 1979, "Alternating methods for sets of linear equations".)
+// G at the start is given; products are taken of the changes of E since then. Rounds alternate in direction, so the
+// groups ahead are as the round before left them, and what they add to G was computed in that round. So a round takes
+// half a product with H. (A known saving of symmetric Gauss-Seidel iterations: Conrad and Wallach 1979, "Alternating
+// methods for sets of linear equations".)
 //
 // (Coordinate descent: QuantEase, arXiv:2309.01885; CDQuant, arXiv:2406.17542.) Start reading at refine().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Where the arrays of a pass lie in the workspace. B = columns of the longest group.
+/// The arrays of a pass in the workspace. B = columns of the longest group.
 template <typename T>
 struct RefineArrays {
-  T* start;               // [tiles][K][lane]  E H in the beginning
-  T* change;              // [tiles][K][lane]  of E since then
+  T* start;               // [tiles][K][lane]  E H at the start
+  T* change;              // [tiles][K][lane]  change of E since the start
   T* level;               // [tiles][K][lane]  code - zero point
-  T* passed;              // [tiles][K][lane]  change H over the groups that a round had passed when it came to a column
+  T* passed;              // [tiles][K][lane]  change H over the groups that a round had passed when it reached a column
   T* gradient;            // [tiles][B][lane]  G of the group
-  T* other;               // [B][lane]         z H_gg, then -t of the columns done
+  T* other;               // [B][lane]         z H_gg, then -t of the columns visited
   double* loss;           // [tiles][lane]
-  std::int64_t elements;  // of the workspace, in T
+  std::int64_t elements;  // in elements of T
 };
 
 template <typename T>
@@ -112,7 +112,7 @@ MINIQUANT_INLINE void read_row(const RefineProblem<T>& problem, const RefineTile
   }
 }
 
-/// Lanes past the last row are all 0, which nothing moves.
+/// Lanes past the last row are all 0, so nothing moves them.
 template <typename T>
 MINIQUANT_INLINE void read_rows(const RefineProblem<T>& problem, const RefineTile<T>& tile) {
   for (std::int64_t i = 0; i < problem.columns * kTileRows<T>; ++i) {
@@ -180,8 +180,8 @@ MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* val
   }
 }
 
-/// Moves the scale of a group to where the loss is least, as it is stored, and its error and gradient with it. Returns
-/// whether any lane's moved.
+/// Moves the scale of a group to the stored value of least loss, and updates its error and gradient. Returns whether
+/// any lane's scale moved.
 template <typename T>
 MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
   const std::int64_t count = group.size() * kTileRows<T>;
@@ -239,7 +239,7 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
   return any;
 }
 
-/// Moves every column of a group to its best grid point, one after the other. Returns whether any moved.
+/// Moves every column of a group to its best grid point, one after the other. Returns whether any column moved.
 template <typename T>
 MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
   const SymmetricLayout layout = {problem.columns};
@@ -306,8 +306,8 @@ MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const Refine
   return moved;
 }
 
-/// Passes over a group whose gradient is at hand: each costs little beside the product that the gradient takes. Always
-/// as many: a row does not depend on those that share its tile.
+/// Passes over a group for each gradient: a pass is cheap beside the product that computes the gradient. The number is
+/// fixed, so a row does not depend on the other rows of its tile.
 constexpr std::int64_t kPassesPerGroup = 2;
 
 /// Moves the scale and the columns of a group. Returns whether anything moved.
@@ -316,7 +316,7 @@ MINIQUANT_INLINE bool refine_group(const RefineProblem<T>& problem, const Refine
   bool moved = false;
   for (std::int64_t pass = 0; pass < kPassesPerGroup; ++pass) {
     if (pass > 0) {
-      // G += (-t) H_gg, for the moves of the columns in the pass before
+      // G += (-t) H_gg, for the moves of the columns in the previous pass
       add_products(problem, tile.other, group, group, tile.gradient);
     }
     moved = refit_scale(problem, tile, group) || moved;
@@ -332,8 +332,8 @@ struct RefineTiles {
   RefineTile<T> tile[kTilesPerPass];
 };
 
-/// Sets G of a group, but for what its own columns add, in every tile. The round has `passed` the columns on one side
-/// of the group.
+/// Sets G of a group in every tile, without the contribution of its own columns. The round has `passed` the columns on
+/// one side of the group.
 template <typename T>
 MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, Span group,
                                    Span passed) {
@@ -342,7 +342,7 @@ MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const Refine
   for (std::int64_t t = 0; t < tiles.count; ++t) {
     const RefineTile<T>& tile = tiles.tile[t];
     for (std::int64_t i = 0; i < count; ++i) {
-      // What the round before had passed is what is ahead of this one.
+      // The groups that the previous round had passed are those ahead of this one.
       tile.gradient[i] = tile.start[at + i] + tile.passed[at + i];
       tile.passed[at + i] = T(0);
     }
@@ -363,7 +363,7 @@ MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const Refine
   }
 }
 
-/// One round over all groups: even ones from the first group on, odd ones from the last. Returns whether anything
+/// One round over all groups: even rounds from the first group on, odd rounds from the last. Returns whether anything
 /// moved.
 template <typename T>
 MINIQUANT_INLINE bool refine_round(const RefineProblem<T>& problem, const RefineTiles<T>& tiles, std::int64_t round) {

@@ -7,7 +7,7 @@
 #include "kernels/kernels.h"
 #include "kernels/vector-inl.h"
 
-// Scales of a weight's groups, and rounding to them.
+// The scales of a weight's groups, and rounding to nearest with them.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {

@@ -7,17 +7,17 @@
 #include "kernels/kernels.h"
 #include "kernels/rtn-inl.h"
 
-// Scales of least squared error: of the scales that some factors of the widest range give, for each group the one that
-// leaves sum_j importance_j (w_j - dequantize(quantize(w_j)))^2 least.
+// Scales of least squared error. Each of several factors of the widest range gives a scale; each group takes the scale
+// with the least sum_j importance_j (w_j - dequantize(quantize(w_j)))^2.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// Partial sums of an error: as many for every instruction set, so all of them choose the same scale.
+/// Number of partial sums of an error: the same for every instruction set, so all of them choose the same scale.
 constexpr std::int64_t kPartialSums = 16;
 
-/// The squared error of one weight. A reciprocal in place of the division may round a tie the other way; the error is
-/// the same on both sides of it.
+/// The squared error of one weight. Multiplying by a reciprocal may round a tie the other way; the error is the same on
+/// both sides of it.
 template <typename T>
 MINIQUANT_INLINE T squared_error_of(T weight, T scale, T reciprocal, T low, T high) {
   const T error = weight - clamp_and_round<T, T>(weight * reciprocal, low, high) * scale;

@@ -4,8 +4,8 @@
 
 #include "kernels/target-inl.h"
 
-// Vectors of the compiler's, of any number of elements, and what every instruction set can do with them. A file
-// vector_<instruction set>-inl.h specializes what it does faster.
+// The compiler's vectors, of any number of elements, with operations for any instruction set. A file
+// vector_<instruction set>-inl.h specializes the operations that it does faster.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -29,13 +29,13 @@ struct IntegerOf<double> {
   using type = std::int64_t;
 };
 
-/// `kCount` values of T as fours of lanes that no operation mixes.
+/// `kCount` values of T as fours of lanes; no operation mixes two fours.
 template <typename T, std::int64_t kCount>
 struct Fours {
   using Values = ShortVector<T, kCount>::type;
   using Integers = ShortVector<typename IntegerOf<T>::type, kCount>::type;
 
-  /// Of each four, the values in its lanes `from`, 0 to 3.
+  /// In each four, the values of its lanes `from`, 0 to 3.
   static MINIQUANT_INLINE Values permute(Values values, Integers from) {
     Values result;
     for (std::int64_t lane = 0; lane < kCount; ++lane) {
@@ -44,7 +44,7 @@ struct Fours {
     return result;
   }
 
-  /// Of each four, every kWith lanes in the place of the next kWith: 1 or 2.
+  /// In each four, every kWith lanes (1 or 2) exchanged with the next kWith.
   template <std::int64_t kWith>
   static MINIQUANT_INLINE Integers exchange(Integers values) {
     static_assert(kWith == 1 || kWith == 2);

@@ -22,7 +22,7 @@
 //         q_j      = quantize(target_j)
 //         E_j      = w_j - dequantize(q_j)
 //         loss    += R_jj^2 (target_j - dequantize(q_j))^2
-//       the same group again, row by row, by a search of its codes   if beam_scales says so: beam-inl.h
+//       a beam search over the codes of the group, row by row        if beam_scales > 0: beam-inl.h
 //   E H = (E R) R^T                                                  if a gradient is wanted
 //
 // Start reading at sweep(). Rows are the lanes of the vectors: arrays below are [tile][column][lane].
@@ -52,19 +52,19 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
   }
 }
 
-/// Where the columns of a segment, from its first on, are quantized to.
+/// The arrays for the quantized columns of a segment, each from the segment's first column on.
 template <typename T>
 struct QuantizedSegment {
   T* error;                       // [columns][lane]
   double* loss;                   // [lane], added to
-  std::int8_t* code = nullptr;    // [columns][lane]; a trial has none
-  const T* scale = nullptr;       // [lane] of a trial; else the grid of the tile counts
-  const T* reciprocal = nullptr;  // [lane] of a trial: 1 / scale
-  const T* zero_point = nullptr;  // [lane] of a trial
+  std::int8_t* code = nullptr;    // [columns][lane]; null in a trial
+  const T* scale = nullptr;       // [lane] in a trial; otherwise the grid of the tile is read
+  const T* reciprocal = nullptr;  // [lane] in a trial: 1 / scale
+  const T* zero_point = nullptr;  // [lane] in a trial
 };
 
-/// Quantizes the columns of one strip of the segment that begins at `begin`, whose earlier errors are still to be added
-/// to S. A trial needs the loss alone and multiplies by a reciprocal: a tie may round the other way, with the same
+/// Quantizes the columns of one strip of the segment that begins at `begin`, after adding the segment's earlier errors
+/// to S. A trial needs only the loss, and multiplies by a reciprocal: a tie may round the other way, with the same
 /// loss.
 template <bool kTrial, typename T>
 MINIQUANT_INLINE void quantize_strip(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span strip,
@@ -162,7 +162,7 @@ MINIQUANT_INLINE void range_of_group(const SweepProblem<T>& problem, const Sweep
   }
 }
 
-/// bound[lane] = max loss of a scale that row `lane` can use: it beats the last kept scale and is worth a search.
+/// bound[lane] = max loss at which row `lane` can use a scale: it beats the last kept scale and is worth a search.
 template <typename T>
 MINIQUANT_INLINE void set_bounds(const SweepTile<T>& tile, double* bound) {
   const double* const last = column_of<T>(tile.kept.loss, tile.kept.count - 1);
@@ -173,7 +173,7 @@ MINIQUANT_INLINE void set_bounds(const SweepTile<T>& tile, double* bound) {
   }
 }
 
-/// Whether no row of the tile can use a scale of that loss.
+/// Whether no row of the tile can use a scale with that loss.
 template <typename T>
 MINIQUANT_INLINE bool lost(const double* loss, const double* bound) {
   std::int64_t useful = 0;
@@ -183,8 +183,8 @@ MINIQUANT_INLINE bool lost(const double* loss, const double* bound) {
   return useful == 0;
 }
 
-/// Of the scales that the problem's factors give, keeps those with which the group's columns add least to the loss.
-/// That sum is the whole cost of a scale: the sweep corrects later columns for any error.
+/// Of the scales for the problem's factors, keeps those with which the group's columns add least to the loss. That sum
+/// is the whole cost of a scale: the sweep corrects later columns for any error.
 template <typename T>
 MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, const T* low,
                                  const T* high) {
@@ -210,7 +210,7 @@ MINIQUANT_INLINE void try_scales(const SweepProblem<T>& problem, const SweepTile
     }
     const QuantizedSegment<T> trial = {
         .error = tile.scratch, .loss = loss, .scale = scale, .reciprocal = reciprocal, .zero_point = zero_point};
-    // Columns only add to a loss, so a trial ends where no row can use its scale any more.
+    // A column never lowers the loss, so a trial ends once no row can use its scale.
     set_bounds(tile, bound);
     for (std::int64_t first = columns.begin; first < columns.end && !lost<T>(loss, bound); first += kStripColumns) {
       quantize_strip<true>(problem, tile, span_of(first, kStripColumns, columns.end), columns.begin, trial);
@@ -235,7 +235,7 @@ MINIQUANT_INLINE void set_dynamic_grid(const SweepProblem<T>& problem, const Swe
   }
 }
 
-/// (E R)[segment] = S + E[segment] R[segment, segment]; 0 for a column without inputs, whose pivot stands for 0.
+/// (E R)[segment] = S + E[segment] R[segment, segment]; 0 for a column without inputs, whose pivot is a stand-in for 0.
 template <typename T>
 MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span segment) {
   for (std::int64_t first = segment.begin; first < segment.end; first += kStripColumns) {
@@ -263,7 +263,8 @@ MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepT
   }
 }
 
-/// tile.sum += (E R)[terms] R[columns, terms]^T, with no term before its column: those past the block, or the block's.
+/// tile.sum += (E R)[terms] R[columns, terms]^T, without terms before the column. `terms` is the block or lies after
+/// it.
 template <typename T>
 MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block,
                                       Span terms) {
@@ -294,7 +295,7 @@ MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const Swee
   }
 }
 
-/// Puts E H = (E R) R^T in the place of E R: a block of columns needs those from it on, which the blocks before left.
+/// Replaces E R by E H = (E R) R^T, block by block in ascending order: a block needs E R only from its own columns on.
 template <typename T>
 MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepArrays<T>& arrays, std::int64_t row_begin,
                                    std::int64_t row_end, std::int64_t tiles) {
@@ -322,7 +323,7 @@ MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepAr
   }
 }
 
-/// Quantizes a block whose S holds what earlier blocks contribute.
+/// Quantizes a block; on entry its S holds the contribution of earlier blocks.
 template <typename T>
 MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block) {
   Span segment;

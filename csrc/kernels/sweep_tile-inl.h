@@ -10,21 +10,21 @@
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
-// What a sweep works on: a few tiles of rows, as lanes. Arrays are [tile][column][lane].
+// The data of a sweep: a few tiles of rows, as lanes. Arrays are [tile][column][lane].
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-/// The scales that suit a group best, for each row of a tile, those of least loss first.
+/// The best scales of a group for each row of a tile, by ascending loss.
 template <typename T>
 struct KeptScales {
   std::int64_t count;
-  double* loss;   // [count][lane]  infinite where there is no such scale
+  double* loss;   // [count][lane]  infinite where there is no scale
   T* scale;       // [count][lane]
   T* zero_point;  // [count][lane]
 };
 
-/// None; what is read of it in lanes past the last row quantizes their zeros to 0.
+/// Empties the list. With its values, lanes past the last row quantize their zeros to 0.
 template <typename T>
 MINIQUANT_INLINE void clear(const KeptScales<T>& kept) {
   for (std::int64_t i = 0; i < kept.count * kTileRows<T>; ++i) {
@@ -50,7 +50,7 @@ MINIQUANT_INLINE void keep(const KeptScales<T>& kept, std::int64_t lane, double 
   }
 }
 
-/// Where beam searches work. G = columns of a group.
+/// The workspace of beam searches. G = columns of a group.
 template <typename T>
 struct BeamArrays {
   Choices<T>* sum;            // [kBeamsAtOnce][G]
@@ -58,20 +58,20 @@ struct BeamArrays {
   ChoiceIntegers<T>* parent;  // [kBeamsAtOnce][G]
 };
 
-/// Where the arrays of a pass lie in the workspace. B = columns of a block.
+/// The arrays of a pass in the workspace. B = columns of a block.
 template <typename T>
 struct SweepArrays {
-  T* error;            // [tiles][K][lane]       E; W of the columns not yet quantized
+  T* error;            // [tiles][K][lane]       E; W for the columns not yet quantized
   T* sum;              // [tiles][B][lane]       S
   T* whitened;         // [tiles][K][lane]       E R, then E H; if a gradient is wanted
-  T* scratch;          // [B][lane]              of set_dynamic_grid()
-  KeptScales<T> kept;  // of one tile
+  T* scratch;          // [B][lane]              for set_dynamic_grid()
+  KeptScales<T> kept;  // for one tile
   BeamArrays<T> beams;
   std::int8_t* code;      // [tiles][K][lane]
   T* scale;               // [tiles][groups][lane]
   T* zero_point;          // [tiles][groups][lane]
   double* loss;           // [tiles][lane]
-  std::int64_t elements;  // of the workspace, in T
+  std::int64_t elements;  // in elements of T
 };
 
 template <typename T>
@@ -114,9 +114,9 @@ struct SweepTile {
   std::int64_t row;   // first row
   std::int64_t rows;  // valid lanes
   T* error;           // [K][lane]
-  T* sum;             // [B][lane], of the block that begins at block_begin: sum_of()
+  T* sum;             // [B][lane], for the block that begins at block_begin: sum_of()
   T* whitened;        // [K][lane]
-  T* scratch;         // [B][lane], of the current group
+  T* scratch;         // [B][lane], for the current group
   KeptScales<T> kept;
   BeamArrays<T> beams;
   std::int8_t* code;  // [K][lane]
@@ -148,13 +148,13 @@ MINIQUANT_INLINE SweepTile<T> tile_of(const SweepProblem<T>& problem, const Swee
           block_begin};
 }
 
-/// S of column j, which is in the tile's block.
+/// S of column j, which lies in the tile's block.
 template <typename T>
 MINIQUANT_INLINE T* sum_of(const SweepTile<T>& tile, std::int64_t j) {
   return column_of<T>(tile.sum, j - tile.block_begin);
 }
 
-/// Lanes past the last row get scale 1: they quantize their zeros to 0.
+/// Lanes past the last row get scale 1, so they quantize their zeros to 0.
 template <typename T>
 MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const SweepTile<T>& tile, std::int64_t group) {
   T* const scale = column_of<T>(tile.scale, group);
@@ -194,7 +194,7 @@ MINIQUANT_NOINLINE void write_codes(const SweepProblem<T>& problem, const SweepT
   }
 }
 
-/// Copies E H, which has taken the place of E R, to its rows.
+/// Copies E H, which has replaced E R, to its rows.
 template <typename T>
 MINIQUANT_NOINLINE void write_gradient(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   const std::int64_t padded = SymmetricLayout{problem.columns}.padded_columns();

@@ -9,17 +9,17 @@ namespace miniquant::kernels {
 /// Columns per panel of a triangle: a multiple of the tile of every kernel.
 inline constexpr std::int64_t kPanelColumns = 48;
 
-/// Rows after the last one: a strip of columns, read whole, may pass the end by as many.
+/// Max rows past the last one that a kernel reads: a strip of columns is read whole, also at the end.
 inline constexpr std::int64_t kSpareRows = 7;
 
-/// Panels that hold `columns` columns.
+/// The number of panels that hold `columns` columns.
 [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panel_count(std::int64_t columns) {
   return ceil_div(columns, kPanelColumns);
 }
 
-/// Where a lower triangle L [K, K] lies: in panels of kPanelColumns columns, one after the other, each row by row from
-/// the panel's first row of the triangle on. L[j, i] is element offset(j, i / kPanelColumns) + i % kPanelColumns. What
-/// lies above the diagonal or past the last row or column takes room and means nothing.
+/// Layout of a lower triangle L [K, K]: panels of kPanelColumns columns, one after the other, each row by row from the
+/// panel's first row of the triangle on. L[j, i] is element offset(j, i / kPanelColumns) + i % kPanelColumns. Elements
+/// above the diagonal, or past the last row or column, are padding.
 struct TriangleLayout {
   std::int64_t columns;  ///< K
 
@@ -32,14 +32,14 @@ struct TriangleLayout {
     return (earlier + row - panel * kPanelColumns) * kPanelColumns;
   }
 
-  /// Elements in all.
+  /// The number of elements.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t size() const {
     return offset(panels() * kPanelColumns, panels());
   }
 };
 
-/// Where all of a symmetric matrix H [K, K] lies: in panels of kPanelColumns columns, one after the other, each row by
-/// row. H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0.
+/// Layout of a whole symmetric matrix H [K, K]: panels of kPanelColumns columns, one after the other, each row by row.
+/// H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0.
 struct SymmetricLayout {
   std::int64_t columns;  ///< K
 
@@ -50,10 +50,10 @@ struct SymmetricLayout {
     return (panel * columns + row) * kPanelColumns;
   }
 
-  /// Elements in all.
+  /// The number of elements.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t size() const { return offset(0, panels()); }
 
-  /// Columns of a matrix [N, K] that is read by whole panels.
+  /// Columns of a matrix [N, K] with its columns padded to whole panels.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t padded_columns() const {
     return panels() * kPanelColumns;
   }

@@ -7,7 +7,7 @@
 #include "kernels/triangle.h"
 #include MINIQUANT_VECTOR_HEADER
 
-// One register of T of the instruction set that this compilation is for.
+// One register of T, for the instruction set that this compilation is for.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -23,13 +23,14 @@ using Vector = VectorOf<T>::type;
 template <typename T>
 constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
 
-/// Lanes (rows of W in a sweep) that one call of the innermost loop serves.
+/// Lanes (rows of W in a sweep) that one call of the innermost loop processes.
 template <typename T>
 constexpr std::int64_t kTileRows = kVectorsPerTile * kLanes<T>;
 static_assert(kPanelColumns % kTileRows<float> == 0 && kPanelColumns % kStripColumns == 0);
 static_assert(kSpareRows >= kStripColumns - 1);
 
-/// Column j of an array [columns][lane], or group j of [groups][lane]: of T, or of what belongs to lanes of T.
+/// Column j of an array [columns][lane], or group j of [groups][lane], with elements T or others that belong to lanes
+/// of T.
 template <typename T, typename Element>
 MINIQUANT_INLINE Element* column_of(Element* array, std::int64_t j) {
   return array + j * kTileRows<T>;
@@ -50,7 +51,7 @@ MINIQUANT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-/// to[lane] = value[lane], which are integers within int8. Overloads, as GCC converts no vectors of a dependent type.
+/// to[lane] = value[lane], integers within int8. Overloads, because GCC converts no vectors of a dependent type.
 MINIQUANT_INLINE void store_codes(std::int8_t* to, Vector<float> value) {
   const auto integers = __builtin_convertvector(value, ShortVector<std::int32_t, kLanes<float>>::type);
   *reinterpret_cast<ShortVector<std::int8_t, kLanes<float>>::unaligned*>(to) =

@@ -6,7 +6,7 @@
 
 #include "kernels/short_vector-inl.h"
 
-// AVX-512 with its parts F, BW, VL and DQ.
+// AVX-512 with the features F, BW, VL and DQ.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -19,7 +19,7 @@ constexpr std::int64_t kStripColumns = 8;  // 3 x 8 accumulators of 32 registers
 MINIQUANT_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 MINIQUANT_INLINE __m512d multiply_add(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 
-/// All 16 lanes. The forms without a mask start from an undefined value, which GCC warns of.
+/// All 16 lanes. The intrinsics without a mask start from an undefined value, and GCC warns about it.
 constexpr __mmask16 kAllLanes = 0xFFFF;
 
 template <>

@@ -4,7 +4,7 @@
 
 #include "kernels/short_vector-inl.h"
 
-// Vectors of 16 bytes by the compiler alone, for any CPU.
+// Vectors of 16 bytes in the compiler's own types, for any CPU.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {

@@ -7,7 +7,7 @@ namespace miniquant::ops {
 
 std::string_view version() { return MINIQUANT_VERSION; }
 
-// The table that was chosen says it, whatever the environment says now.
+// Read from the chosen table: the environment may have changed since the choice.
 std::string_view instruction_set() { return kernels::name(kernels::kernels().instruction_set); }
 
 }  // namespace miniquant::ops

@@ -2,7 +2,7 @@
 
 #include <string_view>
 
-// What can be asked of the library itself, as miniquant/build.h documents it.
+// The version and the instruction set of the library, as miniquant/build.h documents them.
 
 namespace miniquant::ops {
 

@@ -48,7 +48,7 @@ bool is_weight_dtype(at::ScalarType dtype) {
 
 bool is_hessian_dtype(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
-/// What holds a tensor whose elements do not lie in memory as sizes and strides say; "" for one whose elements do.
+/// The kind of a tensor whose elements do not lie in memory as sizes and strides say; "" for any other tensor.
 std::string special_layout_of(const at::Tensor& tensor) {
   if (tensor.unsafeGetTensorImpl()->is_nested()) {
     return "a nested tensor";
@@ -120,7 +120,7 @@ void check_zero_point_dtype(const char* op, const at::Tensor& zero_points) {
                    name_of(zero_points.scalar_type()));
 }
 
-/// The dtype that scales are stored in.
+/// Checks scale_dtype, and returns the dtype in which scales are stored.
 at::ScalarType check_scale_dtype(const char* op, const at::Tensor& weight, std::optional<at::ScalarType> scale_dtype) {
   const at::ScalarType dtype = scale_dtype.value_or(weight.scalar_type());
   const bool is_double = weight.scalar_type() == at::kDouble;
@@ -197,8 +197,8 @@ void check_grid_values(const char* op, const GridArguments& grid) {
   }
 }
 
-/// Rounding leaves the two halves of a computed X X^T apart by some units in the last place; half of the digits is far
-/// more than that, and far less than the difference of a matrix that is not meant to be symmetric. Returns max |H_ij|.
+/// The tolerance is half of the dtype's digits. Rounding makes the two halves of a computed X X^T differ by much less,
+/// a few units in the last place; a matrix that is not meant to be symmetric differs by much more. Returns max |H_ij|.
 double check_hessian_values(const char* op, const at::Tensor& hessian, const char* argument = "hessian") {
   const algorithms::SymmetrySurvey survey = algorithms::survey_symmetry(hessian);
   if (!survey.finite) {
@@ -216,7 +216,7 @@ double check_hessian_values(const char* op, const at::Tensor& hessian, const cha
   return survey.largest;
 }
 
-/// The largest finite value of the dtype that a weight is computed in.
+/// The largest finite value of the dtype in which a weight is computed.
 double largest_computed(const at::Tensor& weight) {
   return algorithms::compute_dtype(weight.scalar_type()) == at::kDouble ? std::numeric_limits<double>::max()
                                                                         : std::numeric_limits<float>::max();
@@ -229,9 +229,9 @@ void check_ridge(const char* op, const at::Tensor& weight, double ridge) {
                     " for a ", name_of(weight.scalar_type()), " weight, but got ", ridge);
 }
 
-/// That ridge * mean(diag H) is finite in the dtype of computation. `largest` is max |H_ij|.
+/// Checks that ridge * mean(diag H) is finite in the compute dtype. `largest` is max |H_ij|.
 void check_ridge_of(const char* op, const at::Tensor& weight, const at::Tensor& hessian, double largest, double ridge) {
-  // A ridge of at most 1 adds no more than H has itself, which may have any scale.
+  // A ridge of at most 1 adds at most the mean of diag H, which is in range at any scale of H.
   if (ridge <= 1 || ridge * largest <= largest_computed(weight)) {
     return;
   }
@@ -425,7 +425,7 @@ void check_unpack_arguments(const char* op, const at::Tensor& packed, int64_t bi
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": expected packed to be uint8, but got ",
                    name_of(packed.scalar_type()));
   check_bits(op, bits);
-  // More columns than that have a number of bits that int64_t does not hold.
+  // With more columns the number of bits overflows int64_t.
   constexpr int64_t kMostColumns = std::numeric_limits<int64_t>::max() / 16;
   TORCH_CHECK_VALUE(columns >= 0 && columns <= kMostColumns, op, ": expected columns to be 0 to ", kMostColumns,
                     ", but got ", columns);

@@ -11,16 +11,16 @@
 #include "miniquant/options.h"
 #include "ops/signature.h"
 
-// What the operators check before they touch memory. Messages read
+// Argument checks of the operators, made before memory is touched. Messages read
 //   <op>: expected <argument> <requirement>, but got <value>
-// Wrong dtypes are TypeErrors, all else ValueErrors.
+// A wrong dtype is a TypeError, anything else a ValueError.
 //
-// check_*_arguments look at shapes, dtypes, devices and options only and serve real and Meta tensors alike, so a fake
-// tensor gets the message that a real tensor would get. check_*_values read the data.
+// check_*_arguments read only shapes, dtypes, devices and options, of real and Meta tensors alike, so a fake tensor
+// gets the message of a real one. check_*_values read the data.
 
 namespace miniquant::ops {
 
-/// What an operator that is implemented for the CPU alone asks of a tensor.
+/// Checks that a tensor is on the CPU, for operators that are implemented for the CPU only.
 void check_on_cpu(const char* op, const char* argument, const at::Tensor& tensor);
 
 std::string name_of(at::ScalarType dtype);
@@ -28,29 +28,29 @@ std::string name_of(at::ScalarType dtype);
 /// "<value> at [i, j]" for the first element for which `bad` is true.
 std::string first_value(const at::Tensor& tensor, const at::Tensor& bad);
 
-/// Groups of a row of `columns`, where group_size has been checked.
+/// The number of groups in a row of `columns`; group_size is already checked.
 c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns);
 
-/// Returns the options that the arguments name.
+/// Checks the arguments, and returns them as options.
 GridOptions check_rtn_arguments(const char* op, const at::Tensor& weight, const GridArguments& grid);
 void check_rtn_values(const char* op, const at::Tensor& weight, const GridArguments& grid);
 
-/// Returns the options that the arguments name.
+/// Checks the arguments, and returns them as options.
 GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const at::Tensor& hessian,
                                  const GridArguments& grid, const SweepArguments& sweep);
-/// The same, without what gptq_reference does not have.
+/// The same for gptq_reference, which lacks some options.
 GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::Tensor& hessian,
                                            const GridArguments& grid, const SweepArguments& sweep);
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
                        const SweepArguments& sweep);
 
-/// Returns the options that the arguments name.
+/// Checks the arguments, and returns them as options.
 GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
                                          int64_t tokens, const GridArguments& grid);
 void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second);
 
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs);
-/// inputs [..., K] of a sum [K, K]; `sum` names it in messages.
+/// Checks inputs [..., K] of a sum [K, K]; `sum` is the name of the sum in messages.
 void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, const at::Tensor& hessian);
 
 void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
@@ -59,7 +59,7 @@ void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tenso
 void check_dequantize_arguments(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                                 int64_t group_size, std::optional<at::ScalarType> dtype);
 
-/// Bytes of a row of `columns` codes.
+/// The number of bytes of a packed row of `columns` codes.
 c10::SymInt packed_bytes(const c10::SymInt& columns, int64_t bits);
 void check_pack_arguments(const char* op, const at::Tensor& codes, int64_t bits);
 void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits);

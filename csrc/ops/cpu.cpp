@@ -12,8 +12,8 @@
 #include "ops/plain_operations.h"
 #include "ops/results.h"
 
-// The operators on real tensors: check, then call the algorithm. What is made of ATen operations alone works on every
-// device, all else on the CPU.
+// The operators on real tensors: check, then call the algorithm. Operators made of ATen operations alone work on every
+// device, the others on the CPU only.
 
 namespace miniquant::ops {
 namespace {
@@ -110,7 +110,7 @@ at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
 }
 // NOLINTEND(performance-unnecessary-value-param)
 
-/// For every device and layout: an implementation says itself what it does not serve, rather than the dispatcher.
+/// For every device and layout, so the operator itself rejects what it does not support, not the dispatcher.
 void implement(torch::Library& m) {
   m.impl("rtn", rtn_operator<rtn>);
   m.impl("gptq", gptq_operator<gptq>);

@@ -19,9 +19,9 @@
 #include "ops/plain_operations.h"
 #include "ops/storage_lock.h"
 
-// The operators that sum X^T X in place: hessian_update_ on one tensor, accumulator_* on what a HessianAccumulator
-// keeps (miniquant::HessianSums). Everything is checked before anything changes, and each holds the lock of what it
-// changes or reads, so that threads may share a sum.
+// The operators that sum X^T X in place: hessian_update_ on one tensor, accumulator_* on the state of a
+// HessianAccumulator (miniquant::HessianSums). Everything is checked before anything changes. Each operator holds the
+// lock of the memory it changes or reads, so threads may share a sum.
 
 namespace miniquant::ops {
 namespace {
@@ -29,7 +29,8 @@ namespace {
 constexpr const char* kAccumulator = "HessianAccumulator";
 using OptionalTensor = std::optional<at::Tensor>;
 
-/// Autograd sees the change: no generated kernel above these operators counts it. Inference tensors count nothing.
+/// Increments the version counter that autograd reads, because no generated kernel above these operators does.
+/// Inference tensors have no counter.
 void count_change(const at::Tensor& tensor) {
   if (!tensor.is_inference()) {
     tensor.unsafeGetTensorImpl()->bump_version();
@@ -41,14 +42,14 @@ void check_may_change(const char* op, const char* argument, const at::Tensor& te
                     " to be no inference tensor outside of inference mode, but got one; clone it");
 }
 
-/// The tokens of a batch that count.
+/// The tokens of a batch that count: not masked, and with a weight above 0.
 struct Batch {
   at::Tensor inputs;         ///< [n, K]
   at::Tensor token_weights;  ///< float64 [n], positive; undefined where all are 1
   at::Tensor counted;        ///< bool, of the shape of the caller's tokens; undefined where all count
 };
 
-/// For positions in the caller's batch: `bad` but where tokens do not count.
+/// `bad`, but false for tokens that do not count, so positions are those of the caller's batch.
 at::Tensor where_counted(const at::Tensor& bad, const at::Tensor& counted) {
   return counted.defined() ? bad.logical_and(counted.unsqueeze(-1)) : bad;
 }
@@ -57,7 +58,7 @@ at::Tensor flat_tokens(const at::Tensor& inputs) {
   return inputs.dim() == 1 ? inputs.unsqueeze(0) : inputs.flatten(0, -2);
 }
 
-/// Tokens that are not masked and have a weight; what the others hold is not looked at.
+/// The tokens that count; the inputs of the others are not read.
 Batch counted_tokens(const char* op, const at::Tensor& inputs, const OptionalTensor& mask,
                      const OptionalTensor& token_weights) {
   Batch batch{flat_tokens(inputs), {}, {}};
@@ -83,15 +84,15 @@ Batch counted_tokens(const char* op, const at::Tensor& inputs, const OptionalTen
   return batch;
 }
 
-/// Refuses a batch with values that are not finite, or whose products would not be in the dtype of the sum.
-/// diagonal: float64 [K], that of all sums together.
+/// Rejects a batch with values that are not finite, or that would overflow the dtype of the sum. diagonal: float64 [K],
+/// of all sums together.
 void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& batch, const at::Tensor& diagonal,
                         at::ScalarType dtype) {
   if (batch.inputs.numel() == 0) {
     return;
   }
-  // No entry of a sum of x x^T is larger than the largest of its diagonal, and that grows by at most |X|^2: one pass
-  // that costs little shows that all is well.
+  // No entry of a sum of x x^T exceeds its largest diagonal entry, and that grows by at most |X|^2. So one cheap pass
+  // is enough to accept almost any batch.
   const double max = dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
   const at::ScalarType compute = batch.inputs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto norm = at::linalg_vector_norm(batch.inputs, 2, std::nullopt, false, compute).item<double>();
@@ -141,7 +142,7 @@ void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
 
 // accumulator_*
 
-/// What an accumulator keeps; `prefix` comes before the names of its tensors.
+/// Checks the state of an accumulator; messages put `prefix` before the names of its tensors.
 void check_state(const HessianSums& state, const std::string& prefix = "") {
   const at::Tensor& sums = state.sums;
   TORCH_CHECK_VALUE(
@@ -163,7 +164,7 @@ void check_state(const HessianSums& state, const std::string& prefix = "") {
       state.weights.sym_sizes());
 }
 
-/// A tensor with a value for each token.
+/// Checks a tensor that has one value per token.
 void check_of_tokens(const char* argument, const at::Tensor& tensor, const at::Tensor& inputs) {
   TORCH_CHECK_VALUE(tensor.sym_sizes() == inputs.sym_sizes().slice(0, inputs.dim() - 1), kAccumulator, ": expected ",
                     argument, " to have the shape of the tokens, ", inputs.sym_sizes().slice(0, inputs.dim() - 1),
@@ -282,7 +283,7 @@ void check_read_arguments(const HessianSums& state, std::optional<int64_t> half)
                     ": expected halves that are kept apart (halves=True; Halves::kApart in C++), but they are not");
 }
 
-/// Of one half, or of all tokens.
+/// The value for one half, or for all tokens.
 at::Tensor part_of(const at::Tensor& per_sum, std::optional<int64_t> half) {
   return half.has_value() ? per_sum.select(-1, *half) : per_sum.sum(-1);
 }
@@ -339,7 +340,7 @@ void implement(torch::Library& m) {
 }  // namespace
 }  // namespace miniquant::ops
 
-// As in cpu.cpp: an implementation says itself what it does not serve.
+// As in cpu.cpp: the operator itself rejects what it does not support.
 TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) { miniquant::ops::implement(m); }
 TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement(m); }
 

@@ -10,7 +10,7 @@
 #include "ops/checks.h"
 #include "ops/results.h"
 
-// The operators on tensors without data: the same checks, then the shapes and dtypes of the results.
+// The operators on tensors without data: the same checks; only the shapes and dtypes of results are computed.
 
 namespace miniquant::ops {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "miniquant/options.h"
 
-// The names of choices: one table per enumeration, read in both directions.
+// The names of choices: one table per enumeration, for both directions.
 
 namespace miniquant::ops {
 
@@ -37,7 +37,7 @@ template <>
 inline constexpr std::array<Named<ColumnOrder>, 3> kNames<ColumnOrder>{
     {{ColumnOrder::kNatural, "natural"}, {ColumnOrder::kActivation, "activation"}, {ColumnOrder::kGroup, "group"}}};
 
-/// The name of a choice; "unknown", which no operator takes, for a value that is none.
+/// The name of a choice; for an invalid value "unknown", which no operator accepts.
 template <typename Choice>
 constexpr std::string_view name_of_choice(Choice choice) {
   for (const auto& [value, name] : kNames<Choice>) {
@@ -59,7 +59,7 @@ std::string quoted_names() {
   return text;
 }
 
-/// The choice that `argument` of `op` names. Throws c10::ValueError for another name.
+/// The choice named by `argument` of `op`. Throws c10::ValueError for an unknown name.
 template <typename Choice>
 Choice choice_named(const char* op, const char* argument, std::string_view text) {
   for (const auto& [value, name] : kNames<Choice>) {

@@ -6,8 +6,8 @@
 
 namespace miniquant::ops {
 
-/// For one scope ATen's operations record nothing for autograd and compute in the dtype they are given: under autocast
-/// products would be bfloat16.
+/// In its scope ATen's operations record nothing for autograd and compute in the dtype of their arguments: autocast
+/// would compute products in bfloat16.
 class PlainOperations {
  private:
   at::NoGradGuard no_grad_;

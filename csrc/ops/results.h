@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-// What the operators return, as the dispatcher passes it: the schemas name the elements.
+// The results of the operators as the dispatcher passes them; the schemas name the elements.
 
 namespace miniquant::ops {
 

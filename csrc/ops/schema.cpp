@@ -47,12 +47,12 @@ TORCH_LIBRARY(miniquant, m) {
   m.def("unpack(Tensor packed, int bits, SymInt columns) -> Tensor", tags);
   m.def("pack_int4(Tensor codes) -> Tensor", tags);
   m.def("unpack_int4(Tensor packed, SymInt columns) -> Tensor", tags);
-  // Without tensors: one implementation serves every dispatch key.
+  // No tensor among the arguments: one implementation serves every dispatch key.
   m.def("version() -> str", [] { return std::string(miniquant::ops::version()); });
   m.def("instruction_set() -> str", [] { return std::string(miniquant::ops::instruction_set()); });
 }
 
-// None of the operators has a derivative: results never require a gradient, whatever their inputs do.
+// The operators have no derivatives: results never require a gradient, whatever the inputs.
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
   for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "accumulator_update_",
                          "accumulator_merge_", "accumulator_hessian", "accumulator_tokens", "quantization_loss",

@@ -11,14 +11,14 @@
 #include "ops/names.h"
 #include "ops/results.h"
 
-// The long signatures, and all that must agree with them: the text of the schema, the arguments as a struct, the
-// function that the dispatcher calls and the call from C++. An option has one line in each, next to one another.
+// The long signatures in four forms that must agree: the text of the schema, the struct of arguments, the function that
+// the dispatcher calls, and the call from C++. An option has one line in each form.
 
 namespace miniquant::ops {
 
 using OptionalTensor = const std::optional<at::Tensor>&;
 
-/// Arguments of the grid, as in kGridSchema.
+/// The arguments of the grid, as in kGridSchema.
 struct GridArguments {
   int64_t bits;
   int64_t group_size;
@@ -34,7 +34,7 @@ inline constexpr const char* kGridSchema =
     "int bits=4, int group_size=64, bool symmetric=True, Tensor? scales=None, Tensor? zero_points=None, "
     "bool full_range=False, str scale_method=\"absmax\", ScalarType? scale_dtype=None";
 
-/// What gptq has beside the grid, as in kSweepSchema.
+/// The arguments of gptq besides those of the grid, as in kSweepSchema.
 struct SweepArguments {
   double ridge;
   int64_t block_size;

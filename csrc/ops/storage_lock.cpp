@@ -7,7 +7,7 @@
 namespace miniquant::ops {
 
 std::mutex& lock_of(const at::Tensor& tensor) {
-  static std::array<std::mutex, 61> locks;  // a prime: addresses are multiples of powers of two
+  static std::array<std::mutex, 61> locks;  // a prime, because addresses are multiples of powers of two
   return locks.at(std::hash<const void*>()(tensor.storage().unsafeGetStorageImpl()) % locks.size());
 }
 

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <string>
 
-// What the tests with tensors share.
+// Shared by the tests with tensors.
 
 namespace miniquant::testing {
 
@@ -19,7 +19,7 @@ inline at::Tensor normal(at::IntArrayRef sizes, std::uint64_t seed, at::ScalarTy
   return at::randn(sizes, at::detail::createCPUGenerator(seed), at::TensorOptions().dtype(at::kDouble)).to(dtype);
 }
 
-/// X^T X / n of `tokens` inputs [n, columns] that are correlated with one another.
+/// X^T X / n of n = `tokens` correlated inputs X [n, columns].
 inline at::Tensor hessian_of_inputs(std::int64_t columns, std::int64_t tokens, std::uint64_t seed,
                                     at::ScalarType dtype = at::kDouble) {
   const at::Tensor inputs = normal({tokens, columns}, seed).cumsum(1).div_(4).add_(normal({tokens, columns}, seed + 1));
@@ -33,7 +33,7 @@ inline at::Tensor damped(const at::Tensor& hessian, double ridge) {
   return matrix;
 }
 
-/// Runs with `threads` threads for one scope.
+/// Sets the number of threads for one scope.
 class ScopedThreads {
  public:
   explicit ScopedThreads(int threads) : before_(at::get_num_threads()) { at::set_num_threads(threads); }
@@ -45,7 +45,7 @@ class ScopedThreads {
   int before_;
 };
 
-/// What the c10::Error of type Error says that body() throws; "no exception" where it throws none.
+/// The message of the c10::Error of type Error that body() throws; "no exception" if it throws none.
 template <typename Error, typename Body>
 std::string message_of(const Body& body) {
   try {
@@ -58,7 +58,7 @@ std::string message_of(const Body& body) {
   return "no exception";
 }
 
-/// Number of elements in which two tensors of one shape differ.
+/// The number of elements in which two tensors of one shape differ.
 inline std::int64_t differences(const at::Tensor& a, const at::Tensor& b) { return a.ne(b).sum().item<std::int64_t>(); }
 
 }  // namespace miniquant::testing

@@ -1,6 +1,6 @@
 #pragma once
 
-// All of the library. The same functions are registered with PyTorch's dispatcher as `miniquant::<name>`.
+// The whole library. The same functions are registered with PyTorch's dispatcher as `miniquant::<name>`.
 #include <miniquant/build.h>
 #include <miniquant/gptq.h>
 #include <miniquant/grid.h>

@@ -7,7 +7,7 @@
 
 namespace miniquant {
 
-/// The names by which the operators know the choices: "absmax", "static", "natural", ...
+/// The name of a choice in the arguments of the operators: "absmax", "static", "natural", ...
 MINIQUANT_API std::string_view name_of(ScaleMethod method);
 MINIQUANT_API std::string_view name_of(GroupScales group_scales);
 MINIQUANT_API std::string_view name_of(ColumnOrder column_order);

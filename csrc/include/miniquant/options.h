@@ -6,16 +6,16 @@
 #include <cstdint>
 #include <optional>
 
-// The options that the functions take and the results that they give: types alone, for every layer.
+// The types of options and results, without functions, so every layer may include them.
 
 namespace miniquant {
 
-/// How the scales of groups are computed; docs/algorithm.md says what each costs and gains.
+/// How the scales of groups are computed. docs/algorithm.md lists the gain and the cost of each method.
 enum class ScaleMethod {
-  kAbsmax,   ///< the scale that just holds the group's range
-  kMse,      ///< of several that hold a smaller or larger range, the scale of least squared error
-  kHessian,  ///< the same with each column's error weighted by diag H, H with its ridge; not for rtn
-  kLoss,     ///< the scale with which the sweep adds least to the loss; gptq with dynamic group scales only
+  kAbsmax,   ///< the smallest scale that holds the group's range
+  kMse,      ///< of the scales for several smaller and larger ranges, the one with the least squared error
+  kHessian,  ///< the same with each column's squared error weighted by diag H, H with its ridge; not for rtn
+  kLoss,     ///< the scale with which the sweep adds least to the loss; only for gptq with dynamic group scales
 };
 
 /// The uniform grid a weight [N, K] is rounded to: value = (code - zero_point) * scale.
@@ -25,7 +25,7 @@ enum class ScaleMethod {
 ///   symmetric:  codes in [-q, q],             scale = max|w| / q,               zero point 0
 ///   full range: codes in [-q - 1, q],         scale = -w / (q + 1) with w the weight of largest magnitude, either sign
 ///   asymmetric: codes in [-2^(b-1), 2^(b-1) - 1], scale = (hi - lo) / (2^b - 1), where [lo, hi] is the
-///               group's range widened to contain 0, so that 0 is represented exactly
+///               group's range widened to contain 0, which is then represented exactly
 struct QuantizationGrid {
   /// 2 to 8.
   int64_t bits = 4;
@@ -36,45 +36,44 @@ struct QuantizationGrid {
   bool full_range = false;
 };
 
-/// A grid, and where its scales and zero points come from.
+/// A grid and the source of its scales and zero points.
 struct GridOptions : QuantizationGrid {
   /// How scales are computed.
   ScaleMethod scale_method = ScaleMethod::kAbsmax;
-  /// Scales to use instead of those computed from the weight: [N, G], of `scale_dtype`, positive (not 0 if
-  /// `full_range`).
+  /// Scales to use instead of computed ones: [N, G], of `scale_dtype`, positive (if `full_range`: not 0).
   std::optional<at::Tensor> scales = std::nullopt;
-  /// Zero points that go with `scales`: int8 [N, G]; needed where `symmetric` is false.
+  /// Zero points that go with `scales`: int8 [N, G]; required where `symmetric` is false.
   std::optional<at::Tensor> zero_points = std::nullopt;
-  /// The dtype in which scales will be stored, the weight's by default: kHalf, kBFloat16, kFloat or, for a kDouble
+  /// The dtype in which scales will be stored, by default the weight's: kHalf, kBFloat16, kFloat or, for a kDouble
   /// weight, kDouble. Scales are rounded to it before codes are chosen, and returned in it.
   std::optional<at::ScalarType> scale_dtype = std::nullopt;
 };
 
-/// A weight on its grid, and which grid that is: for dequantize(), quantization_loss() and packing as a whole.
+/// A quantized weight with the parameters of its grid, so dequantize() and quantization_loss() take it as a whole.
 struct QuantizedWeight : QuantizationGrid {
   at::Tensor codes;        ///< int8 [N, K]
   at::Tensor scales;       ///< [N, G], of GridOptions::scale_dtype; G = ceil(K / group_size), or 1 for group_size = -1
   at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
 };
 
-/// Which weights a group's scale is taken from.
+/// Which weights a group's scale is computed from.
 enum class GroupScales {
   kStatic,   ///< the original weights: the scales do not depend on the Hessian
   kDynamic,  ///< the weights as updated by every earlier column, at the moment the group is reached
 };
 
-/// The order in which columns are quantized. Scales stay with the stored columns in any order.
+/// The order in which columns are quantized. In every order a group is a run of consecutive stored columns.
 enum class ColumnOrder {
   kNatural,     ///< left to right
   kActivation,  ///< descending diag(hessian), ties in stored order
-  /// Whole groups by descending mean of diag(hessian), a shorter last group last. Of the columns of a group the last is
-  /// that of least diag(hessian), the one before it that of least variance given the last, and so on (by descending
-  /// diag(hessian) in groups of more than 512 columns).
+  /// Whole groups by descending mean of diag(hessian); a shorter last group comes last. Within a group the last column
+  /// is the one of least diag(hessian), the column before it the one of least variance given the last, and so on.
+  /// Groups of more than 512 columns are in descending diag(hessian) instead.
   kGroup,
 };
 
-/// The max of GptqOptions::beam_scales: the number of scales that ScaleMethod::kLoss tries (it tries twice as many for
-/// a full range of 2 or 3 bits, one of either sign).
+/// Max value of GptqOptions::beam_scales: the number of scales that ScaleMethod::kLoss tries. (For a full range of 2 or
+/// 3 bits it tries twice as many: each with either sign.)
 inline constexpr int64_t kMostBeamScales = 25;
 
 struct GptqOptions : GridOptions {
@@ -82,29 +81,30 @@ struct GptqOptions : GridOptions {
   double ridge = 0.01;
   /// Columns per block of the sweep. Changes the time taken, not the result.
   int64_t block_size = 128;
-  /// kDynamic needs an order that reaches a group's columns together (not kActivation) and no given scales.
+  /// kDynamic needs an order that takes a group's columns together (not kActivation) and no given scales.
   GroupScales group_scales = GroupScales::kStatic;
   ColumnOrder column_order = ColumnOrder::kNatural;
-  /// Max rounds of refinement after the sweep. The first moves single codes, scales held, until hardly any move lowers
-  /// the loss; further rounds fit the scales to their codes as well. Stops when nothing changes.
+  /// Max rounds of refinement after the sweep. The first round moves single codes, scales held, until hardly any move
+  /// lowers the loss; further rounds also fit the scales to their codes. Ends early when nothing changes.
   int64_t refine = 0;
-  /// Of the scales that ScaleMethod::kLoss tries, the number with which each group is quantized once more by a beam
-  /// search that keeps four partial choices of codes: 0 to kMostBeamScales.
+  /// Number of scales per group, the best of those that ScaleMethod::kLoss tries, for which the group is quantized
+  /// again by a beam search of four partial choices of codes: 0 (no beam search) to kMostBeamScales.
   int64_t beam_scales = 0;
 };
 
 struct GptqResult : QuantizedWeight {
-  /// [N]: e H e^T per row, H with its ridge; float64 for a float64 weight, else float32. Here e = weight - (code -
-  /// zero_point) * scale with the product as computed in that dtype. A bfloat16 or float16 layer rounds the product
-  /// once more: quantization_loss(weight, dequantize(result, weight.scalar_type()), hessian) measures what it loses.
+  /// [N]: e H e^T per row, H with its ridge; float64 for a float64 weight, otherwise float32. Here e is the weight
+  /// minus (code - zero_point) * scale, a product computed in that dtype. A bfloat16 or float16 layer rounds the
+  /// product once more: quantization_loss(weight, dequantize(result, weight.scalar_type()), hessian) measures the loss
+  /// of that layer.
   at::Tensor row_loss;
 };
 
-/// What a HessianAccumulator keeps of one sum, or of one for either half of the tokens: S = 1 or 2.
+/// What a HessianAccumulator keeps: S = 1 sum over all tokens, or S = 2 sums, one for each half of the tokens.
 struct HessianSums {
-  at::Tensor sums;     ///< [S, K, K], float32 or float64: X^T diag(w) X of tokens X [n, K] of weights w
+  at::Tensor sums;     ///< [S, K, K], float32 or float64: X^T diag(w) X of tokens X [n, K] with weights w
   at::Tensor tokens;   ///< int64 [S]: n
-  at::Tensor weights;  ///< float64 [2, S]: the sum of the weights, and that of their squares
+  at::Tensor weights;  ///< float64 [2, S]: the sum of the weights, and the sum of their squares
 };
 
 }  // namespace miniquant

@@ -27,7 +27,8 @@ TEST(ColumnOrder, WholeGroupsByMeanDiagonalAShorterOneLast) {
       at::equal(order_of_columns(hessian, ColumnOrder::kGroup, 2), at::tensor({2, 3, 5, 4, 1, 0, 6}, at::kLong)));
 }
 
-// Of correlated columns the last is that of least diagonal, and before it comes the one that it explains best.
+// In a group of correlated columns the last is that of least diagonal; before it comes the column that it explains
+// best.
 TEST(ColumnOrder, WithinAGroupTheLeastVarianceGivenThoseBehindComesLast) {
   at::Tensor hessian = at::diag(at::tensor({4.0, 2.0, 1.0}, at::kDouble));
   hessian[0][2] = hessian[2][0] = 1.9;  // leaves 4 - 1.9^2 = 0.39 of column 0

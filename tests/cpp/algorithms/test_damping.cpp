@@ -53,7 +53,7 @@ TEST(Damping, BringsTheLargestDiagonalEntryBetweenOneAndFour) {
   }
 }
 
-// The power of two is a normal number of the Hessian's dtype, wherever its entries lie.
+// The power of two is a normal number of the Hessian's dtype, whatever the size of its entries.
 TEST(Damping, AcceptsTheSmallestAndTheLargestHessians) {
   const Damping small_float = damping_of(at::full({1, 1}, 0x1p-149, at::kFloat), 1.0);
   EXPECT_EQ(small_float.added, 0x1p-149 * small_float.factor);
@@ -150,7 +150,7 @@ TEST(Damping, MessageWhereTheMatrixIsPositiveDefiniteInFloat64) {
             "is not to working precision (all leading minors are positive in float64); try ridge=0.01");
 }
 
-// An input that is always 0 is not what makes a matrix indefinite.
+// A dead input does not make a matrix indefinite.
 TEST(Damping, MessagePassesOverDeadInputs) {
   EXPECT_NE(message_of_failure("gptq", diagonal_matrix({0, 1, -1}), 0.0).find("leading minor of order 3 is not"),
             std::string::npos);

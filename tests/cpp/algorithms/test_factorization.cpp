@@ -19,7 +19,7 @@ namespace miniquant::algorithms {
 namespace {
 
 // One column; a panel of 48 less one, itself and plus one; a block of four panels plus one; three blocks, the last
-// panel not filled.
+// panel partly filled.
 constexpr int64_t kSizes[] = {1, 2, 47, 48, 49, 193, 500};
 
 double eps(at::ScalarType dtype) {
@@ -30,7 +30,7 @@ at::Tensor positive_definite(int64_t columns, at::ScalarType dtype) {
   return testing::damped(testing::hessian_of_inputs(columns, columns / 2 + 2, 1), 0.01).to(dtype);
 }
 
-/// L [K, K] in float64, or nothing.
+/// L [K, K] in float64, or nullopt.
 std::optional<at::Tensor> factor(const at::Tensor& matrix) {
   const at::Tensor triangle = lower_triangle(matrix, 1.0, matrix.scalar_type());
   if (!factor_from_last_row(triangle, matrix.size(0))) {
@@ -43,8 +43,8 @@ class Factorization : public ::testing::TestWithParam<at::ScalarType> {};
 INSTANTIATE_TEST_SUITE_P(Dtypes, Factorization, ::testing::Values(at::kFloat, at::kDouble),
                          [](const auto& dtype) { return std::string(c10::toString(dtype.param)); });
 
-// A perturbation of eps |A| moves a Cholesky factor by up to eps cond(A) / sqrt(2) relative to its norm (Sun 1991), and
-// both factors have such an error: 2 eps cond.
+// A perturbation of eps |A| moves a Cholesky factor by up to eps cond(A) / sqrt(2) relative to its norm (Sun 1991).
+// Both factors have such an error: 2 eps cond.
 TEST_P(Factorization, IsTheCholeskyFactorOfTheReversedMatrixReversed) {
   for (const int64_t columns : kSizes) {
     const at::Tensor matrix = positive_definite(columns, GetParam());
@@ -72,7 +72,7 @@ TEST_P(Factorization, FactorTimesItsTransposeIsTheMatrix) {
 
 TEST_P(Factorization, FailsWhereverAPivotIsNotPositive) {
   constexpr int64_t kColumns = 300;
-  // the last row, its panel's first row, the row before that panel, a row of the first block, the first row of all
+  // the last row, its panel's first row, the row before that panel, a row of the first block, the first row
   for (const int64_t bad : {299, 288, 287, 100, 0}) {
     for (const double pivot : {-1e3, std::numeric_limits<double>::quiet_NaN()}) {
       at::Tensor matrix = positive_definite(kColumns, GetParam());

@@ -9,7 +9,7 @@ namespace miniquant::algorithms {
 namespace {
 
 TEST(Finite, FindsOneValueThatIsNotFiniteAmongMany) {
-  // One more than a piece, so that the last value stands in a piece of its own.
+  // One more than a piece, so the last value is alone in its piece.
   constexpr int64_t kCount = 65'537;
   for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     const at::Tensor values = testing::normal({kCount}, 1, dtype);

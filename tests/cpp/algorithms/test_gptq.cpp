@@ -50,8 +50,8 @@ std::string describe(const GptqOptions& options) {
                   options.column_order == ColumnOrder::kActivation ? ", activation" : ", natural");
 }
 
-/// Options that meet every path: all bits and grids; groups of one column, of no whole strips, as long as a block,
-/// longer, not dividing it, and one per row; scales static and dynamic; both orders.
+/// Options that reach every path: all bits and grids; groups of one column, of partly filled strips, as long as a
+/// block, longer, not dividing it, and one per row; static and dynamic scales; both orders.
 std::vector<GptqOptions> table_of_options() {
   std::vector<GptqOptions> table;
   for (int64_t bits = 2; bits <= 8; ++bits) {
@@ -76,14 +76,14 @@ std::vector<GptqOptions> table_of_options() {
   return table;
 }
 
-/// What rounding leaves of a loss of 0 (a group of one weight is represented exactly): (K eps)^2 w H w, [N].
+/// The rounding error of a loss of 0 (a group of one weight is represented exactly): (K eps)^2 w H w, [N].
 at::Tensor loss_of_rounding(const at::Tensor& weight, const at::Tensor& hessian, double eps) {
   const double relative = static_cast<double>(weight.size(1)) * eps;
   return (weight.matmul(hessian) * weight).sum(1).mul_(relative * relative);
 }
 
-// Code for code in float64. A tie (a target halfway between two codes to the last bits) could be decided either way by
-// the two forms; the random weights here have none, so that any difference is a mistake.
+// Code for code in float64. The two forms may decide a tie (a target halfway between two codes to the last bits)
+// differently. The random weights here have none, so any difference is an error.
 TEST(Gptq, AgreesWithTheTextbookFormCodeForCode) {
   const at::Tensor weight = testing::normal({20, 300}, 1);
   const at::Tensor hessian = testing::hessian_of_inputs(300, 200, 2);
@@ -194,7 +194,7 @@ TEST(Gptq, StaticScalesAreThoseOfTheOriginalWeightsAndDynamicOnesAreNot) {
   EXPECT_EQ(differences(dynamic.slice(1, 1), original.slice(1, 1)), 30);
 }
 
-// Permuting W's columns and H by hand, with one group per row, is the same as activation order.
+// With one group per row, activation order equals permuting W's columns and H by hand.
 TEST(Gptq, ActivationOrderIsThePermutedProblem) {
   const at::Tensor weight = testing::normal({10, 90}, 14);
   const at::Tensor hessian = testing::hessian_of_inputs(90, 200, 15);
@@ -358,7 +358,7 @@ double total_loss(const at::Tensor& weight, const QuantizedWeight& quantized, co
   return quantization_loss(weight, dequantized(quantized, 64), hessian).sum(at::kDouble).item<double>();
 }
 
-// docs/algorithm.md: the figures of a float64 computation, to 1%.
+// The figures of a float64 computation (docs/algorithm.md), to 1%.
 TEST(GptqLab, LossesAndChangedCodesAreThoseMeasuredInFloat64) {
   struct Expected {
     bool cauchy;

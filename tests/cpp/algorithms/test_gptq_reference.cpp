@@ -1,4 +1,4 @@
-// algorithms/gptq_reference.cpp against the lab's own loop, and that loop with the lab's pitfalls in it.
+// algorithms/gptq_reference.cpp against the lab's own loop, and against that loop with each of the lab's pitfalls.
 
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/equal.h>
@@ -28,7 +28,7 @@ constexpr int64_t kGroupSize = 16;
 enum class Slip {
   kNone,
   kWrongTriangle,  ///< Hinv[j, i] instead of Hinv[i, j]
-  kLowerFactor,    ///< torch.linalg.cholesky(inv(H)) as it comes: the lower factor
+  kLowerFactor,    ///< the lower factor of torch.linalg.cholesky(inv(H))
   kWrongSign,      ///< delta = dequant(q) - w
   kUpdateTooLate,  ///< updates applied after the rest of the row has been quantized
 };
@@ -78,7 +78,7 @@ TEST_F(Textbook, LoopOfTheLabGivesTheCodesOfBothForms) {
   EXPECT_LT(loss(codes), 0.7 * loss(nearest_.codes));
 }
 
-// Each slip gives other codes, and a loss that is not below the lab's 0.7 of round to nearest.
+// Each slip gives other codes, and a loss that misses the lab's limit, 0.7 times that of round to nearest.
 TEST_F(Textbook, PitfallsOfTheLabAreSeen) {
   const at::Tensor codes = algorithms::gptq_reference(weight_, hessian_, options_).codes;
   for (const Slip slip : {Slip::kWrongTriangle, Slip::kLowerFactor, Slip::kWrongSign, Slip::kUpdateTooLate}) {
@@ -120,7 +120,8 @@ TEST_F(Textbook, RowLossIsTheQuantizationLossUnderTheDampedHessian) {
   }
 }
 
-// In dynamic mode a group's scale is the largest magnitude of its weights after every earlier column's update.
+// Dynamic scales: the scale of a group is the largest magnitude of its weights after the updates of all earlier
+// columns.
 TEST_F(Textbook, DynamicScalesComeFromTheWeightsAsTheLoopLeavesThem) {
   options_.group_scales = GroupScales::kDynamic;
   const GptqResult result = algorithms::gptq_reference(weight_, hessian_, options_);

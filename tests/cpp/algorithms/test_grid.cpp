@@ -73,7 +73,7 @@ TEST(Grid, LargestScalesAreTheLastOfWhichTheLevelsAreFinite) {
         return dequantize(codes, at::full({1, 1}, scale, at::kDouble).to(dtype), zero_points, 1).item<double>();
       };
       EXPECT_TRUE(std::isfinite(value(largest))) << dtype << ", " << levels;
-      // The next scale is at most 2^-7, the precision of bfloat16, above.
+      // The next scale is larger by at most 2^-7, the precision of bfloat16.
       EXPECT_FALSE(std::isfinite(value(largest * (1 + 0x1p-7)))) << dtype << ", " << levels;
     }
   }
@@ -106,7 +106,7 @@ TEST(Grid, OtherRowsAreMultiplesOfPowersOfTwo) {
   }
 }
 
-// A unit and its reciprocal are normal numbers whatever the weights.
+// A unit and its reciprocal are normal numbers for any weights.
 TEST(Grid, UnitsOfTheSmallestAndTheLargestWeights) {
   for (const double weight : {0x1p-149, 0x1.fffffep127}) {
     const ScaledWeight scaled = scaled_weight(at::full({1, 2}, weight, at::kFloat), std::nullopt);
@@ -141,7 +141,7 @@ TEST(Grid, CodesAreContiguousWhateverTheWeightsStrides) {
 }
 
 TEST(Grid, EveryGroupHasTheScaleOfItsOwnColumns) {
-  // Column j holds j + 1, so that the largest of a group is its last column's.
+  // Column j holds j + 1, so the largest value of a group is its last column's.
   const at::Tensor weight = at::arange(1, 12, at::kDouble).unsqueeze(0).repeat({3, 1});
   for (const int64_t group_size : {1, 2, 4, 5, 11}) {
     const Grid grid = computed_grid(weight, 4, group_size, true);

@@ -18,7 +18,7 @@ at::Tensor sum_of(const at::Tensor& inputs, at::ScalarType dtype) {
   return hessian;
 }
 
-// Sums of as many tokens as two packed tiles of 12 KiB hold, added up: (tokens per sum + number of sums) eps |X|^T |X|,
+// Sums of the tokens that two packed tiles of 12 KiB hold, added up: (tokens per sum + number of sums) eps |X|^T |X|,
 // componentwise (kernels/rank_update-inl.h).
 template <typename T>
 at::Tensor bound(const at::Tensor& inputs) {
@@ -86,7 +86,7 @@ TEST(Hessian, CastsInputsToTheHessiansDtype) {
   }
 }
 
-// More tokens than one pass takes, so that the sum changes while there are still some to read.
+// More tokens than one pass takes, so the sum changes before all of them are read.
 TEST(Hessian, InputsMayShareMemoryWithTheSum) {
   at::Tensor hessian = testing::normal({1100, 1100}, 4, at::kFloat);
   const at::Tensor inputs = hessian.clone();

@@ -20,7 +20,7 @@ void expect_loss(const at::Tensor& loss, const at::Tensor& error, const at::Tens
 }
 
 TEST(Loss, IsTheQuadraticFormOfEveryRow) {
-  // one weight; one row; strips not filled; a panel of rows plus one
+  // one weight; one row; partly filled strips; a panel of rows plus one
   for (const auto& [rows, columns] : {std::pair{1, 1}, {1, 9}, {5, 66}, {97, 130}}) {
     const at::Tensor weight = testing::normal({rows, columns}, 1);
     const at::Tensor dequantized = weight + testing::normal({rows, columns}, 2) * 0.1;

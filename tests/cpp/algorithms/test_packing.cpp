@@ -55,7 +55,7 @@ TEST(Packing, RoundTripOfAnyShapeAndStride) {
   EXPECT_TRUE(at::equal(unpack(packed.mT().contiguous().mT(), 4, 12), codes));
 }
 
-// Bit by bit, as miniquant/packing.h defines the stream.
+// Bit by bit, by the definition of the stream in miniquant/packing.h.
 TEST(Packing, ARowIsAStreamOfBitsOfAnyWidth) {
   for (int64_t bits = 2; bits <= 8; ++bits) {
     const auto levels = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits));

@@ -42,7 +42,7 @@ TEST(Parallel, PiecesAreLeftToThreadsThatAreFree) {
   const testing::ScopedThreads scoped(2);
   constexpr int64_t kCount = 100;
   std::atomic<int64_t> others = 0;
-  // Whoever takes the first piece keeps it until all the others are done.
+  // The thread that takes the first piece keeps it until all the others are done.
   for_pieces(kCount, kMuch, [&](int64_t piece) {
     if (piece > 0) {
       ++others;

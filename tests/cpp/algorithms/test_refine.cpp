@@ -67,10 +67,10 @@ TEST_P(Refine, EveryRoundLowersTheLossAndSaysWhatIsLeft) {
     EXPECT_TRUE(rounded.row_loss.le(loss_before).all().item<bool>()) << rounds;
     EXPECT_LT(rounded.row_loss.sum().item<double>(), loss_before.sum().item<double>()) << rounds;
     EXPECT_GT(differences(rounded.grid.codes, codes_before), 0) << rounds;
-    // The first round moves codes alone.
+    // The first round moves codes only.
     EXPECT_EQ(differences(rounded.grid.scales, scales) > 0, rounds > 1) << rounds;
     EXPECT_TRUE(at::equal(rounded.grid.zero_points, zero_points)) << rounds;
-    // Exact but for the rounding of sums of 70 * 70 products in float64.
+    // Exact except for rounding in sums of 70 * 70 products in float64.
     const at::Tensor loss = quantization_loss(weight_, values_of(rounded.grid), damped_ * damping_.factor);
     EXPECT_LE((rounded.row_loss / loss - 1).abs().max().item<double>(), 1e-12) << rounds;
     loss_before = rounded.row_loss;
@@ -92,7 +92,7 @@ TEST_P(Refine, DoesNotDependOnTheNumberOfThreads) {
   EXPECT_TRUE(at::equal(one.row_loss, two.row_loss));
 }
 
-// Within gptq, on the gradient that its sweep gives: in the end no move of a single code lowers a row's loss.
+// In gptq, with the gradient of its sweep: at the end no move of a single code lowers a row's loss.
 TEST_P(Refine, LeavesNoMoveToARowOfGptq) {
   options_.refine = 100;
   const GptqResult result = algorithms::gptq(weight_, hessian_, options_);

@@ -58,7 +58,7 @@ TEST(JudgeRidges, MeasuresOneHalfsCodesWithTheOther) {
 TEST(JudgeRidges, LooksAtRowsFromAllOfTheWeight) {
   const at::Tensor hessian = testing::hessian_of_inputs(8, 50, 2);
   const at::Tensor ridges = judged_ridges(100, 8);
-  // Every second row of 256: the others may be anything.
+  // Every second row of 256 is used, so the others may be anything.
   const at::Tensor weight = testing::normal({256, 8}, 1);
   const at::Tensor others = weight.clone();
   others.slice(0, 1, 256, 2).fill_(100);

@@ -16,7 +16,7 @@ QuantizedWeight nearest(const at::Tensor& weight, int64_t bits, int64_t group_si
   return algorithms::rtn(weight, {{.bits = bits, .group_size = group_size, .symmetric = symmetric}});
 }
 
-/// Per-group oracle on ATen operations.
+/// A per-group oracle in ATen operations.
 at::Tensor codes_from(const at::Tensor& weight, const QuantizedWeight& quantized, int64_t bits, int64_t group_size,
                       bool symmetric) {
   const auto half = static_cast<int64_t>(std::exp2(bits - 1));
@@ -48,7 +48,7 @@ TEST(Rtn, RoundsEveryGroupToItsOwnGrid) {
   }
 }
 
-// The error is at most half a step, but for what rounding of the scale and of the zero point moves the grid's ends.
+// The error is at most half a step, plus the shift of the grid's ends by rounding the scale and the zero point.
 TEST(Rtn, ErrorIsAtMostHalfAStep) {
   const at::Tensor weight = testing::normal({20, 60}, 2);
   const QuantizedWeight symmetric = nearest(weight, 4, 20, true);
@@ -72,7 +72,7 @@ TEST(Rtn, UsesGivenScalesAndZeroPoints) {
   EXPECT_TRUE(at::equal(quantized.codes, codes_from(weight, quantized, 4, 4, false)));
 }
 
-// Computed in float32 with the scale that is stored.
+// The result is that of float32 with the stored scales.
 TEST(Rtn, HalfPrecisionIsFloat32WithStoredScales) {
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     const at::Tensor weight = testing::normal({30, 50}, 5, dtype);

@@ -18,7 +18,7 @@
 namespace miniquant::algorithms {
 namespace {
 
-// none; one; a panel of 48 less one, itself and plus one; several, the last not filled
+// none; one; a panel of 48 less one, itself and plus one; several, the last partly filled
 constexpr int64_t kSizes[] = {0, 1, 47, 48, 49, 200};
 
 TEST(Symmetric, LowerTriangleIsThatOfTheAverageInTheOrderAskedFor) {
@@ -60,7 +60,7 @@ TEST(Symmetric, PanelsHoldAllOfTheAverage) {
   }
 }
 
-// float64 entries that float32 cannot hold, once they are multiplied by a power of two.
+// float64 entries that fit float32 only after the multiplication by a power of two.
 TEST(Symmetric, LowerTriangleIsMultipliedBeforeItIsCast) {
   const at::Tensor hessian = testing::hessian_of_inputs(50, 80, 1);
   for (const int exponent : {-400, 400}) {

@@ -11,7 +11,7 @@
 
 namespace miniquant::testing {
 
-/// The dense [K, K] of a triangle of K = `columns` columns, 0 above the diagonal.
+/// The dense matrix [K, K] of a triangle of K = `columns` columns, 0 above the diagonal.
 inline at::Tensor dense_triangle(const at::Tensor& triangle, std::int64_t columns) {
   const kernels::TriangleLayout layout{columns};
   at::Tensor dense = at::zeros({columns, columns}, triangle.options());

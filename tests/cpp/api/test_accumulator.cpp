@@ -82,7 +82,7 @@ TEST(HessianAccumulator, HalvesAreSumsOfTheirOwn) {
   EXPECT_TRUE(at::allclose(accumulator.hessian(), inputs.mT().matmul(inputs) / 21));
 }
 
-// The batches and halves of the test of that name in tests/python/test_ridge.py: both accumulators split alike.
+// The batches and halves of the test of the same name in tests/python/test_ridge.py: both accumulators split alike.
 TEST(HessianAccumulator, LaterBatchesStayWholeAndGoWhereFewerTokensAre) {
   const at::Tensor inputs = testing::normal({61, 7}, 1);
   HessianAccumulator accumulator(7, at::kDouble, Halves::kApart);
@@ -114,7 +114,7 @@ TEST(HessianAccumulator, HalvesNameWhatTheyWant) {
       "HessianAccumulator: expected halves that are kept apart (halves=True; Halves::kApart in C++), but they are not");
 }
 
-/// What an accumulator holds, to see that a refused call changed nothing.
+/// The state of an accumulator, to check that a rejected call changed nothing.
 struct Kept {
   int64_t tokens;
   at::Tensor hessian;
@@ -124,7 +124,7 @@ struct Kept {
   }
 };
 
-// The first half of this batch is good: none of it may stay.
+// The first half of this batch is valid: it must not be added either.
 TEST(HessianAccumulator, ARefusedBatchChangesNothingAndIsNamedByItsOwnPosition) {
   HessianAccumulator accumulator(2, at::kFloat, Halves::kApart);
   accumulator.update(at::ones({2, 2}));

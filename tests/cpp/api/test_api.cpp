@@ -32,7 +32,7 @@ TEST(Api, DefaultsAreThoseOfTheSchema) {
   EXPECT_EQ(options.beam_scales, default_of("beam_scales").toInt());
 }
 
-// Each option changes the result in the way that the same change through the dispatcher does.
+// Each option changes the result as the same option does through the dispatcher.
 TEST(Api, EveryOptionReachesTheOperator) {
   const at::Tensor weight = testing::normal({5, 48}, 1);
   const at::Tensor hessian = testing::hessian_of_inputs(48, 100, 2);

@@ -22,7 +22,7 @@ TEST(Build, InstructionSetIsThatOfTheOperatorAndKeepsItsName) {
   const std::string before(instruction_set());
   EXPECT_EQ(before, ask_operator("miniquant::instruction_set"));
   EXPECT_THAT(before, ::testing::AnyOf("baseline", "avx2", "avx512"));
-  // The kernels were chosen once: the environment changes nothing now.
+  // The kernels are chosen once: the environment changes nothing now.
   const char* const forced = std::getenv("MINIQUANT_ISA");
   const std::string restored = forced == nullptr ? "" : forced;
   setenv("MINIQUANT_ISA", before == "baseline" ? "avx2" : "baseline", 1);

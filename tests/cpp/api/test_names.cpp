@@ -6,7 +6,7 @@
 namespace miniquant {
 namespace {
 
-// The operator takes every name: were one wrong, it would refuse the option.
+// The operator accepts every name: it would reject the option if one were wrong.
 TEST(Names, AreThoseOfTheOperators) {
   const at::Tensor weight = testing::normal({3, 32}, 1);
   const at::Tensor hessian = testing::hessian_of_inputs(32, 64, 2);

@@ -33,7 +33,7 @@ TEST(Presets, OfAnAsymmetricGridWork) {
     const GptqOptions options = options_of(preset, /*symmetric=*/false);
     const GptqResult result = gptq(weight, hessian, options);
     EXPECT_FALSE(result.symmetric);
-    // Half of a symmetric grid's codes serve a weight of one sign.
+    // A weight of one sign uses only half the codes of a symmetric grid.
     EXPECT_LT(result.row_loss.sum().item<double>(), 0.5 * loss_of(preset, weight, hessian)) << name_of(preset);
   }
 }

@@ -27,7 +27,7 @@ TEST(Ridge, TheChoiceIsWhatWasJudgedBest) {
   EXPECT_EQ(choice.held_out.back(), 1.0);
   const auto least = std::ranges::min_element(choice.held_out);
   EXPECT_EQ(choice.ridge, choice.ridges[least - choice.held_out.begin()]);
-  // White inputs, fewer than the weight's columns: they say nothing of others.
+  // White inputs, fewer than the weight's columns: they say nothing about other inputs.
   EXPECT_GT(choice.ridge, 10);
   EXPECT_EQ(choice.fallbacks, (std::vector<double>{10 * choice.ridge, 100 * choice.ridge, 1000 * choice.ridge}));
 }

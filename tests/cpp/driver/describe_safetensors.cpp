@@ -1,6 +1,6 @@
-// describe_safetensors FILE...: what the driver's reader makes of each file, as a line of JSON: {"error": text}, or
-// {"tensors": {name: {"dtype", "shape", and "data" in hexadecimal digits, or "error" where it cannot be read}}}.
-// tests/python/test_safetensors.py holds it against the Python package.
+// describe_safetensors FILE...: prints for each file, as a line of JSON, what the driver's reader returns: {"error":
+// text}, or {"tensors": {name: {"dtype", "shape", and "data" in hexadecimal digits, or "error" if it cannot be read}}}.
+// tests/python/test_safetensors.py compares it with the Python package.
 
 #include <cstddef>
 #include <iostream>

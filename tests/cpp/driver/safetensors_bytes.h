@@ -15,7 +15,7 @@ inline std::string little_endian(uint64_t value) {
   return bytes;
 }
 
-/// A safetensors file: a header with its length before it, and data.
+/// A safetensors file: the header's length, the header, and the data.
 inline std::string safetensors_bytes(std::string_view header, std::string_view data = "") {
   std::string bytes = little_endian(header.size());
   bytes.append(header).append(data);

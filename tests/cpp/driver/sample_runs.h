@@ -9,7 +9,7 @@
 
 namespace miniquant::driver {
 
-/// Two runs with figures that are easy to tell apart; no computation behind them.
+/// Two runs with figures that are easy to tell apart, not computed from anything.
 inline std::vector<Run> sample_runs() {
   Run normal;
   normal.problem.name = "normal";
@@ -57,7 +57,7 @@ inline std::vector<Run> sample_runs() {
   return {normal, cauchy};
 }
 
-/// The same with a ridge from the data: raised once in the first run, and rounding to nearest in the second.
+/// The same with a ridge from the data: raised once in the first run, rounding to nearest in the second.
 inline std::vector<Run> sample_runs_with_ridges() {
   std::vector<Run> runs = sample_runs();
   runs[0].comparison.ridge = 20.0;

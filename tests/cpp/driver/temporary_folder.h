@@ -13,7 +13,7 @@
 
 namespace miniquant::driver {
 
-/// A folder of its own for a test, gone with it.
+/// A folder for one test, removed with the object.
 class TemporaryFolder {
  public:
   TemporaryFolder() {
@@ -42,7 +42,7 @@ class TemporaryFolder {
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   }
 
-  /// What is in it, hidden files included.
+  /// The names of its files, including hidden ones.
   [[nodiscard]] std::set<std::string> names() const {
     std::set<std::string> result;
     for (const auto& entry : std::filesystem::directory_iterator(path_)) result.insert(entry.path().filename());

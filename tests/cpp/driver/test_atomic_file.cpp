@@ -16,12 +16,12 @@
 
 namespace {
 
-// A file that cannot be given this name, as on a disk that fails.
+// A target to which rename() fails, as on a failing disk.
 std::string failing_rename;
 
 }  // namespace
 
-// Stands before that of the C library: nothing else makes the second of several renames fail, and only it.
+// Replaces rename() of the C library: nothing else makes only the second of several renames fail.
 extern "C" int rename(const char* from, const char* to) {
   if (!failing_rename.empty() && failing_rename == to && std::string(from).ends_with(".tmp")) {
     errno = EIO;
@@ -94,7 +94,7 @@ TEST(AtomicFile, AFileThatDoesNotFitTakesTheOthersBack) {
   EXPECT_THAT(folder.names(), ElementsAre("one"));
 }
 
-// Renaming fails after the first name has been taken: what was there comes back, and what was not there goes.
+// Renaming fails after the first file has been renamed: existing files are restored, and new ones removed.
 TEST(AtomicFile, ARenameThatFailsPutsBackWhatWasThere) {
   const TemporaryFolder folder;
   static_cast<void>(folder.write("one", "old"));

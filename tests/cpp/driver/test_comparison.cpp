@@ -38,12 +38,12 @@ Comparison compared(const Problem& problem, const GptqOptions& gptq = {}, bool c
   return compared(problem, options);
 }
 
-// More columns than tokens and a last group that is shorter.
+// More columns than tokens, and a shorter last group.
 Problem small_problem(Distribution distribution = Distribution::kNormal) {
   return draw_problem({.rows = 48, .columns = 80, .tokens = 30, .fresh_tokens = 200, .seed = 3}, distribution);
 }
 
-// tr(E H E^T), written as the definition says.
+// tr(E H E^T), written as in the definition.
 double loss_of(const at::Tensor& weight, const at::Tensor& value, const at::Tensor& hessian) {
   const at::Tensor error = weight.to(at::kDouble) - value.to(at::kDouble);
   return (at::mm(error, hessian) * error).sum().item<double>();
@@ -69,7 +69,7 @@ TEST(Comparison, RatioOfWhatMayBeMissing) {
   EXPECT_EQ(ratio(std::optional(1.0), std::optional(0.0)), std::nullopt);
 }
 
-// A run's GPTQ with a value of its own for everything that RTN and best might take over.
+// Options of GPTQ in which every value that RTN and best might take over differs from its default.
 GptqOptions unusual_options() {
   GptqOptions options = options_of(Preset::kFast);
   options.bits = 3;
@@ -146,8 +146,8 @@ TEST(Comparison, TopRows) {
   EXPECT_THAT(rows(top_rows_relative(rtn, gptq, 1)), ElementsAre(0));
 }
 
-// Every figure against its definition in float64. The Hessians that compare() works with are float32, sums of 30 and
-// 200 products: 1e-5 is above their rounding (2^-24 * 200) and far below the effect of any wrong term.
+// Every figure against its definition in float64. The Hessians of compare() are float32, sums of 30 and 200 products:
+// 1e-5 is above their rounding (2^-24 * 200) and far below the effect of a wrong term.
 TEST(Comparison, FiguresAreWhatTheirDefinitionsSay) {
   const Problem problem = small_problem();
   const GptqOptions options;
@@ -233,7 +233,7 @@ TEST(Comparison, ThreadsDoNotChangeAFigure) {
   }
 }
 
-// Inputs that are the unit vectors: H = I / K, and there is nothing for GPTQ to correct.
+// The inputs are the unit vectors: H = I / K, so GPTQ has nothing to correct.
 TEST(Comparison, UncorrelatedInputsGiveRtn) {
   Problem problem = small_problem();
   problem.inputs = at::eye(80);
@@ -245,7 +245,7 @@ TEST(Comparison, UncorrelatedInputsGiveRtn) {
   EXPECT_EQ(result.rows_improved, 0);
 }
 
-// The figures of a half-precision weight are those of its codes and scales; the stored scales are all that is rounded.
+// The figures of a half-precision weight are those of its codes and its stored scales; nothing else is rounded.
 TEST(Comparison, HalfPrecisionWeights) {
   Problem problem = small_problem();
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
@@ -320,10 +320,10 @@ TEST(Comparison, CheckComparesWithTheReference) {
   EXPECT_EQ(compared(problem, {}, true).check->agreements.size(), 1U);
 }
 
-// What the library finds, for both schemes; the figures are those of the same ridge given as a number.
+// The ridge that the library chooses, for both schemes. The figures are those of the same ridge given as a number.
 TEST(Comparison, ARidgeFromTheDataIsOneForTheRun) {
   Problem problem = small_problem();
-  problem.inputs = at::cumsum(problem.inputs, 1);  // correlated, so that there is something to gain
+  problem.inputs = at::cumsum(problem.inputs, 1);  // correlated, so a ridge matters
   problem.fresh_inputs = at::cumsum(*problem.fresh_inputs, 1);
   Options options;
   options.gptq.bits = 3;
@@ -351,7 +351,7 @@ TEST(Comparison, ARidgeFromTheDataIsOneForTheRun) {
   const Comparison given = compared(problem, options);
   EXPECT_FALSE(given.ridge_choice.has_value());
   EXPECT_EQ(given.ridge, choice.ridge);
-  // The sums of the two halves are added last, so that H differs in its last bits.
+  // The sums of the two halves are added last, so H differs in its last bits.
   EXPECT_NEAR(result.ridge_added, given.ridge_added, 1e-5 * given.ridge_added);
   EXPECT_NEAR(result.rtn.loss, given.rtn.loss, 1e-5 * given.rtn.loss);
   EXPECT_NEAR(result.gptq.loss, given.gptq.loss, 0.02 * given.gptq.loss);
@@ -371,7 +371,7 @@ TEST(Comparison, ARidgeFromTheDataWantsATokenInEitherHalf) {
   EXPECT_TRUE(stages.seconds().empty());
 }
 
-// The lab, against the figures of a float64 computation (see docs/driver.md for what they mean).
+// The lab against the figures of a float64 computation (docs/driver.md explains the figures).
 TEST(Comparison, TheLab) {
   const Comparison normal = compared(draw_problem({}, Distribution::kNormal));
   EXPECT_NEAR(normal.rtn.loss, 2.766669, 0.01 * 2.766669);

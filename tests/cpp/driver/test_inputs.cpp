@@ -13,7 +13,7 @@ namespace {
 using testing::HasSubstr;
 using testing::StartsWith;
 
-// Three tokens of four columns, all `value`, as if from a file.
+// Three tokens of four columns, all `value`, as if read from a file.
 Problem problem_of(double value, at::ScalarType dtype = at::kFloat) {
   Problem problem;
   problem.name = "file";
@@ -50,7 +50,7 @@ TEST(Inputs, WhatFloat32HoldsIsAccepted) {
   for (const double value : {1e-150, 1e30, 1e150}) {
     EXPECT_EQ(error_of(problem_of(value, at::kDouble)), "no error") << value;
   }
-  // One column that is small beside another is as good as 0.
+  // A column that is small beside another counts as 0.
   Problem problem = problem_of(1.0);
   problem.inputs.select(1, 2).fill_(1e-30);
   EXPECT_EQ(error_of(problem), "no error");
@@ -67,7 +67,7 @@ TEST(Inputs, SquaresBeyondTheRangeAreNamed) {
             "--inputs: x.safetensors: tensor 'tokens': the squares of the inputs are summed in float32: expected at "
             "least 1.17549e-38 in one column, but got at most 3e-60; scale the inputs up");
   EXPECT_THAT(error_of(problem_of(1e200, at::kDouble)), HasSubstr("summed in float64: expected at most 1.79769e+308"));
-  // It is the sum that counts: each square is within the range.
+  // The sum overflows; each square is within the range.
   EXPECT_EQ(error_of(problem_of(1.2e19)).substr(0, 9), "--inputs:");
 }
 
@@ -85,7 +85,7 @@ TEST(Inputs, ARidgeThatNoDiagonalHoldsIsNamed) {
   EXPECT_EQ(error_of(problem_of(2.0), with_ridge(1e40)),
             "--ridge: expected at most 8.50706e+37, with which the diagonal of H stays within float32, but got 1e+40");
   EXPECT_EQ(error_of(problem_of(2.0, at::kDouble), with_ridge(1e40)), "no error");
-  // Nothing to be relative to.
+  // The ridge is relative to a mean of 0.
   EXPECT_EQ(error_of(problem_of(0.0), with_ridge(1e40)), "no error");
 }
 

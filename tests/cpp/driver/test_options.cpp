@@ -129,7 +129,7 @@ TEST(Options, PresetsAreTheLibrarys) {
   }
 }
 
-// Wherever it stands, an option goes over the preset, and changes that one thing.
+// An option overrides the preset, wherever it stands, and changes nothing else.
 TEST(Options, EachOptionGoesOverThePreset) {
   const auto expect = [](const Arguments& arguments, const GptqOptions& expected) {
     expect_same_choices(parsed(arguments).gptq, expected);
@@ -277,7 +277,7 @@ TEST(Options, BadValuesAreNamed) {
   for (const Case& c : cases) EXPECT_THAT(error_of(c.arguments), StartsWith(c.message)) << c.message;
 }
 
-// The texts are CLI11's and change with its version; that they name the option does not.
+// CLI11 words these messages, and its versions differ; all of them name the option.
 TEST(Options, UnknownAndIncompleteOptionsAreNamed) {
   EXPECT_THAT(error_of({"--bitz", "4"}), HasSubstr("--bitz"));
   EXPECT_THAT(error_of({"stray"}), HasSubstr("stray"));

@@ -21,7 +21,7 @@ namespace {
 
 using testing::HasSubstr;
 
-// The numbers are those of the default generator, seeded, in the lab's order.
+// The numbers are those of the default generator with the same seed, in the lab's order.
 TEST(Problem, DrawsWhatTheDefaultGeneratorGives) {
   SyntheticSource source{.rows = 6, .columns = 40, .tokens = 9, .fresh_tokens = 5, .seed = 7};
   at::manual_seed(7);
@@ -131,7 +131,7 @@ TEST_F(ProblemFromFiles, BadTensorsAreNamed) {
   EXPECT_THAT(error_of(source("[2,3]", "[]", 6, 1)), HasSubstr("expected shape [..., 3]"));
   EXPECT_THAT(error_of(source("[2,3]", "[0,3]", 6, 0)), HasSubstr("expected at least one token, but got shape [0, 3]"));
 
-  // More dimensions than torch's operators take.
+  // More dimensions than torch's operators accept.
   std::string many = "[1";
   for (int i = 0; i < 65; ++i) many += ",1";
   EXPECT_EQ(error_of(source(many + ",6]", "[4,3]", 6, 12)),

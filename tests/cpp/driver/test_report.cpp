@@ -14,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-// With the default options.
+// results.json with the default options.
 std::string results_of(const std::vector<Run>& runs) {
   const Options options;
   return results_json(options, runs);

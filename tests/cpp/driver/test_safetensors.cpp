@@ -119,7 +119,7 @@ TEST(Safetensors, AFileWithoutTensorsOrWithOtherDtypes) {
   }
 }
 
-// Quantized checkpoints hold such tensors beside those that are asked for.
+// Quantized checkpoints hold such tensors beside those that are read.
 TEST(Safetensors, ATensorThatCannotBeReadLeavesTheOthers) {
   const TemporaryFolder folder;
   const std::string header = R"({"f4":{"dtype":"F4","shape":[2,4],"data_offsets":[0,4]},)"
@@ -153,7 +153,7 @@ TEST(Safetensors, ThingsThatAreNotFiles) {
   EXPECT_THAT(error_of(folder.path()), HasSubstr("is not a regular file"));
 }
 
-// The file is cut after its header has been checked.
+// The file is truncated after its header has been checked.
 TEST(Safetensors, AFileThatShrinksWhileItIsRead) {
   const TemporaryFolder folder;
   const auto path = folder.write("f", one_tensor_file("x", "[4]", {1, 2, 3, 4}));
@@ -173,7 +173,7 @@ struct Malformed {
   std::string message;
 };
 
-// A header with one tensor 'x' and `data_bytes` of data behind it.
+// A header with one tensor 'x', followed by `data_bytes` of data.
 Malformed one(const std::string& what, const std::string& x, std::size_t data_bytes, const std::string& message) {
   std::string header = R"({"x":)";
   header.append(x).append("}");
@@ -291,7 +291,8 @@ TEST(Safetensors, EveryMalformedFileGetsItsOwnError) {
   }
 }
 
-// Every prefix of a good file, and every byte of its header changed: an error or a file that reads, never a crash.
+// Every prefix of a good file, and every change of a byte in its header, gives an error or a file that reads; never a
+// crash.
 TEST(Safetensors, NoPrefixAndNoChangedByteBreaksTheReader) {
   const TemporaryFolder folder;
   const std::string good = one_tensor_file("x", "[2,1]", {1, 2});

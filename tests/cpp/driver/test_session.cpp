@@ -24,7 +24,7 @@ class Session : public testing::Test {
  protected:
   ~Session() override { at::set_num_threads(threads_); }
 
-  // Runs with a small layer and this test's folder, and keeps what it said.
+  // Runs the program with a small layer and this test's folder, and keeps its output.
   int run(const std::vector<std::string>& arguments, bool progress = false) {
     std::vector<std::string> all = {"--output", output_};
     all.insert(all.end(), arguments.begin(), arguments.end());
@@ -127,7 +127,7 @@ TEST_F(Session, EveryQuantizationOptionReachesTheOperators) {
             plain["codes_sha256_gptq"]);
 }
 
-// Of the options, those that are the same for every scheme change RTN; the preset and what changes it do not.
+// Options that all schemes share change RTN; the preset and the options that change the preset do not.
 TEST_F(Session, PresetsLeaveRtnAndBestAlone) {
   const auto codes = [&](const char* scheme) {
     return json::parse(folder_.read("out/results.json"))["runs"]["normal"][std::string("codes_sha256_") + scheme];
@@ -216,7 +216,7 @@ TEST_F(Session, AFileForAFolderIsSeenBeforeAnyWork) {
   EXPECT_EQ(folder_.read("file"), "kept");
 }
 
-// With fewer tokens than columns and no ridge H is singular.
+// With fewer tokens than columns and no ridge, H is singular.
 TEST_F(Session, AHessianThatIsNotPositiveDefiniteEndsWithOne) {
   EXPECT_EQ(run_small({"--ridge", "0"}), 1);
   EXPECT_THAT(error_, StartsWith("gptq_toy: "));

@@ -101,7 +101,7 @@ TEST(Table, AFreshLossAboveRtnIsPointedOut) {
   EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' GPTQ's loss is 1.5, best's 1.25 times that of RTN.\n"));
   runs[0].comparison.gptq.fresh_loss = 3.0;
   EXPECT_THAT(shown(runs), HasSubstr("inputs of 'normal' best's loss is 1.25 times that of RTN.\n"));
-  runs[0].comparison.best.fresh_loss = 6.0001;  // as printed, 1 times
+  runs[0].comparison.best.fresh_loss = 6.0001;  // printed as 1 times
   EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));
   runs[0].comparison.best.fresh_loss = 6.0;
   EXPECT_THAT(shown(runs), Not(HasSubstr("note:")));

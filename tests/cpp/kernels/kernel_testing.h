@@ -17,16 +17,16 @@
 #include "kernels/kernels.h"
 #include "kernels/triangle.h"
 
-// What the tests of the kernels share. Oracles are plain scalar loops in float64 (long double for float64 kernels).
+// Shared by the tests of the kernels. Oracles are plain scalar loops in float64 (long double for float64 kernels).
 
 namespace miniquant::kernels::testing {
 
-/// Memory that ends where an unreadable page begins: the kernels carry no sanitizer, so this is what catches a
-/// read or write past the end. The bytes in front of it are checked when it goes away.
+/// Memory that ends at an unreadable page. The kernels have no sanitizer, so this page catches reads and writes past
+/// the end. The destructor checks the bytes before the memory.
 template <typename T>
 class GuardedBuffer {
  public:
-  /// `alignment` above alignof(T) is for workspaces, whose sizes the kernels round up themselves.
+  /// `alignment` above alignof(T) is for workspaces, whose sizes the kernels round up.
   explicit GuardedBuffer(std::int64_t count, std::size_t alignment = alignof(T)) : count_(count) {
     const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
@@ -83,7 +83,8 @@ inline std::vector<InstructionSet> supported_instruction_sets() {
 }
 
 /// The supported instruction sets that fuse multiply-adds: all but the baseline. They do the same arithmetic on every
-/// element whatever their vectors' length. A test that compares them is skipped, and says so, where there are no two.
+/// element, whatever the length of their vectors. A test that compares them reports that it is skipped if there are not
+/// two.
 inline std::vector<InstructionSet> fused_instruction_sets() {
   std::vector<InstructionSet> fused = supported_instruction_sets();
   std::erase(fused, InstructionSet::kBaseline);
@@ -92,7 +93,7 @@ inline std::vector<InstructionSet> fused_instruction_sets() {
 
 constexpr const char* kNeedsTwoFused = "needs a CPU with two instruction sets that fuse multiply-adds";
 
-/// Calls body(kernels) for every instruction set that this CPU can run, named in the trace of a failure.
+/// Calls body(kernels) for every instruction set that this CPU supports; the trace of a failure names it.
 template <typename T, typename Body>
 void for_each_instruction_set(const Body& body) {
   for (const InstructionSet instruction_set : supported_instruction_sets()) {
@@ -101,7 +102,7 @@ void for_each_instruction_set(const Body& body) {
   }
 }
 
-/// What the oracle of a kernel for T sums in.
+/// The type in which the oracle of a kernel for T sums.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
 
@@ -124,7 +125,7 @@ std::vector<T> normal(std::mt19937_64& generator, std::int64_t count, double fac
   return values;
 }
 
-/// The panels of a triangle, triangle.h, from entry(row, column) of a lower triangle [K, K]; `rest` elsewhere.
+/// The panels of a triangle (triangle.h) with entry(row, column) in the lower triangle [K, K] and `rest` elsewhere.
 template <typename T, typename Entry>
 std::vector<T> panels_of(std::int64_t columns, const Entry& entry, T rest) {
   const TriangleLayout layout{columns};

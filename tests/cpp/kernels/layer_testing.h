@@ -7,7 +7,7 @@
 
 #include "kernels/kernel_testing.h"
 
-// A layer that is quantized already, for the kernels that lower its loss.
+// A quantized layer, for the kernels that lower its loss.
 
 namespace miniquant::kernels::testing {
 
@@ -25,7 +25,7 @@ struct Layer {
   [[nodiscard]] std::int64_t groups() const { return (columns + group_size - 1) / group_size; }
 };
 
-/// What is left of a layer.
+/// The error of a layer.
 template <typename T>
 struct Quantized {
   std::vector<std::int8_t> codes;
@@ -85,7 +85,7 @@ std::vector<Wide<T>> gradient_of(const Layer<T>& layer, const Quantized<T>& quan
   return gradient;
 }
 
-/// E H of all rows, as the kernels take it.
+/// E H of all rows, in the kernels' layout.
 template <typename T>
 std::vector<T> padded_gradient_of(const Layer<T>& layer, const Quantized<T>& quantized) {
   const std::int64_t padded = SymmetricLayout{layer.columns}.padded_columns();
@@ -99,7 +99,7 @@ std::vector<T> padded_gradient_of(const Layer<T>& layer, const Quantized<T>& qua
   return all;
 }
 
-/// The Hessian, as the kernels take it.
+/// The Hessian, in the kernels' layout.
 template <typename T>
 std::vector<T> symmetric_panels_of(const Layer<T>& layer) {
   const SymmetricLayout layout{layer.columns};

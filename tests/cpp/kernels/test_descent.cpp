@@ -16,7 +16,7 @@ namespace {
 
 constexpr CodeRange kSymmetric4 = {-7, 7, true};
 
-/// A layer as a descent begins with it.
+/// A layer at the start of a descent.
 template <typename T>
 struct Start {
   Layer<T> layer;
@@ -46,7 +46,7 @@ Start<T> start_of(std::mt19937_64& generator, Layer<T> layer, Codes codes) {
   return {layer, quantized};
 }
 
-/// That the gradient is E H of what is left: it was computed from that of the start, move by move.
+/// Checks that the gradient is E H of the remaining error: it was computed from the initial one, move by move.
 template <typename T>
 void expect_gradient(const Layer<T>& layer, const Quantized<T>& before, const Quantized<T>& after,
                      const std::vector<T>& gradient) {
@@ -59,7 +59,7 @@ void expect_gradient(const Layer<T>& layer, const Quantized<T>& before, const Qu
       largest = std::max({largest, std::abs(was[at(j)]), std::abs(is[at(j)])});
     }
     for (std::int64_t j = 0; j < layer.columns; ++j) {
-      // As many moves as columns and a few more, each with a rounding error of what it comes to.
+      // Up to a few more moves than columns; each adds a rounding error of the size of its terms.
       ASSERT_LE(std::abs(gradient[at(row * padded + j)] - is[at(j)]),
                 static_cast<Wide<T>>(4 * layer.columns + 64) * kEps<T> * largest)
           << "row " << row << ", column " << j;
@@ -118,7 +118,7 @@ TYPED_TEST(Descent, EndsWhereNoSingleMoveLowersTheLossAndReportsIt) {
       for (std::int64_t row = 0; row < start.layer.rows; ++row) {
         const Wide<T> was = loss_of(start.layer, start.quantized.codes, start.quantized.scales, row);
         const Wide<T> is = loss_of(start.layer, after.codes, after.scales, row);
-        // What is subtracted from E H, of its size in the beginning, leaves its rounding error behind.
+        // The terms subtracted from the initial E H are of its size, and leave their rounding errors.
         const Wide<T> tolerance = static_cast<Wide<T>>(c.columns + 16) * kEps<T> * was;
         ASSERT_LE(is, was + tolerance) << "row " << row;
         ASSERT_LE(std::abs(after.row_loss[at(row)] - is), tolerance) << "row " << row;

@@ -1,4 +1,4 @@
-// kernels/grid-inl.h, through the kernels that use it.
+// kernels/grid-inl.h, tested through the kernels that use it.
 
 #include <gtest/gtest.h>
 
@@ -53,7 +53,7 @@ TYPED_TEST(Grid, RoundsTiesToEven) {
   for_each_instruction_set<T>([&](const auto& kernel) {
     const std::vector<T> halves = {-4.5, -3.5, -2.5, -1.5, -0.5, -0.0, 0.5, 1.5, 2.5, 3.5, 4.5};
     EXPECT_EQ(this->round(kernel, kSymmetric4, halves, T(1)), (std::vector<int>{-4, -4, -2, -2, 0, 0, 0, 2, 2, 4, 4}));
-    // The same with a zero point: it is added after rounding, so the ties do not move.
+    // The same with a zero point, which is added after rounding, so ties do not move.
     EXPECT_EQ(this->round(kernel, kAsymmetric4, halves, T(1), 1),
               (std::vector<int>{-3, -3, -1, -1, 1, 1, 1, 3, 3, 5, 5}));
   });
@@ -101,8 +101,8 @@ TYPED_TEST(Grid, TakesNanForTheLowestCode) {
   });
 }
 
-// 3.5 * s / s is a tie that goes to 4; 3.5 * s * (1 / s) can land below it and go to 3. The search makes sure that the
-// test holds cases where the two rules differ.
+// 3.5 * s / s is a tie and rounds to 4; 3.5 * s * (1 / s) can be below it and round to 3. The loop makes sure that the
+// test has cases where the two rules differ.
 TYPED_TEST(Grid, DividesByTheScaleRatherThanMultiplyingByItsReciprocal) {
   using T = TypeParam;
   std::vector<T> scales;
@@ -170,7 +170,7 @@ TYPED_TEST(Grid, ScalesOfHugeAndSubnormalGroupsArePositiveAndFinite) {
   const T tiny = std::numeric_limits<T>::denorm_min();
   for_each_instruction_set<T>([&](const auto& kernel) {
     EXPECT_EQ(this->grid_of(kernel, kSymmetric4, {max, -max}).scale, max / T(7));
-    // hi - lo overflows; its half does not.
+    // hi - lo overflows; half of it does not.
     EXPECT_EQ(this->grid_of(kernel, kAsymmetric4, {max, -max / 2}).scale, max * T(0.75) / T(7.5));
     EXPECT_EQ(this->grid_of(kernel, kAsymmetric4, {max, -max / 2}).zero_point, -3);
     EXPECT_EQ(this->grid_of(kernel, kSymmetric4, {T(14) * tiny}).scale, T(2) * tiny);
@@ -182,7 +182,7 @@ T at_least_one(T scale, std::int32_t /*levels*/) {
   return scale < T(1) ? T(1) : scale;
 }
 
-// The hook sees every scale but that of an all-zero group, and the zero point is computed from what it returns.
+// The hook is called for every scale except that of an all-zero group, and the zero point is computed from its result.
 TYPED_TEST(Grid, ScalesPassThroughTheRoundingOfTheirStorageType) {
   using T = TypeParam;
   for_each_instruction_set<T>([&](const auto& kernel) {

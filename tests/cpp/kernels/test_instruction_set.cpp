@@ -12,7 +12,7 @@
 namespace miniquant::kernels {
 namespace {
 
-/// Sets MINIQUANT_ISA for one scope, or takes it away.
+/// Sets or unsets MINIQUANT_ISA for one scope.
 class ScopedOverride {
  public:
   explicit ScopedOverride(const char* value) {

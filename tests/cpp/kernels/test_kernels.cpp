@@ -38,7 +38,7 @@ TEST(Kernels, ChosenTableIsTheChosenInstructionSetsAndStays) {
   EXPECT_EQ(&kernels(), &kernels());
 }
 
-// A panel of a triangle is then a whole number of tiles.
+// A panel of a triangle must be a whole number of tiles.
 TEST(Kernels, TilesDivideThePanelsOfATriangle) {
   testing::for_each_instruction_set<float>([](const auto& kernel) { EXPECT_EQ(kPanelColumns % kernel.tile_rows, 0); });
   testing::for_each_instruction_set<double>([](const auto& kernel) { EXPECT_EQ(kPanelColumns % kernel.tile_rows, 0); });

@@ -1,4 +1,4 @@
-// kernels/microkernel-inl.h, through rank_update, which is the microkernel and little else.
+// kernels/microkernel-inl.h, tested through rank_update, which does little else.
 
 #include <gtest/gtest.h>
 
@@ -15,7 +15,7 @@ namespace {
 template <typename T>
 class Microkernel : public ::testing::Test {
  protected:
-  /// Y^T Y of [count, columns], full.
+  /// The full matrix Y^T Y of Y [count, columns].
   static std::vector<T> products(const TypedKernels<T>& kernel, const std::vector<T>& y, std::int64_t count,
                                  std::int64_t columns) {
     const std::int64_t tiles = (columns + kernel.tile_rows - 1) / kernel.tile_rows;
@@ -34,7 +34,7 @@ class Microkernel : public ::testing::Test {
 };
 TYPED_TEST_SUITE(Microkernel, ElementTypes, ElementTypeNames);
 
-// Terms are added one after the other: sums of different lane positions, tiles and vector lengths are the same bits.
+// Terms are added one after the other, so lane position, tile and vector length do not change the bits.
 TYPED_TEST(Microkernel, AddsTermsInOrderWithOrWithoutFusing) {
   using T = TypeParam;
   constexpr std::int64_t kCount = 41;

@@ -38,7 +38,7 @@ TYPED_TEST(QuadraticForm, IsTheSumOverTheWholeMatrix) {
   using T = TypeParam;
   std::mt19937_64 generator(7);
   for_each_instruction_set<T>([&](const auto& kernel) {
-    // one row, a tile less one, a tile plus one; one column, strips not filled, a panel of the triangle and more
+    // one row, a tile less one, a tile plus one; one column, partly filled strips, more than one panel of the triangle
     for (const std::int64_t rows : {std::int64_t{1}, kernel.tile_rows - 1, kernel.tile_rows + 1}) {
       for (const std::int64_t columns : {1, 3, 4, 5, 48, 49, 130}) {
         SCOPED_TRACE(::testing::Message() << rows << " x " << columns);

@@ -49,7 +49,7 @@ TYPED_TEST(RankUpdate, AddsTheProductsToBothTriangles) {
   std::mt19937_64 generator(4);
   for_each_instruction_set<T>([&](const auto& kernel) {
     const std::int64_t lanes = kernel.tile_rows;
-    // one column; a tile less one; a tile; a tile plus one; three tiles, the last not filled
+    // one column; a tile less one; a tile; a tile plus one; three tiles, the last partly filled
     for (const std::int64_t columns : {std::int64_t{1}, lanes - 1, lanes, lanes + 1, 2 * lanes + 3}) {
       // 96 and 48 rows are summed at a time in float32 and float64
       for (const std::int64_t count : {1, 2, 67, 97}) {

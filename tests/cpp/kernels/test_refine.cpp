@@ -1,5 +1,5 @@
-// kernels/refine-inl.h and kernels/scale_search-inl.h: what the operators' tests do not see, memory past the ends of
-// the arrays and instruction sets beside the one that is chosen.
+// kernels/refine-inl.h and kernels/scale_search-inl.h. Tests what the operators' tests do not: memory past the ends of
+// arrays, and instruction sets other than the chosen one.
 
 #include <gtest/gtest.h>
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr CodeRange kFullRange4 = {-8, 7, true};
 
-/// Searches scales, rounds to nearest, and refines by `rounds`.
+/// Searches scales, rounds to nearest, and refines for `rounds` rounds.
 template <typename T>
 Quantized<T> run(const TypedKernels<T>& kernel, const Layer<T>& layer, std::int64_t rounds,
                  std::int64_t rows_per_call) {
@@ -60,7 +60,7 @@ TYPED_TEST(Refine, NeverRaisesTheLossOfARowAndReportsIt) {
     std::int64_t group_size;
   };
   std::mt19937_64 generator(21);
-  // one column; strips and groups that are not filled; groups that cross panels; a group of all columns
+  // one column; partly filled strips and groups; groups that cross panels; one group of all columns
   for (const Case& c : {Case{1, 1}, Case{9, 4}, Case{65, 7}, Case{100, 64}, Case{110, 200}}) {
     const Layer<T> layer = make_layer<T>(generator, 2 * 48 + 1, c.columns, std::min(c.group_size, c.columns));
     for_each_instruction_set<T>([&](const auto& kernel) {
@@ -71,7 +71,7 @@ TYPED_TEST(Refine, NeverRaisesTheLossOfARowAndReportsIt) {
         for (std::int64_t row = 0; row < layer.rows; ++row) {
           const Wide<T> was = loss_of(layer, before.codes, before.scales, row);
           const Wide<T> is = loss_of(layer, after.codes, after.scales, row);
-          // The sums behind a move have up to K terms.
+          // The sums that decide a move have up to K terms.
           const Wide<T> tolerance = static_cast<Wide<T>>(4 * (c.columns + 4)) * kEps<T> * (was + 1);
           ASSERT_LE(is, was + tolerance) << "row " << row;
           ASSERT_LE(std::abs(after.row_loss[at(row)] - is), tolerance) << "row " << row;

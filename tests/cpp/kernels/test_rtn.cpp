@@ -25,7 +25,7 @@ constexpr Shape kShapes[] = {
     {2, 17, 16},   // one AVX-512 vector of float32, and a group of one
     {3, 100, 33},  // groups of a vector plus one, a shorter last group
     {2, 130, 64},  // the lab's groups, a last group of two
-    {5, 63, 63},   // one group per row, a vector not filled at its end
+    {5, 63, 63},   // one group per row, a last vector partly filled
     {97, 12, 4},   // a panel plus one row
 };
 

@@ -1,6 +1,6 @@
 // kernels/sweep-inl.h. The oracle is the recurrence at the head of that file as a scalar loop. It follows the codes
-// that the kernel chose, so one rounding tie decided the other way does not change all that comes after it: each
-// code must be the nearest to its target, up to the rounding error of that target.
+// that the kernel chose, so a rounding tie decided the other way does not change all later columns. Each code must be
+// the nearest to its target, up to the rounding error of that target.
 
 #include <gtest/gtest.h>
 
@@ -21,7 +21,7 @@ namespace {
 constexpr CodeRange kSymmetric4 = {-7, 7, true};
 constexpr CodeRange kAsymmetric4 = {-8, 7, false};
 
-/// How a sweep is cut.
+/// How a sweep is cut into blocks and segments.
 struct Cut {
   std::int64_t segment_columns;
   std::int64_t block_segments;
@@ -35,7 +35,7 @@ struct Inputs {
   std::int64_t group_size;
   CodeRange range;
   bool dynamic_scales;
-  std::int64_t beam_scales;  // beside four scales that are tried; 0: neither
+  std::int64_t beam_scales;  // with four scales tried; 0: neither
   std::vector<T> weight;
   std::vector<T> coefficient;
   std::vector<T> pivot;
@@ -53,7 +53,7 @@ struct Outputs {
   std::vector<T> scales;
   std::vector<std::int8_t> zero_points;
   std::vector<T> row_loss;
-  std::vector<T> gradient;  // [rows][padded columns], where it was asked for
+  std::vector<T> gradient;  // [rows][padded columns], if requested
 };
 
 template <typename T>
@@ -96,7 +96,7 @@ Outputs<T> run(const TypedKernels<T>& kernel, const Inputs<T>& inputs, Cut cut, 
                bool wants_gradient = false) {
   const std::int64_t groups = inputs.groups();
   const GuardedBuffer<T> weight(inputs.weight);
-  // What is no part of the triangle is read and has no effect.
+  // Entries outside the triangle are read without effect.
   const GuardedBuffer<T> triangle(panels_of<T>(
       inputs.columns,
       [&](std::int64_t j, std::int64_t i) {
@@ -153,7 +153,7 @@ void expect_recurrence(const Inputs<T>& inputs, const Outputs<T>& outputs) {
       const std::int64_t group = row * groups + stored / inputs.group_size;
 
       if (inputs.dynamic_scales && j % inputs.group_size == 0) {
-        // x_j = S_j - sum_{i in group, i<j} x_i C_ij: what an unrounded rest of the group would be moved by
+        // x_j = S_j - sum_{i in group, i<j} x_i C_ij: the update of an unrounded rest of the group
         const std::int64_t end = std::min(K, j + inputs.group_size);
         std::vector<Wide<T>> x;
         Wide<T> low = inputs.weight[at(row * K + j)];
@@ -238,13 +238,13 @@ TYPED_TEST(Sweep, StaticScalesFollowTheRecurrence) {
   };
   const std::vector<Case> cases = {
       {1, 1, 1},       // one column
-      {3, 3, 128},     // a strip not filled, a block longer than the row
+      {3, 3, 128},     // a partly filled strip, a block longer than the row
       {8, 4, 8},       // whole strips, one block
       {9, 2, 4},       // a last block, group and strip of one column
       {65, 64, 64},    // a block and group plus one
-      {70, 30, 16},    // groups longer than blocks that cross them
+      {70, 30, 16},    // groups longer than blocks, and across them
       {300, 64, 250},  // a block in several panels of the triangle
-      {700, 64, 60},   // earlier errors of several panels, which take several passes
+      {700, 64, 60},   // earlier errors from several panels, which take several passes
   };
   std::mt19937_64 generator(11);
   for (const Case& c : cases) {
@@ -269,7 +269,7 @@ TYPED_TEST(Sweep, DynamicScalesComeFromTheUpdatedWeights) {
     std::int64_t group_size;
     std::int64_t block_groups;
   };
-  // one group; a last group of one column; groups of one column; groups that are no whole strips, several to a block
+  // one group; a last group of one column; groups of one column; groups of partly filled strips, several to a block
   const std::vector<Case> cases = {{5, 5, 1}, {65, 64, 1}, {9, 1, 4}, {50, 7, 3}, {300, 100, 1}};
   std::mt19937_64 generator(12);
   for (const Case& c : cases) {
@@ -343,7 +343,7 @@ TYPED_TEST(Sweep, BlocksAndSegmentsDoNotChangeACode) {
   });
 }
 
-/// The loss of what the kernel chose, whatever it chose, and how far rounding may take it.
+/// The loss of the codes that the kernel chose, and the max rounding error of that loss.
 template <typename T>
 std::pair<Wide<T>, Wide<T>> loss_of(const Inputs<T>& inputs, const Outputs<T>& outputs, std::int64_t row) {
   const std::int64_t K = inputs.columns;
@@ -371,8 +371,8 @@ std::pair<Wide<T>, Wide<T>> loss_of(const Inputs<T>& inputs, const Outputs<T>& o
   return {loss, loss_error + static_cast<Wide<T>>(K) * kEps<T> * loss};
 }
 
-// One group to a row: the search cannot lose to the nearest plane. Numbers of scales and rows that leave a search with
-// room, groups that begin and end anywhere in a strip of the search.
+// One group per row, so the search cannot lose to the nearest plane. Numbers of scales and rows that leave a search
+// partly filled; groups that begin and end anywhere in a strip of the search.
 TYPED_TEST(Sweep, ABeamSearchLosesToNoNearestPlane) {
   using T = TypeParam;
   std::mt19937_64 generator(18);
@@ -426,7 +426,8 @@ TYPED_TEST(Sweep, BeamSearchesGiveTheirLossInEveryGroup) {
   });
 }
 
-// H = R R^T. Blocks and groups that are no whole strips, an order of columns of its own, codes of searches.
+// H = R R^T. Blocks and groups of partly filled strips, a column order that is not natural, and codes from beam
+// searches.
 TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
   using T = TypeParam;
   struct Case {
@@ -444,7 +445,7 @@ TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
       if (c.beam_scales < 0) {
         std::shuffle(inputs.column.begin(), inputs.column.end(), generator);
       }
-      // A column without inputs is coupled to none.
+      // A column without inputs is not coupled to any other.
       const std::int64_t dead = c.columns / 2;
       for (std::int64_t i = 0; i < c.columns; ++i) {
         if (i != dead) {
@@ -485,7 +486,7 @@ TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
             expected += whitened[at(k)] * factor(j, k);
             size += magnitude[at(k)] * std::abs(factor(j, k));
           }
-          // Two sums of up to K terms, one within the other.
+          // Two nested sums of up to K terms.
           ASSERT_LE(std::abs(outputs.gradient[at(row * padded + inputs.column[at(j)])] - expected),
                     static_cast<Wide<T>>(2 * K + 8) * kEps<T> * size)
               << "row " << row << ", step " << j;
@@ -498,8 +499,8 @@ TYPED_TEST(Sweep, TheGradientIsThatOfTheCodes) {
   }
 }
 
-// The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever their vectors'
-// length.
+// The instruction sets with fused multiply-adds do the same arithmetic on every element, whatever the length of their
+// vectors.
 TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
   using T = TypeParam;
   const std::vector<InstructionSet> fused = fused_instruction_sets();
@@ -522,7 +523,7 @@ TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
   }
 }
 
-// Without fusing, targets differ by some units in the last place: in float64 no code of this problem is that near a
+// Without fusing, targets differ by some units in the last place. In float64 no code of this problem is that close to a
 // tie.
 TEST(SweepFloat64, EveryInstructionSetGivesTheSameCodes) {
   std::mt19937_64 generator(17);

@@ -8,7 +8,7 @@
 namespace miniquant::kernels {
 namespace {
 
-// none; one; a panel less one, filled and plus one; several panels, the last not filled
+// none; one; a panel less one, filled and plus one; several panels, the last partly filled
 constexpr std::int64_t kSizes[] = {0, 1, 47, 48, 49, 200};
 
 TEST(Triangle, EveryEntryHasAnElementOfItsOwn) {
@@ -44,7 +44,7 @@ TEST(Triangle, ARowOfAPanelAndTheSpareRowsLieBeforeTheNextPanel) {
   }
 }
 
-// K^2 / 2 and less than one panel more, beside the spare rows.
+// K^2 / 2, plus less than one panel and the spare rows.
 TEST(Triangle, TakesHalfOfTheSquare) {
   const std::int64_t columns = 4096;
   const std::int64_t size = TriangleLayout{columns}.size();

@@ -24,8 +24,8 @@ inline c10::OperatorHandle find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("miniquant::") + name).c_str(), "");
 }
 
-/// What an operator returns, through the dispatcher: its arguments in order, then options by name; those not named take
-/// the schema's defaults.
+/// The results of an operator called through the dispatcher with its arguments in order, then options by name. Options
+/// that are not named take the schema's defaults.
 inline std::vector<c10::IValue> call_operator(const char* name, std::vector<c10::IValue> arguments,
                                               const std::map<std::string, c10::IValue>& options = {}) {
   const c10::OperatorHandle op = find_operator(name);
@@ -38,7 +38,7 @@ inline std::vector<c10::IValue> call_operator(const char* name, std::vector<c10:
   return arguments;
 }
 
-/// gptq or gptq_reference through the dispatcher, with the texts of its choices.
+/// Calls gptq or gptq_reference through the dispatcher, with the names of its choices.
 inline GptqResult call_gptq(const char* name, const at::Tensor& weight, const at::Tensor& hessian,
                             std::string_view group_scales, std::string_view column_order,
                             const GptqOptions& options = {}) {

@@ -1,5 +1,5 @@
-// Every message of ops/checks.cpp, whole. Messages about shapes, dtypes, devices and options come from a real and from
-// a meta tensor alike; those about values from real ones.
+// Every message of ops/checks.cpp, in full. Messages about shapes, dtypes, devices and options come from a real and
+// from a meta tensor alike; messages about values from real tensors only.
 
 #include <ATen/ops/_nested_tensor_from_tensor_list.h>
 #include <ATen/ops/empty.h>
@@ -30,7 +30,7 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 enum class Kind { kValue, kType };
 
-/// A call that must fail, with tensors on the device it is given.
+/// A call that must fail, with tensors on the given device.
 struct BadCall {
   Kind kind;
   std::string message;
@@ -53,7 +53,7 @@ GptqOptions with(const std::function<void(GptqOptions&)>& change) {
   return options;
 }
 
-/// gptq of a [2, 4] weight, where something about the options is wrong.
+/// gptq of a [2, 4] weight with a wrong option.
 std::function<void(at::Device)> gptq_with(const std::function<void(GptqOptions&, at::Device)>& change) {
   return [change](at::Device device) {
     gptq(on(device, {2, 4}), on(device, {4, 4}), with([&](GptqOptions& options) { change(options, device); }));
@@ -337,7 +337,7 @@ TEST(Checks, HessianThatIsNotSymmetric) {
       message_of<c10::ValueError>([] { gptq_reference(at::ones({2, 4}), with_entry(at::eye(4) * 2, 3, 2, 0.25)); }),
       "gptq_reference: expected hessian to be symmetric to within 0.000690534, but got 0 at [2, 3] and 0.25 at "
       "[2, 3] of its transpose");
-  // The two halves of a computed product differ by rounding, which is no mistake.
+  // Rounding makes the two halves of a computed product differ, which is not an error.
   EXPECT_EQ(message_of<c10::ValueError>([] { gptq(at::ones({2, 4}), with_entry(at::eye(4), 0, 1, 1e-4)); }),
             "no exception");
 }
@@ -392,7 +392,7 @@ TEST(Checks, RidgesThatOverflowOnTheHessian) {
   }
 }
 
-// The dispatcher knows no kernel of ours for them; the operators say what they take all the same.
+// The dispatcher has no kernel of ours for these tensors; the operators still say what they expect.
 TEST(Checks, TensorsThatAreNotStrided) {
   const at::Tensor weight = at::ones({2, 4});
   const at::Tensor hessian = at::eye(4);

@@ -69,7 +69,7 @@ TEST_F(Cpu, HessianUpdateWritesItsArgumentAndReturnsIt) {
   EXPECT_LE((hessian - expected).abs().max().item<double>(), 1e-13);
 }
 
-// A Hessian whose two halves differ by rounding counts as their mean.
+// A Hessian whose two halves differ by rounding is replaced by their mean.
 TEST_F(Cpu, SlightlyAsymmetricHessianIsAveraged) {
   const at::Tensor noise = testing::normal({40, 40}, 4) * 1e-9;
   const at::Tensor symmetric = hessian_ + (noise + noise.mT()) / 2;
