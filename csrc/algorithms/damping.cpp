@@ -48,7 +48,7 @@ std::string what_fails(const at::Tensor& hessian, const Damping& damping) {
     const at::Tensor row = (hessian.select(0, input) / 2 + hessian.select(1, input) / 2);
     const at::Tensor other = row.abs().argmax();
     return c10::str("it has 0 at [", input, ", ", input, "] and ", row[other.item<int64_t>()].item<double>(), " at [",
-                    input, ", ", other.item<int64_t>(), "], where the row of an input that is always 0 is 0");
+                    input, ", ", other.item<int64_t>(), "], but the row of an input that is always 0 must be all 0");
   }
   at::Tensor matrix = damped_matrix(hessian, damping, at::kDouble);
   matrix.diagonal().masked_fill_(matrix.diagonal() == 0, 1);
@@ -112,7 +112,7 @@ void check_diagonal_not_negative(const char* op, const char* argument, const at:
   const at::Tensor negative = hessian.diagonal().lt(0).nonzero();
   if (negative.numel() > 0) {
     const auto input = negative[0].item<int64_t>();
-    TORCH_CHECK_LINALG(false, op, ": expected ", argument, " to have no negative diagonal entry, as no X X^T has, but ",
+    TORCH_CHECK_LINALG(false, op, ": expected ", argument, " to have a nonnegative diagonal, like every X X^T, but ",
                        "got ", hessian[input][input].item<double>(), " at [", input, ", ", input, "]");
   }
 }

@@ -72,7 +72,7 @@ void check_ridge(const at::Tensor& squares, double ridge, double tokens, const R
 void check_halves(const Problem& problem) {
   const int64_t tokens = problem.inputs.size(0);
   if (tokens < 2) {
-    throw InputError("--ridge: expected at least 2 calibration tokens with auto, which judges by halves, but got " +
+    throw InputError("--ridge: expected at least 2 calibration tokens with auto (one for each half), but got " +
                      std::to_string(tokens));
   }
 }

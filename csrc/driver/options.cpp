@@ -255,9 +255,11 @@ void add_gptq_options(CLI::App& app, Preset& preset, Overrides& overrides) {
              named<GroupScales>({GroupScales::kStatic, GroupScales::kDynamic}),
              "computed from the original weights, or from the updated weights when the group is reached")
       ->group(group);
-  add_choice(app, "--scale-method", overrides.scale_method,
-             named<ScaleMethod>({ScaleMethod::kAbsmax, ScaleMethod::kMse, ScaleMethod::kHessian, ScaleMethod::kLoss}),
-             "absmax: holds the range; mse, hessian, loss: least error, error weighted by H, loss among several")
+  add_choice(
+      app, "--scale-method", overrides.scale_method,
+      named<ScaleMethod>({ScaleMethod::kAbsmax, ScaleMethod::kMse, ScaleMethod::kHessian, ScaleMethod::kLoss}),
+      "absmax: holds the range; otherwise the best of several, by squared error (mse), error weighted by diag(H) "
+      "(hessian) or loss (loss)")
       ->group(group);
   app.add_flag("--full-range,!--no-full-range", overrides.full_range,
                "symmetric grid with one more code on the negative side")

@@ -269,14 +269,14 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
       throw HeaderError("tensors " + in_quotes(previous->first) + " and " + in_quotes(item->first) + " overlap");
     }
     if (item->second.begin > position) {
-      throw HeaderError("the data have " + bytes(item->second.begin - position) + " before tensor " +
-                        in_quotes(item->first) + " that no tensor has");
+      throw HeaderError(bytes(item->second.begin - position) + " of the data, before tensor " + in_quotes(item->first) +
+                        ", belong to no tensor");
     }
     position = item->second.end;
     previous = item;
   }
   if (position != data_bytes) {
-    throw HeaderError("the data have " + bytes(data_bytes - position) + " at the end of the file that no tensor has");
+    throw HeaderError(bytes(data_bytes - position) + " of the data, at the end of the file, belong to no tensor");
   }
 }
 

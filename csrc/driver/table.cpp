@@ -178,14 +178,14 @@ std::string ridge_text(const Run& run) {
   const Comparison& c = run.comparison;
   if (!c.ridge_choice) return "";
   const RidgeFigures& figures = *c.ridge_choice;
-  const std::string judged = "judged by halves of " + std::to_string(figures.half_tokens[0]) + " and " +
+  const std::string halves = "halves of " + std::to_string(figures.half_tokens[0]) + " and " +
                              std::to_string(figures.half_tokens[1]) + " tokens";
   std::string text = "\nridge of '" + run.problem.name + "': " + short_figure(figures.choice.ridge);
   if (figures.rounds_to_nearest()) {
-    text += "; " + judged + ", no smaller one gains on rounding to nearest.";
+    text += "; by the held-out loss of " + halves + ", no smaller one beats rounding to nearest.";
     text += "\nWith it H is nearly all ridge, and so is the calibration loss.";
   } else {
-    text += ", of least loss as " + judged + ".";
+    text += ", of least held-out loss (" + halves + ").";
   }
   if (!figures.failed.empty()) {
     text += "\nH was not positive definite with it: " + short_figure(c.ridge) + " was used.";
@@ -246,7 +246,7 @@ std::string note(const Options& options, const Run& run) {
         .append(std::to_string(tokens))
         .append(" tokens do not determine ")
         .append(std::to_string(columns));
-    text.append(" input features: GPTQ moves its error to where they say nothing.\n");
+    text.append(" input features: GPTQ moves error to directions that the tokens do not cover.\n");
     text.append(options.ridge_from_data ? "More tokens help."
                                         : "More tokens or a larger --ridge help; so does --ridge auto.");
   }

@@ -135,9 +135,8 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
   check_bits(op, grid.bits);
   check_group_size(op, grid.group_size);
   TORCH_CHECK_VALUE(grid.symmetric || !grid.full_range, op,
-                    ": expected full_range to be False where symmetric=False (an asymmetric grid has every code; "
-                    "presets leave it out for "
-                    "symmetric=False: preset(\"best\", symmetric=False)), but got True");
+                    ": expected full_range to be False where symmetric=False (an asymmetric grid uses every code; "
+                    "preset(\"best\", symmetric=False) leaves it out), but got True");
   TORCH_CHECK_VALUE(grid.scales.has_value() || !grid.zero_points.has_value(), op,
                     ": expected zero_points to come with scales, but got no scales");
   TORCH_CHECK_VALUE(grid.symmetric || !grid.scales.has_value() || grid.zero_points.has_value(), op,
@@ -293,21 +292,19 @@ GptqOptions check_gptq_arguments(const char* op, const at::Tensor& weight, const
     TORCH_CHECK_VALUE(!grid.scales.has_value(), op,
                       ": expected no scales with group_scales='dynamic', which computes them, but got scales of shape ",
                       grid.scales->sym_sizes());
-    TORCH_CHECK_VALUE(
-        options.scale_method == ScaleMethod::kAbsmax || options.scale_method == ScaleMethod::kLoss, op,
-        ": expected scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others look at "
-        "the original weights), but got '",
-        grid.scale_method, "'");
+    TORCH_CHECK_VALUE(options.scale_method == ScaleMethod::kAbsmax || options.scale_method == ScaleMethod::kLoss, op,
+                      ": expected scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others use "
+                      "the original weights), but got '",
+                      grid.scale_method, "'");
   } else {
     TORCH_CHECK_VALUE(options.scale_method != ScaleMethod::kLoss, op,
                       ": expected group_scales to be 'dynamic' with scale_method='loss' (scales are chosen during the "
                       "sweep), but got 'static'");
   }
-  TORCH_CHECK_VALUE(
-      sweep.beam_scales == 0 || options.scale_method == ScaleMethod::kLoss, op,
-      ": expected scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that "
-      "one), but got '",
-      grid.scale_method, "' and beam_scales ", sweep.beam_scales);
+  TORCH_CHECK_VALUE(sweep.beam_scales == 0 || options.scale_method == ScaleMethod::kLoss, op,
+                    ": expected scale_method to be 'loss' with beam_scales (a beam search uses the best scales of that "
+                    "method), but got '",
+                    grid.scale_method, "' and beam_scales ", sweep.beam_scales);
   return options;
 }
 
@@ -343,7 +340,7 @@ GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Ten
   check_hessian_of(op, weight, second, "second");
   TORCH_CHECK_TYPE(first.scalar_type() == second.scalar_type(), op, ": expected second to have the dtype of first (",
                    name_of(first.scalar_type()), "), but got ", name_of(second.scalar_type()));
-  TORCH_CHECK_VALUE(tokens >= 2, op, ": expected tokens to be at least 2, one for either half, but got ", tokens);
+  TORCH_CHECK_VALUE(tokens >= 2, op, ": expected tokens to be at least 2, one for each half, but got ", tokens);
   return options;
 }
 

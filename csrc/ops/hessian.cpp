@@ -39,7 +39,7 @@ void count_change(const at::Tensor& tensor) {
 
 void check_may_change(const char* op, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(!tensor.is_inference() || c10::InferenceMode::is_enabled(), op, ": expected ", argument,
-                    " to be no inference tensor outside of inference mode, but got one; clone it");
+                    " to be a normal tensor outside inference mode, but got an inference tensor (clone it)");
 }
 
 /// The tokens of a batch that count: not masked, and with a weight above 0.
@@ -113,8 +113,8 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
     return;
   }
   const at::Tensor bad = where_counted(inputs.abs().ge(batch.inputs.abs().max()), batch.counted);
-  TORCH_CHECK_VALUE(false, op, ": expected inputs whose products, added to those before, are finite in ",
-                    name_of(dtype), dtype == at::kDouble ? "" : " (sums in float64 hold more)", ", but got ",
+  TORCH_CHECK_VALUE(false, op, ": expected inputs whose products keep the sums finite in ", name_of(dtype),
+                    dtype == at::kDouble ? "" : " (float64 sums have a larger range)", ", but got ",
                     first_value(inputs, bad));
 }
 
@@ -297,7 +297,7 @@ at::Tensor accumulator_hessian(const at::Tensor& sums, const at::Tensor& tokens,
   const auto all_tokens = tokens.sum().item<int64_t>();
   if (half.has_value()) {
     TORCH_CHECK_VALUE(tokens[*half].item<int64_t>() > 0, kAccumulator,
-                      ": expected at least one token in either half, but got ", all_tokens, " in all");
+                      ": expected at least one token in each half, but got ", all_tokens, " in total");
   } else {
     TORCH_CHECK_VALUE(all_tokens > 0, kAccumulator, ": expected at least one token before hessian(), but got none");
   }

@@ -79,7 +79,7 @@ def test_products_that_overflow_change_nothing() -> None:
     accumulator.update(torch.ones(2, 3))
     batch = with_one(torch.ones(4, 3), 1e30, 3, 1)
     message = (
-        "inputs whose products, added to those before, are finite in float32 (sums in float64 hold more), "
+        "inputs whose products keep the sums finite in float32 (float64 sums have a larger range), "
         "but got 1e+30 at [3, 1]"
     )
     assert_refused(accumulator, message, lambda: accumulator.update(batch), ValueError)
@@ -87,7 +87,7 @@ def test_products_that_overflow_change_nothing() -> None:
     assert wide.hessian().isfinite().all()
     assert_refused(
         wide,
-        "inputs whose products, added to those before, are finite in float64, but got 1e+200 at [0, 0]",
+        "inputs whose products keep the sums finite in float64, but got 1e+200 at [0, 0]",
         lambda: wide.update(torch.full((1, 3), 1e200, dtype=torch.float64)),
         ValueError,
     )
@@ -98,7 +98,7 @@ def test_a_sum_overflows_by_many_batches_only_when_it_does() -> None:
     batch = torch.full((1, 1), 1e19)  # 1e38: three fit in float32, a fourth does not
     for _ in range(3):
         accumulator.update(batch)
-    with pytest.raises(ValueError, match="inputs whose products, added to those before, are finite in float32"):
+    with pytest.raises(ValueError, match="inputs whose products keep the sums finite in float32"):
         accumulator.update(batch)
     assert accumulator.tokens == 3
     assert accumulator.hessian().item() == pytest.approx(1e38)
@@ -133,7 +133,7 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         hessian = torch.zeros(2, 2)
         miniquant.hessian_update_(hessian, torch.ones(3, 2))
-    with pytest.raises(ValueError, match="expected hessian to be no inference tensor outside of inference mode"):
+    with pytest.raises(ValueError, match="expected hessian to be a normal tensor outside inference mode"):
         miniquant.hessian_update_(hessian, torch.ones(3, 2))
     assert torch.equal(hessian, torch.full((2, 2), 3.0))
 

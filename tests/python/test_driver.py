@@ -310,7 +310,7 @@ def test_a_ridge_from_the_data_is_explained_and_checked(automatic: tuple[Path, s
         assert choice["held_out"].index(min(choice["held_out"])) == choice["ridges"].index(choice["chosen"])
         assert f"\nridge of '{name}': {choice['chosen']:.4g}" in printed
         assert f"check, {name}: passed" in printed
-    assert printed.count("judged by halves of 64 and 64 tokens") == 2
+    assert printed.count("halves of 64 and 64 tokens") == 2
 
 
 def test_documented_ridge_from_the_data_is_what_is_printed(automatic: tuple[Path, str]) -> None:

@@ -150,8 +150,8 @@ GRID = [  # rtn, gptq and gptq_reference
     Bad(
         "",
         {"symmetric": False, "full_range": True},
-        "full_range to be False where symmetric=False (an asymmetric grid has every code; presets leave it out for "
-        'symmetric=False: preset("best", symmetric=False)), but got True',
+        "full_range to be False where symmetric=False (an asymmetric grid uses every code; "
+        'preset("best", symmetric=False) leaves it out), but got True',
     ),
     Bad("", {"scale_method": "max"}, "scale_method to be 'absmax', 'mse', 'hessian' or 'loss', but got 'max'"),
     Bad(
@@ -236,7 +236,7 @@ GPTQ = [  # gptq and gptq_reference
     Bad(
         "",
         {"group_scales": "dynamic", "scale_method": "mse"},
-        "scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others look at the original weights), "
+        "scale_method to be 'absmax' or 'loss' with group_scales='dynamic' (the others use the original weights), "
         "but got 'mse'",
     ),
     Bad(
@@ -258,7 +258,7 @@ OTHERS = [
     Bad(
         "gptq",
         {"beam_scales": 2, "group_scales": "dynamic"},
-        "scale_method to be 'loss' with beam_scales (a beam search takes the best scales of that one), but got "
+        "scale_method to be 'loss' with beam_scales (a beam search uses the best scales of that method), but got "
         "'absmax' and beam_scales 2",
     ),
     Bad(
@@ -273,7 +273,7 @@ OTHERS = [
     ),
     Bad("gptq_reference", {"beam_scales": 2}, "beam_scales to be 0, as only gptq searches, but got 2"),
     Bad("gptq_reference", {"refine": 1}, "refine to be 0, as only gptq refines, but got 1"),
-    Bad("choose_ridge", {"tokens": 1}, "tokens to be at least 2, one for either half, but got 1"),
+    Bad("choose_ridge", {"tokens": 1}, "tokens to be at least 2, one for each half, but got 1"),
     Bad("choose_ridge", {"bits": 9}, "bits to be 2 to 8, but got 9"),
     Bad("choose_ridge", {"first": full(0, 6)}, "first to be a matrix [K, K], but got shape [6]"),
     Bad(
@@ -520,7 +520,7 @@ def test_all_on_one_device(op: str, argument: str, other: str, device: str) -> N
     assert said(caught.value) == expected
 
 
-ZERO_DIAGONAL = "it has 0 at [0, 0] and 0.5 at [0, 1], where the row of an input that is always 0 is 0"
+ZERO_DIAGONAL = "it has 0 at [0, 0] and 0.5 at [0, 1], but the row of an input that is always 0 must be all 0"
 
 
 @pytest.mark.parametrize("op", ["gptq", "gptq_reference"])
@@ -575,7 +575,7 @@ def test_no_ridge_helps_a_negative_diagonal(op: str, ridge: float) -> None:
     with pytest.raises(LinAlgError) as caught:
         getattr(OPS, op)(torch.ones(2, 2), torch.tensor([[3.0, 0.0], [0.0, -2.0]]), ridge=ridge)
     assert said(caught.value) == (
-        f"{op}: expected hessian to have no negative diagonal entry, as no X X^T has, but got -2 at [1, 1]"
+        f"{op}: expected hessian to have a nonnegative diagonal, like every X X^T, but got -2 at [1, 1]"
     )
 
 

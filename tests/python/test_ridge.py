@@ -76,10 +76,10 @@ def test_later_batches_stay_whole_and_go_where_fewer_tokens_are() -> None:
 
 def test_the_halves_name_what_they_want() -> None:
     accumulator = HessianAccumulator(4, halves=True)
-    with pytest.raises(ValueError, match="expected at least one token in either half, but got 0 in all"):
+    with pytest.raises(ValueError, match="expected at least one token in each half, but got 0 in total"):
         accumulator.half(0)
     accumulator.update(torch.ones(4))
-    with pytest.raises(ValueError, match="expected at least one token in either half, but got 1 in all"):
+    with pytest.raises(ValueError, match="expected at least one token in each half, but got 1 in total"):
         accumulator.half(1)
     with pytest.raises(ValueError, match="expected half to be 0 or 1, but got 2"):
         accumulator.half(2)

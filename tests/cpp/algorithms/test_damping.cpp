@@ -162,14 +162,14 @@ TEST(Damping, AZeroDiagonalWithARowThatIsNotZeroIsNamed) {
   hessian[2][3] = hessian[3][2] = -0.5;
   EXPECT_EQ(message_of<c10::LinAlgError>([&] { check_dead_inputs("gptq", hessian, damping_of(hessian, 0.0)); }),
             "gptq: expected hessian to be positive definite with ridge=0 (0 added to its diagonal), but it has 0 at "
-            "[2, 2] and -0.5 at [2, 3], where the row of an input that is always 0 is 0; try ridge=0.01");
+            "[2, 2] and -0.5 at [2, 3], but the row of an input that is always 0 must be all 0; try ridge=0.01");
   EXPECT_NO_THROW(check_dead_inputs("gptq", hessian, damping_of(hessian, 1.0)));
 }
 
 TEST(Damping, ANegativeDiagonalIsNamed) {
   EXPECT_EQ(
       message_of<c10::LinAlgError>([] { check_diagonal_not_negative("gptq", "hessian", diagonal_matrix({1, -2, 0})); }),
-      "gptq: expected hessian to have no negative diagonal entry, as no X X^T has, but got -2 at [1, 1]");
+      "gptq: expected hessian to have a nonnegative diagonal, like every X X^T, but got -2 at [1, 1]");
   EXPECT_NO_THROW(check_diagonal_not_negative("gptq", "hessian", diagonal_matrix({1, 0})));
 }
 

@@ -103,7 +103,7 @@ TEST(HessianAccumulator, LaterBatchesStayWholeAndGoWhereFewerTokensAre) {
 TEST(HessianAccumulator, HalvesNameWhatTheyWant) {
   HessianAccumulator accumulator(3, at::kDouble, Halves::kApart);
   EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half(0); }),
-            "HessianAccumulator: expected at least one token in either half, but got 0 in all");
+            "HessianAccumulator: expected at least one token in each half, but got 0 in total");
   EXPECT_EQ(message_of<c10::ValueError>([&] { return accumulator.half(2); }),
             "HessianAccumulator: expected half to be 0 or 1, but got 2");
   EXPECT_EQ(accumulator.half_tokens(1), 0);
@@ -136,8 +136,8 @@ TEST(HessianAccumulator, ARefusedBatchChangesNothingAndIsNamedByItsOwnPosition) 
   EXPECT_TRUE(before.is_still_in(accumulator));
   batch[1][2][0] = 1e20;
   EXPECT_EQ(message_of<c10::ValueError>([&] { accumulator.update(batch); }),
-            "HessianAccumulator: expected inputs whose products, added to those before, are finite in float32 (sums in "
-            "float64 hold more), but got 1e+20 at [1, 2, 0]");
+            "HessianAccumulator: expected inputs whose products keep the sums finite in float32 (float64 "
+            "sums have a larger range), but got 1e+20 at [1, 2, 0]");
   EXPECT_TRUE(before.is_still_in(accumulator));
   EXPECT_EQ(accumulator.half_tokens(0), 1);
 }

@@ -96,7 +96,7 @@ TEST(Inputs, ARidgeFromTheDataNeedsData) {
   Problem problem = problem_of(1.0);
   problem.inputs = problem.inputs.narrow(0, 0, 1);
   EXPECT_EQ(error_of(problem, with_ridge_from_data()),
-            "--ridge: expected at least 2 calibration tokens with auto, which judges by halves, but got 1");
+            "--ridge: expected at least 2 calibration tokens with auto (one for each half), but got 1");
 }
 
 }  // namespace

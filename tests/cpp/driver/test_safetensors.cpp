@@ -203,7 +203,7 @@ std::vector<Malformed> malformed_files() {
       {"length of 0", little_endian(0), "its header does not start with '{'"},
       {"data cut", good.substr(0, good.size() - 1),
        "data_offsets [0,8] reach past the end of the data, which has 7 bytes"},
-      {"bytes behind the data", good + "zz", "the data have 2 bytes at the end of the file that no tensor has"},
+      {"bytes behind the data", good + "zz", "2 bytes of the data, at the end of the file, belong to no tensor"},
       {"header is a list", safetensors_bytes("[]"), "its header does not start with '{'"},
       {"byte order mark", safetensors_bytes("\xEF\xBB\xBF{}"), "its header does not start with '{'"},
       {"spaces alone", safetensors_bytes("  "), "its header does not start with '{'"},
@@ -273,9 +273,9 @@ std::vector<Malformed> malformed_files() {
       two("one inside the other", R"("shape":[6],"data_offsets":[0,6])", R"("shape":[2],"data_offsets":[2,4])", 6,
           "tensors 'a' and 'b' overlap"),
       two("hole between", R"("shape":[2],"data_offsets":[0,2])", R"("shape":[2],"data_offsets":[3,5])", 5,
-          "the data have 1 byte before tensor 'b' that no tensor has"),
+          "1 byte of the data, before tensor 'b', belong to no tensor"),
       two("hole at the start", R"("shape":[2],"data_offsets":[1,3])", R"("shape":[2],"data_offsets":[3,5])", 5,
-          "the data have 1 byte before tensor 'a' that no tensor has"),
+          "1 byte of the data, before tensor 'a', belong to no tensor"),
   };
   return files;
 }

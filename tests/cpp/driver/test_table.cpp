@@ -73,10 +73,11 @@ TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {
   EXPECT_THAT(line_with(judged, "     "), testing::MatchesRegex(" +1 +- +1 +1.5000"));
   EXPECT_THAT(judged,
               testing::ContainsRegex(" +2 +0.7500 +chosen +2 +1.2500\n +1e\\+06 +1.0000 +1e\\+06 +1.0000 +chosen"));
-  EXPECT_THAT(text, HasSubstr("ridge of 'normal': 2, of least loss as judged by halves of 26 and 24 tokens.\n"
+  EXPECT_THAT(text, HasSubstr("ridge of 'normal': 2, of least held-out loss (halves of 26 and 24 tokens).\n"
                               "H was not positive definite with it: 20 was used.\n"));
-  EXPECT_THAT(text, HasSubstr("ridge of 'cauchy': 1e+06; judged by halves of 26 and 24 tokens, no smaller one gains on "
-                              "rounding to nearest.\nWith it H is nearly all ridge"));
+  EXPECT_THAT(text,
+              HasSubstr("ridge of 'cauchy': 1e+06; by the held-out loss of halves of 26 and 24 tokens, no smaller "
+                        "one beats rounding to nearest.\nWith it H is nearly all ridge"));
 }
 
 TEST(Table, FitsATerminalAndIsPlain) {

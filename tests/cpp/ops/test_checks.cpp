@@ -429,7 +429,7 @@ TEST(Checks, HessianThatIsNotPositiveDefinite) {
                 form.run(at::ones({2, 4}), with_entry(at::eye(4), 2, 2, -1), options);
               }),
               std::string(form.name) +
-                  ": expected hessian to have no negative diagonal entry, as no X X^T has, but got -1 at [2, 2]");
+                  ": expected hessian to have a nonnegative diagonal, like every X X^T, but got -1 at [2, 2]");
   }
 }
 
