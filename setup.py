@@ -26,7 +26,7 @@ def fail(message: str) -> NoReturn:
 
 
 def first_group(pattern: str, path: Path) -> str:
-    """What the first group of a pattern matches in a file of the project."""
+    """The text that the first group of a pattern matches in a file of the project."""
     match = re.search(pattern, path.read_text())
     if match is None:
         raise RuntimeError(f"{path}: expected a text that matches {pattern!r}")
@@ -39,7 +39,7 @@ def project_version() -> str:
 
 
 def torch_cmake_dir() -> Path | None:
-    """The folder of the installed torch's CMake package; None without torch, which takes seconds to import."""
+    """The folder of the installed torch's CMake package, or None. It does not import torch, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -58,9 +58,9 @@ def supported_torch() -> str:
 
 
 def served_torch(version: str) -> tuple[str, str]:
-    """The torch versions, from the first to before the second, that a library built against this one works with.
+    """The range of torch versions, without its end, that a library built against `version` works with.
 
-    The rule of miniquant_torch_served() in cmake/MiniquantTorch.cmake.
+    The rule is the same as in miniquant_torch_served() of cmake/MiniquantTorch.cmake.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     for binary in first_group(r"set\(MINIQUANT_TORCH_BINARIES ([^)]+)\)", TORCH_RULES).split():
@@ -76,7 +76,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for CMake: tools that were installed beside this Python come first."""
+    """The environment for CMake: tools in this Python's scripts folder come first in PATH."""
     return {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
 
 
@@ -89,9 +89,9 @@ def find_cmake() -> str:
 
 
 def cmake_cache(build_dir: Path) -> dict[str, str]:
-    """The variables of a build folder that CMake has configured to the end; none for any other folder.
+    """The cache variables of a build folder whose configuration is complete; empty for any other folder.
 
-    CMake leaves CMakeCache.txt behind where configuration fails, too; the files of the generator come last.
+    CMake writes CMakeCache.txt even if configuration fails, but the files of the generator only at the end.
     """
     try:
         lines = (build_dir / "CMakeCache.txt").read_text().splitlines()
@@ -103,7 +103,7 @@ def cmake_cache(build_dir: Path) -> dict[str, str]:
 
 
 def is_ours(build_dir: Path, torch_dir: Path) -> bool:
-    """Whether a build folder is a Release build of this very clone against this very torch, with tools that exist."""
+    """Whether a build folder is a Release build of this clone against this torch, with tools that still exist."""
     cache = cmake_cache(build_dir)
     return (
         cache.get("CMAKE_HOME_DIRECTORY") == str(ROOT)
@@ -114,7 +114,7 @@ def is_ours(build_dir: Path, torch_dir: Path) -> bool:
 
 
 def run_cmake(step: str, *arguments: str) -> None:
-    """Runs CMake; where it fails, the build ends with what says why, and not with all that was printed."""
+    """Runs CMake; if it fails, the build ends with the lines that give the reason, not with the whole output."""
     result = subprocess.run(
         [find_cmake(), *arguments],
         stdout=subprocess.PIPE,
@@ -137,12 +137,12 @@ class CMakeBuild(build_ext):
     """Builds the library with CMake and installs it into the package's ``lib`` folder."""
 
     def run(self) -> None:
-        """Configures a build folder unless one can be reused, builds the library, installs it."""
+        """Configures a build folder unless one can be reused, then builds and installs the library."""
         torch_dir = require_torch()
         build_dir = self._build_dir(torch_dir)
         if not is_ours(build_dir, torch_dir):
             generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment()["PATH"]) else []
-            # --fresh: what a configuration that failed, or another environment, left in the cache does not hold here.
+            # --fresh: ignores the cache of a failed configuration or of another environment.
             run_cmake(
                 f"configure {build_dir}",
                 *("--fresh", "-S", str(ROOT), "-B", str(build_dir), *generator),
@@ -168,20 +168,20 @@ class CMakeBuild(build_ext):
         return package / "lib"
 
     def get_source_files(self) -> list[str]:
-        """None: CMake knows them, MANIFEST.in names them for a source distribution."""
+        """No files: CMake has the list of sources, and MANIFEST.in the list for a source distribution."""
         return []
 
     def get_outputs(self) -> list[str]:
-        """What the install step put into the package."""
+        """The files that the install step put into the package."""
         return [str(self._lib_dir() / name) for name in ("libminiquant.so", "build.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Empty: an editable install uses the library where the install step put it."""
+        """No mapping: an editable install uses the library in the folder of the install step."""
         return {}
 
 
 class CleanBuild(build_py):
-    """Copies the modules into an empty folder, so a removed module does not come back from the build before."""
+    """Copies the modules into an empty folder, so a removed module does not come back from an earlier build."""
 
     def run(self) -> None:
         """Empties the folder and copies the modules."""
@@ -191,7 +191,7 @@ class CleanBuild(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for one platform and any Python 3: the library is native, and uses nothing of Python."""
+    """A wheel for one platform and any Python 3: the library is native and does not use Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """py3-none-<platform>."""
@@ -200,7 +200,7 @@ class PlatformWheel(bdist_wheel):
 
 
 def require_torch() -> Path:
-    """The folder of the installed torch's CMake package; the build ends where there is none."""
+    """The folder of the installed torch's CMake package; the build ends with an error if there is none."""
     torch_dir = torch_cmake_dir()
     if torch_dir is None:
         fail(
@@ -213,11 +213,12 @@ def require_torch() -> Path:
 def metadata() -> dict[str, object]:
     """Version and dependencies: those of the source for a source distribution, otherwise those of the binary.
 
-    A binary works with some versions of torch only, so its metadata asks for these, and its version names them, as in
-    0.1.0+torch2.13. A build from a source distribution keeps the version of that, which pip compares.
+    A binary works with some versions of torch only, so its metadata require these, and its version names the oldest, as
+    in 0.1.0+torch2.13. A build from a source distribution keeps the version of that distribution, because pip compares
+    the two.
     """
     source: dict[str, object] = {"version": project_version(), "install_requires": [supported_torch(), *LIBRARIES]}
-    # Of the commands that setuptools' build backend runs, these describe a binary.
+    # These commands of setuptools' build backend describe a binary.
     if not {"dist_info", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
         return source
     minimum, below = served_torch(torch_version(require_torch()))

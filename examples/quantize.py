@@ -18,4 +18,4 @@ for name, quantized in {"round to nearest": nearest, "plain GPTQ": plain, "gptq_
     print(f"{name:16}  loss {loss:.4f}")
 print(f"ridge {best.ridge:.2g}, {miniquant.pack(best).nbytes} bytes of codes")
 
-layer.weight.data = miniquant.dequantize(best)  # the layer now computes what the codes mean
+layer.weight.data = miniquant.dequantize(best)  # the layer now computes with the quantized weight

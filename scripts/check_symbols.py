@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks that the kernels compiled for one instruction set define no symbol that other objects could pick up.
 
-An inline function or template instance compiled with AVX-512 is a weak symbol; the linker keeps one of several, and so
-a machine with AVX2 alone could be handed it. nm marks such symbols W, V or u.
+An inline function or template instance compiled with AVX-512 is a weak symbol. The linker keeps one definition of
+several, so a machine without AVX-512 could run it. nm marks such symbols W, V or u.
 """
 
 import argparse
@@ -14,7 +14,7 @@ WEAK = {"W", "V", "w", "v", "u"}
 
 
 def weak_definitions(build: Path) -> tuple[int, list[str]]:
-    """How many objects of kernels a build has, and the weak definitions in them."""
+    """The number of kernel objects in a build, and the weak definitions in them."""
     objects = sorted(build.glob("csrc/kernels/CMakeFiles/miniquant_kernels_*.dir/**/*.o"))
     found: list[str] = []
     for path in objects:

@@ -1,5 +1,5 @@
-# Sourced by the commands of this folder: where things are, and how steps are announced.
-# Everything a run writes stays inside the clone, so caches that tools keep in the home directory are moved here.
+# Sourced by the commands of this folder: paths, caches and messages.
+# Everything that a run writes stays inside the clone, so the caches that tools keep in the home directory are moved.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
@@ -27,7 +27,7 @@ die() {
   exit 1
 }
 
-# digest FILE...: one hash of what the files hold. digest alone: of the standard input.
+# digest FILE...: one hash of the files' contents. Without arguments: of the standard input.
 digest() { cat -- "$@" | sha256sum | cut -c1-64; }
 
 # up_to_date NAME HASH: whether step NAME was last completed with HASH. completed NAME HASH: records it.

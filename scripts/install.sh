@@ -1,6 +1,6 @@
 # Sourced after environment.sh by the commands that install something.
 
-# install_packages PACKAGE...: Debian packages, where this user may; else it ends with the command to type.
+# install_packages PACKAGE...: installs Debian packages; without the right to do so, ends with the command to type.
 install_packages() {
   local install=()
   (($#)) || return 0
@@ -23,8 +23,8 @@ and run the command again"
 # has_package PACKAGE: whether dpkg knows it as installed.
 has_package() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
 
-# install_torch PYTHON CONSTRAINTS: the pinned torch as a build for CPUs where pip's indexes and links have one, otherwise
-# the build that pip gives. The default build for Linux brings gigabytes of CUDA; all works with it, too.
+# install_torch PYTHON CONSTRAINTS: installs the pinned torch, as a CPU build if pip's indexes and links have one,
+# otherwise the build that pip selects. The default build for Linux has gigabytes of CUDA; everything works with it, too.
 install_torch() {
   local requirement
   requirement="$(grep -v '^#' "$root/scripts/requirements-torch.txt")"

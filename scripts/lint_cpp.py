@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Checks the C++ sources: clang-format all of them, clang-tidy those that the build compiles.
 
-clang-tidy takes seconds for each file that includes torch's headers, so a file that passed is not looked at again until
-something it depends on changes: itself, a header of the project that it includes, its compile command, .clang-tidy or
-clang-tidy itself.
+clang-tidy takes seconds for each file that includes torch's headers, so a file that passed is not checked again until
+one of its dependencies changes: the file itself, a header of the project that it includes, its compile command,
+.clang-tidy or clang-tidy itself.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DROPPED_FLAGS = re.compile(
 
 
 def project_files() -> list[Path]:
-    """The C++ files that git knows or would know."""
+    """The C++ files that git tracks or would not ignore."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *FOLDERS],
         check=True,
@@ -40,7 +40,7 @@ def project_files() -> list[Path]:
 
 
 def check_format(files: Iterable[Path]) -> bool:
-    """Whether clang-format would leave the files as they are."""
+    """Whether clang-format leaves the files unchanged."""
     return (
         subprocess.run(
             ["clang-format", "--dry-run", "--Werror", "--style=file", *map(str, files)], check=False, cwd=ROOT
@@ -50,7 +50,7 @@ def check_format(files: Iterable[Path]) -> bool:
 
 
 def compile_commands(build: Path) -> dict[Path, tuple[list[str], str]]:
-    """The command and the object of every source of ours, the first where a source is compiled several times."""
+    """The compile command and the object of every source of the project, the first if it is compiled several times."""
     commands: dict[Path, tuple[list[str], str]] = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
@@ -61,7 +61,7 @@ def compile_commands(build: Path) -> dict[Path, tuple[list[str], str]]:
 
 
 def project_headers(build: Path) -> dict[str, list[Path]]:
-    """The headers of the project that every object was compiled from, by object, as Ninja recorded them."""
+    """For each object, the headers of the project that it depends on, as recorded by Ninja."""
     text = subprocess.run(["ninja", "-C", str(build), "-t", "deps"], check=True, capture_output=True, text=True).stdout
     headers: dict[str, list[Path]] = {}
     current: list[Path] = []
@@ -76,7 +76,7 @@ def project_headers(build: Path) -> dict[str, list[Path]]:
 
 
 def compiler_headers(compiler: str) -> list[str]:
-    """The compiler's own folder of headers, after all others: clang's wheel has no omp.h."""
+    """The compiler's own header folder, to search last: clang's wheel has no omp.h."""
     folder = subprocess.run([compiler, "-print-file-name=include"], check=True, capture_output=True, text=True).stdout
     return ["-idirafter", folder.strip()]
 
@@ -95,7 +95,7 @@ def tidy_command(command: list[str]) -> list[str]:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """One hash of several strings, their borders included."""
+    """One hash of several strings, which also depends on where each ends."""
     total = hashlib.sha256()
     for part in parts:
         total.update(hashlib.sha256(part).digest())
@@ -103,7 +103,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
-    """Whether clang-tidy finds nothing in the sources that are built; those that changed since they passed are run."""
+    """Runs clang-tidy on the sources that changed since they passed; whether it finds nothing."""
     passed = build.parent / "cache" / "clang-tidy"
     passed.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["clang-tidy", "--version"], check=True, capture_output=True).stdout

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks that includes and imports point down only: csrc/README.md lists the layers.
 
-Every target compiles with csrc as an include folder, so the compiler itself takes an include of a higher layer.
+Every target compiles with csrc as an include folder, so the compiler itself accepts an include of a higher layer.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
-# The folders of ours, and the public headers, that a file of each layer may include.
+# The folders and public headers that a file of each layer may include.
 ALLOWED = {
     "kernels": ("kernels/",),
     "algorithms": ("algorithms/", "kernels/", "miniquant/options.h", "miniquant/export.h"),
@@ -27,7 +27,7 @@ LIBTORCH = ("ATen/", "c10/", "torch/")
 
 
 def wrong_includes(csrc: Path) -> Iterator[str]:
-    """The includes below `csrc` that a layer may not have."""
+    """Yields the includes below `csrc` that a layer may not have."""
     for file in sorted(path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp"}):
         layer = file.relative_to(csrc).parts[0]
         for name in INCLUDE.findall(file.read_text()):

@@ -1,16 +1,17 @@
-"""Keeps README.md and pages of docs/ true: the files they show, what commands print, the figures they quote.
+"""Keeps README.md and pages of docs/ up to date: the files, the output of commands and the figures that they show.
 
-A part of a page between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is made anew:
+A part of a page between `<!-- begin KIND ARGUMENT -->` and `<!-- end -->` is generated; text outside of these parts is
+edited by hand:
 
     file PATH         the file, as a code block
-    output COMMAND    what COMMAND prints, run from the root of the clone
-    markdown PATH     the file as it is: tables that a benchmark wrote
+    output COMMAND    the output of COMMAND, run from the root of the clone
+    markdown PATH     the whole file: tables that a benchmark wrote
     table PATH        the first table of the file
-    results           the table of results, from the results.json files that are committed
-    ratios            its last columns alone
+    results           the table of results, from the committed results.json files
+    ratios            the ratios of that table
 
-Without --check, the pages are written. With it, nothing is, and the exit status says whether they are true: numbers of
-an output may differ in what depends on the machine (times, the last digits of a sum), words may not.
+Without --check, the pages are written. With --check nothing is written, and the exit status is 1 if a page is not up to
+date. Numbers of an output may differ where they depend on the machine (times, the last digits of a sum); words may not.
 """
 
 import argparse
@@ -32,7 +33,7 @@ END = "<!-- end -->"
 PART = re.compile(rf"({BEGIN}(?P<kind>\w+)(?: (?P<argument>[^\n]+?))? -->\n)(?P<body>.*?)({END})", re.DOTALL)
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".txt": "text"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-# Results are compared to this; lines that state seconds, to nothing.
+# The tolerance for numbers of an output; numbers in lines with seconds are not compared.
 RELATIVE_TOLERANCE = 1e-2
 
 
@@ -47,7 +48,7 @@ def file_part(path: str) -> str:
 
 
 def markdown_part(path: str) -> str:
-    """A file as it is."""
+    """The whole text of a file."""
     return (ROOT / path).read_text()
 
 
@@ -59,7 +60,7 @@ def table_part(path: str) -> str:
 
 
 def output_part(command: str) -> str:
-    """What a command prints, as a code block."""
+    """The output of a command, as a code block."""
     words = shlex.split(command)
     if words[0] == "python":
         words[0] = sys.executable
@@ -70,7 +71,7 @@ def output_part(command: str) -> str:
 
 
 def results_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every run whose results are committed, with what pages call it."""
+    """Every run whose results are committed, with its name in the pages."""
     lab = json.loads((ROOT / "experiments/26-gptq-toy/results.json").read_text())["runs"]
     yield "the lab, normal inputs", lab["normal"]
     yield "the lab, Cauchy inputs", lab["cauchy"]
@@ -79,7 +80,7 @@ def results_rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def results_part(_: str) -> str:
-    """The table of results: a line for the calibration inputs and one for the fresh ones."""
+    """The table of results: for each run a line for the calibration inputs and one for the fresh inputs."""
     lines = [
         "| layer | inputs | loss RTN | loss GPTQ | loss best | GPTQ / RTN | best / GPTQ | codes changed |",
         "|---|---|---|---|---|---|---|---|",
@@ -96,7 +97,7 @@ def results_part(_: str) -> str:
 
 
 def ratios_part(_: str) -> str:
-    """The ratios of results_part."""
+    """The table of results with the ratios only."""
     lines = ["| layer | inputs | GPTQ / RTN | best / GPTQ |", "|---|---|---|---|"]
     for name, run in results_rows():
         for label, inputs, prefix in ((name, "calibration", ""), ("", "fresh", "fresh_")):
@@ -116,7 +117,7 @@ MAKERS = {
 
 
 def remade(part: re.Match[str]) -> str:
-    """A part as it should be."""
+    """A part with its generated text."""
     return f"{part[1]}{MAKERS[part['kind']](part['argument'] or '')}{part[5]}"
 
 
@@ -124,7 +125,7 @@ def parts_of(text: str) -> list[re.Match[str]]:
     """The parts of a page, from first to last.
 
     Raises:
-        ValueError: where a marker does not belong to exactly one part.
+        ValueError: if a marker does not belong to exactly one part.
     """
     parts = list(PART.finditer(text))
     markers = (text.count(BEGIN), text.count(END))
@@ -134,7 +135,7 @@ def parts_of(text: str) -> list[re.Match[str]]:
 
 
 def agree(old: str, new: str) -> bool:
-    """Whether two outputs differ only in what depends on the machine."""
+    """Whether two outputs differ only in numbers that depend on the machine."""
     old_lines, new_lines = old.splitlines(), new.splitlines()
     timed = False
     if len(old_lines) != len(new_lines):
@@ -151,7 +152,7 @@ def agree(old: str, new: str) -> bool:
 
 
 def stale_parts(page: str) -> list[str]:
-    """What a page should read where it does not."""
+    """The parts of a page that are not up to date, each with the text that it should have."""
     stale = []
     for part in parts_of((ROOT / page).read_text()):
         made = remade(part)
@@ -164,7 +165,7 @@ def stale_parts(page: str) -> list[str]:
 def main() -> int:
     """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not true")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is not up to date")
     if parser.parse_args().check:
         stale = [part for page in PAGES for part in stale_parts(page)]
         print("\n".join(stale) or f"true: {', '.join(PAGES)}")

@@ -5,11 +5,12 @@
     scripts/torch_matrix.py 2.9.1 2.14.1@python3.13  these, the second with another Python
     scripts/torch_matrix.py --installed              the torch of the Python that runs this script, without a download
 
-Each row is an environment with one torch. The first row makes a source distribution; a row builds the wheel from it,
-unless a wheel of a row before works with its torch, which is then installed as it is. The operator tests
-(tests/python/test_ops_*.py and the errors) run with the installed wheel. The table of what was tested is printed, and
-written to --output as torch_matrix.md with the wheels. torch comes from where pip is told to look; a row with the
-default build of torch takes about 7 GB of disk while it runs. The exit status is 1 where a row fails.
+Each row is an environment with one torch. The first row makes a source distribution. A row builds its wheel from it,
+unless a wheel of an earlier row works with its torch; then that wheel is installed. The operator tests
+(tests/python/test_ops_*.py and test_errors.py) run with the installed wheel. The table of results is printed, and
+written to the folder --output as torch_matrix.md beside the wheels. torch comes from the index that pip is configured
+to use; a row with the default build of torch takes about 7 GB of disk while it runs. The exit status is 1 if a row
+fails.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ("2.9.1", "2.13.0", "2.14.1", "2.15.0")
 TESTS = ("test_ops_*.py", "test_errors.py")
-# In an environment of --installed they come from the environment that it is put upon.
+# An environment of --installed takes these from the environment that it is based on.
 TEST_REQUIREMENTS = ("hypothesis", "numpy", "pytest", "safetensors")
 TABLE_HEAD = """\
 | torch | Python | wheel | operator tests | date |
@@ -38,12 +39,12 @@ TABLE_HEAD = """\
 
 
 class RowError(Exception):
-    """A command of a row failed; the text is the end of what it said."""
+    """A command of a row failed; the message is the end of its output."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table to make."""
+    """One row of the table."""
 
     torch: str  # a version, or "installed"
     python: str  # a command
@@ -114,7 +115,7 @@ def make_source(python: Path, folder: Path) -> Path:
 
 
 def requirement(wheel: Path) -> str:
-    """What a wheel asks of torch, such as torch<2.15,>=2.13."""
+    """The torch that a wheel requires, such as torch<2.15,>=2.13."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         match = re.search(r"^Requires-Dist: (torch.*)$", archive.read(name).decode(), re.MULTILINE)
@@ -124,7 +125,7 @@ def requirement(wheel: Path) -> str:
 
 
 def installed_wheel(python: Path, wheel: Path) -> bool:
-    """Installs a wheel where its metadata accept the torch of the environment; otherwise nothing."""
+    """Installs a wheel if its metadata accept the torch of the environment."""
     code = (
         "import sys, importlib.metadata as m; from packaging.requirements import Requirement as R; "
         "sys.exit(not R(sys.argv[1]).specifier.contains(m.version('torch'), prereleases=True))"
@@ -136,7 +137,7 @@ def installed_wheel(python: Path, wheel: Path) -> bool:
 
 
 def test_row(row: Row, work: Path, output: Path, wheels: list[Path], build_dir: Path | None) -> str:
-    """Makes the environment of a row, installs a wheel in it and runs the tests; the row of the table."""
+    """Makes the environment of a row, installs a wheel in it and runs the tests; returns the row of the table."""
     folder = work / "environment"
     shutil.rmtree(folder, ignore_errors=True)
     python = make_environment(row, folder)
@@ -179,7 +180,7 @@ def test_row(row: Row, work: Path, output: Path, wheels: list[Path], build_dir: 
 
 
 def main() -> int:
-    """Tests the rows that were asked for."""
+    """Tests the given rows."""
     description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter

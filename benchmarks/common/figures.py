@@ -1,4 +1,4 @@
-"""How figures look: settings of matplotlib."""
+"""Matplotlib settings for all figures."""
 
 from typing import Any
 

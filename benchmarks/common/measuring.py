@@ -1,12 +1,12 @@
-"""What the benchmarks share: the problems, the limit, interleaved timing, the machine, files of results.
+"""Shared code of the benchmarks: the problems, the limit, interleaved timing, the machine, files of results.
 
-For a weight [N, K] and T tokens the work that cannot be avoided is
+For a weight [N, K] and T tokens the min number of multiplications and additions is
 
-    Hessian    T K^2            multiplications and additions, H being symmetric
-    gptq       N K^2 + K^3 / 3  the sweep and one Cholesky factorization
+    Hessian    T K^2            because H is symmetric
+    gptq       N K^2 + K^3 / 3  for the sweep and one Cholesky factorization
 
-and the "limit" is the time that torch.mm, at the same sizes and in the same run, would need for as many. Ratios to it
-can be compared between machines; milliseconds cannot.
+The "limit" is the time that torch.mm, at the same sizes and in the same run, would need for as many operations. Ratios
+to the limit can be compared between machines; milliseconds cannot.
 """
 
 import json
@@ -26,33 +26,33 @@ import miniquant
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Where runs that are no record go.
+# For results that are not kept in the repository.
 SCRATCH = ROOT / "build" / "benchmarks"
 LEAST_ROUNDS = 3
 
 
 def hessian_flops(tokens: int, columns: int) -> float:
-    """Multiplications and additions of X X^T, whose two triangles are one."""
+    """Multiplications and additions of X X^T; one triangle is enough."""
     return float(tokens) * columns**2
 
 
 def gptq_flops(rows: int, columns: int) -> float:
-    """Those of the sweep and of one Cholesky factorization."""
+    """Multiplications and additions of the sweep and one Cholesky factorization."""
     return float(rows) * columns**2 + columns**3 / 3
 
 
 def product_flops(rows: int, inner: int, columns: int) -> float:
-    """Those of a matrix product [rows, inner] [inner, columns]."""
+    """Multiplications and additions of a matrix product [rows, inner] [inner, columns]."""
     return 2.0 * rows * inner * columns
 
 
 def random_weight(rows: int, columns: int, seed: int = 1) -> Tensor:
-    """[rows, columns]: values of the size that trained layers have."""
+    """A random weight [rows, columns], with values of the magnitude of trained layers."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
 def correlated_inputs(tokens: int, columns: int) -> Tensor:
-    """[tokens, columns]: correlated inputs of uneven channel energy."""
+    """Correlated inputs [tokens, columns] with uneven channel energy."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5
     mix.diagonal().add_(1)
@@ -62,9 +62,10 @@ def correlated_inputs(tokens: int, columns: int) -> Tensor:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], least_seconds: float) -> dict[str, float]:
-    """The shortest time of each, one after the other in turn, so that whatever slows the machine slows all of them.
+    """The shortest time of each run. The runs take turns, so a slow phase of the machine affects all of them.
 
-    After one round that does not count, there are as many as fit into `least_seconds` for each run, but three at least.
+    One round of warm-up is not counted. Then there are at least three rounds, and as many as fit into `least_seconds`
+    for each run.
     """
     for run in runs.values():
         run()
@@ -81,7 +82,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], least_seconds: float) 
 
 
 def cpu_fields() -> dict[str, str]:
-    """What Linux says of the first processor."""
+    """The entries of /proc/cpuinfo for the first processor."""
     path = Path("/proc/cpuinfo")
     first = path.read_text().split("\n\n", 1)[0] if path.is_file() else ""
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
@@ -89,7 +90,7 @@ def cpu_fields() -> dict[str, str]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """The CPU's kind, and how much of it is used."""
+    """The CPU model, the number of CPUs and threads, and the instruction set of the kernels."""
     fields = cpu_fields()
     name = fields.get("model name", platform.machine())
     if "cpu family" in fields:
@@ -103,7 +104,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what was timed, and of what it was timed with."""
+    """The versions of miniquant, torch and Python."""
     return {
         "miniquant": miniquant.__version__,
         "torch": str(torch.__version__),
@@ -112,12 +113,12 @@ def versions() -> dict[str, str]:
 
 
 def command_line(*program: str) -> str:
-    """How this process was called, as a user types it in the root of the clone."""
+    """The command that started this process, as typed in the root of the clone."""
     return shlex.join([*program, *sys.argv[1:]])
 
 
 def machine_line(results: Mapping[str, Any]) -> str:
-    """One sentence of Markdown on where figures come from."""
+    """One line of Markdown with the command, machine and versions that the figures come from."""
     where = results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
@@ -127,12 +128,12 @@ def machine_line(results: Mapping[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """With three digits."""
+    """A time in milliseconds, with three digits."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.0995 else f"{seconds * 1e3:.3g}"
 
 
 def write_results(results: Mapping[str, Any], markdown: str, folder: Path, stem: str) -> None:
-    """<stem>.json and <stem>.md in a folder that is made where it is missing."""
+    """Writes <stem>.json and <stem>.md into a folder, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / f"{stem}.md").write_text(markdown)

@@ -2,12 +2,12 @@
 
 Each implementation runs in a process of its own (peers/run_*.py), the peers in their own virtual environment; all read
 W and X from one file. They take turns, stage by stage, with torch.mm in between; the shortest time of each counts. A
-turn is one run, or as many as fit into a quarter of a second: a short run that follows another process finds that
-one's threads still spinning and the caches full of its data. What they quantized W to is scored here, for all by the
-same rule: tr(E H E^T) / tr(W H W^T) in float64, E = W - dequantized, H = X X^T / n without a ridge.
+turn is one run, or as many runs as fit into a quarter of a second: the first run after another process is slowed by
+that process's spinning threads and by caches full of its data. The quantized weights are scored here, all by the same
+formula: tr(E H E^T) / tr(W H W^T) in float64, E = W - dequantized, H = X X^T / n without a ridge.
 
-Writes peers.json and peers.md (the same as tables) into benchmarks/results, or with --quick, which takes the smaller
-layer only, into build/benchmarks.
+Writes peers.json, and peers.md with the same figures as tables, into benchmarks/results. With --quick only the smaller
+layer is measured, and the files go into build/benchmarks.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A line of the table: a runner, and the options that it gets."""
+    """A row of the table: a runner and its options."""
 
     name: str
     runner: str
@@ -88,11 +88,11 @@ CONTENDERS = [
 
 
 class RunnerFailedError(RuntimeError):
-    """A runner ended, with what it said last."""
+    """A runner ended; the message has the last lines of its output."""
 
 
 class Runner:
-    """A process that runs peers/runner.py's requests."""
+    """A process that serves the requests of peers/runner.py."""
 
     def __init__(self, name: str, python: Path, problem: Path, threads: int) -> None:
         self._name = name
@@ -123,17 +123,17 @@ class Runner:
             self._process.communicate()
 
     def request(self, stage: str, **arguments: Any) -> dict[str, Any]:
-        """A request's answer."""
+        """Sends a request and returns the answer."""
         requests = cast("IO[str]", self._process.stdin)
         try:
             requests.write(json.dumps({"stage": stage, **arguments}) + "\n")
             requests.flush()
         except BrokenPipeError:
-            pass  # its end is noticed at the answer
+            pass  # _answer reports that the process has ended
         return self._answer()
 
     def seconds(self, stage: str, **arguments: Any) -> float:
-        """What a stage took."""
+        """The time of a stage."""
         return float(self.request(stage, **arguments)["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Runner:
 
 
 class Score:
-    """Relative loss in float64."""
+    """The relative loss of dequantized weights, in float64."""
 
     def __init__(self, weight: Tensor, batches: Tensor) -> None:
         inputs = batches.flatten(0, 1).double()
@@ -164,7 +164,7 @@ class Score:
 
 
 def turn(call: Callable[[], float]) -> float:
-    """The shortest of the runs of one turn; `call` runs once and says how long that took."""
+    """The shortest time of the runs of one turn; `call` runs once and returns the time it took."""
     fastest, spent = float("inf"), 0.0
     while spent < TURN_SECONDS:
         seconds = call()
@@ -174,7 +174,7 @@ def turn(call: Callable[[], float]) -> float:
 
 
 def batches_of(case: Case) -> Tensor:
-    """[batches, tokens, K]; one batch where the tokens do not come in whole ones."""
+    """Inputs [batches, tokens, K]; one batch if the tokens cannot be divided into whole batches."""
     tokens = BATCH_TOKENS if case.tokens % BATCH_TOKENS == 0 else case.tokens
     return correlated_inputs(case.tokens, case.columns).reshape(-1, tokens, case.columns)
 
@@ -201,7 +201,7 @@ def compare(
             progress.update()
 
         def shortest(calls: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-            """Of `repeats` rounds of turns, after one that does not count."""
+            """The shortest time in `repeats` rounds of turns, after one round of warm-up."""
             fastest = dict.fromkeys(calls, float("inf"))
             for repeat in range(repeats + 1):
                 for name, call in calls.items():
@@ -229,7 +229,7 @@ def compare(
         losses = {}
         for contender in contenders:
             progress.set_postfix_str(f"loss of {contender.name}")
-            # The last result of a runner with several options is that of another: once more.
+            # A runner with several contenders holds the result of its last one, so it quantizes again.
             runners[contender.runner].request("quantize", options=contender.options)
             runners[contender.runner].request("save", path=str(folder / "dequantized.pt"))
             losses[contender.name] = score(torch.load(folder / "dequantized.pt", weights_only=True))
@@ -260,7 +260,7 @@ def compare(
 
 
 def case_table(case: Mapping[str, Any]) -> str:
-    """One case; ratios are to the first line's figures."""
+    """The table of one case; ratios are relative to the first row."""
     ours = case["contenders"][0]
     rows = []
     for line in case["contenders"]:

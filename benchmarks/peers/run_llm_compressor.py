@@ -15,7 +15,7 @@ from benchmarks.peers.runner import Problem, serve
 
 
 class LlmCompressor:
-    """Scales are those of the original weight, and are handed to it: the time to compute them does not count."""
+    """Scales are computed from the original weight and passed in, so their time is not counted."""
 
     version = version("llmcompressor")
 
@@ -31,7 +31,7 @@ class LlmCompressor:
         self._scales, self._zero_points = calculate_qparams(groups.amin(-1), groups.amax(-1), self._arguments)
 
     def hessian(self) -> Tensor:
-        """Batches are added with a leading dimension, as its hooks see them."""
+        """Adds batches with a leading dimension, as llm-compressor's hooks receive them."""
         total = make_empty_hessian(self._layer)
         count = torch.zeros(())
         for batch in self._problem.batches:
@@ -40,7 +40,7 @@ class LlmCompressor:
         return mean
 
     def quantizer(self, hessian: Tensor, options: dict[str, Any]) -> Callable[[], Tensor]:
-        """quantize_weight, which works on stacks of layers and in its arguments' memory."""
+        """A call of quantize_weight, which takes stacks of layers and overwrites its arguments."""
         if options:
             raise ValueError(f"no options of llm-compressor are compared, but got {options}")
         weights, hessians = self._problem.weight.clone()[None], hessian.clone()[None]
@@ -64,7 +64,7 @@ class LlmCompressor:
         return quantize
 
     def dequantized(self, result: Tensor) -> Tensor:
-        """What it returns is dequantized already."""
+        """The result, which is dequantized already."""
         return result
 
 

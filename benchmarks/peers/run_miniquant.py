@@ -1,4 +1,4 @@
-"""miniquant, driven like its peers: options are keyword arguments of miniquant.gptq."""
+"""miniquant as a runner, like its peers: options are keyword arguments of miniquant.gptq."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from miniquant import GptqResult
 
 
 class Miniquant:
-    """Scales included: they are computed within gptq."""
+    """The time includes the scales, which gptq computes."""
 
     version = miniquant.__version__
 
@@ -19,14 +19,14 @@ class Miniquant:
         self._problem = problem
 
     def hessian(self) -> Tensor:
-        """hessian_update_ for each batch, then the mean."""
+        """Updates an accumulator with each batch, then takes the mean."""
         accumulator = miniquant.HessianAccumulator(self._problem.weight.shape[1])
         for batch in self._problem.batches:
             accumulator.update(batch)
         return accumulator.hessian()
 
     def quantizer(self, hessian: Tensor, options: dict[str, Any]) -> Callable[[], GptqResult]:
-        """gptq, which changes neither of its arguments."""
+        """A call of gptq, which does not change its arguments."""
         problem = self._problem
         return lambda: miniquant.gptq(
             problem.weight,
@@ -39,7 +39,7 @@ class Miniquant:
         )
 
     def dequantized(self, result: GptqResult) -> Tensor:
-        """From codes and scales."""
+        """The weight computed from codes and scales."""
         return miniquant.dequantize(result.codes, result.scales, result.zero_points, self._problem.group_size)
 
 

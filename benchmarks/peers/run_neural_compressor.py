@@ -13,12 +13,12 @@ from benchmarks.peers.runner import Problem, serve
 
 
 class NeuralCompressor:
-    """Scales are taken when a group is reached, from the updated weights."""
+    """Scales are computed from the updated weights, just before each group is quantized."""
 
     version = version("neural_compressor_pt")
 
     def __init__(self, problem: Problem) -> None:
-        # It says how long each call took.
+        # neural-compressor logs the time of each call.
         logging.disable(logging.INFO)
         self._problem = problem
         rows, columns = problem.weight.shape
@@ -26,7 +26,7 @@ class NeuralCompressor:
         self._layer.weight.copy_(problem.weight)
 
     def hessian(self) -> Any:
-        """The solver, which holds it."""
+        """The solver that holds the Hessian."""
         solver = GPTQ(self._layer, self._problem.weight.clone(), device="cpu")
         solver.quantizer.configure(
             {
@@ -48,7 +48,7 @@ class NeuralCompressor:
         return solver
 
     def quantizer(self, hessian: Any, options: dict[str, Any]) -> Callable[[], Tensor]:
-        """fasterquant, which overwrites the weight and deletes the solver's Hessian: it works on a copy."""
+        """A call of fasterquant on copies, because it overwrites the weight and deletes the solver's Hessian."""
         if options:
             raise ValueError(f"no options of neural-compressor are compared, but got {options}")
         weight = self._problem.weight.clone()
@@ -72,7 +72,7 @@ class NeuralCompressor:
         return quantize
 
     def dequantized(self, result: Tensor) -> Tensor:
-        """What it returns is dequantized already."""
+        """The result, which is dequantized already."""
         return result.reshape(self._problem.weight.shape)
 
 

@@ -1,15 +1,15 @@
-"""How benchmarks.peers drives one implementation: a process that times one stage at each request.
+"""A runner of benchmarks.peers: a process that runs one implementation and times one stage per request.
 
 A runner is started with the path of the problem, the number of threads and the number of a file descriptor. Each line
-of its standard input is a request and is answered by one line there, both JSON; standard output is left to what
-libraries print.
+of its standard input is a request, which it answers with one line on that file descriptor; both are JSON. Standard
+output is left to the messages of libraries.
 
     {"stage": "hessian"}                         accumulates the Hessian          {"seconds": ...}
     {"stage": "quantize", "options": {...}}      from weight and Hessian to codes {"seconds": ...}
     {"stage": "save", "path": "..."}             writes the last dequantized weight, [N, K]    {}
 
-The first line that it writes, unasked, is {"version": ...}: the implementation is loaded. It imports torch and the
-standard library only, since it runs in the peers' environment, too.
+Before the first request it writes the line {"version": ...}, when the implementation is loaded. This module imports
+torch and the standard library only, because it also runs in the peers' environment.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """What is to be quantized, and how."""
+    """The weight and inputs to quantize, and the options."""
 
     weight: Tensor  # [N, K]
     batches: Tensor  # [batches, tokens, K]
@@ -35,32 +35,32 @@ class Problem(NamedTuple):
     block_size: int
 
     def save(self, path: Path) -> None:
-        """Writes what `load` reads."""
+        """Writes a file that `load` reads."""
         torch.save(self._asdict(), path)
 
     @classmethod
     def load(cls, path: Path) -> "Problem":
-        """A problem from its file."""
+        """Reads a problem from its file."""
         return cls(**torch.load(path, weights_only=True))
 
 
 class Implementation(Protocol):
-    """One implementation of GPTQ; symmetric grid, and columns in natural order unless options say else."""
+    """One implementation of GPTQ: symmetric grid, and columns in natural order unless options say otherwise."""
 
     version: str
 
     def hessian(self) -> Any:
-        """The Hessian of all batches, taken one by one, as the implementation keeps it."""
+        """The Hessian of all batches, added one by one, in the implementation's own form."""
 
     def quantizer(self, hessian: Any, options: dict[str, Any]) -> Callable[[], Any]:
-        """What goes from weight and Hessian to codes; copies of what it overwrites are made here."""
+        """A function that computes codes from weight and Hessian; copies of overwritten tensors are made here."""
 
     def dequantized(self, result: Any) -> Tensor:
-        """The weight [N, K] that a quantizer's result stands for."""
+        """The dequantized weight [N, K] of a quantizer's result."""
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """The seconds that a call took, and its result."""
+    """The time of a call in seconds, and its result."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result

@@ -1,13 +1,13 @@
-"""Quantizes layers with two other GPTQ libraries, so that benchmarks.quality can score them beside miniquant.
+"""Quantizes layers with two other GPTQ libraries; benchmarks.quality scores the results beside miniquant's.
 
-Runs in the peers' own environment and knows nothing of miniquant. For each FOLDER/<layer>.safetensors with
+Runs in the peers' own environment, without miniquant. For each FOLDER/<layer>.safetensors with
 
     weight   [N, K]
     hessian  [K, K]    X X^T / n without a ridge
 
 it writes FOLDER/<layer>.peers: a safetensors file with the dequantized weight [N, K] of every variant, under the
-variant's name. A variant is a peer with activation order and one of the scale searches that it offers, damped as
-miniquant is. Prints the peers' versions as JSON.
+variant's name. A variant is a peer with activation order and one of its scale searches, with the same ridge as
+miniquant. Prints the peers' versions as JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def llm_compressor(
     )
     watcher: Any = Observer.load_from_registry(observer, base_name="weight", args=arguments)
     if observer == "imatrix_mse":
-        # What its hook collects while a model runs: the sum of x^2 of every input, and of how many.
+        # Its hook collects these while a model runs: the sum of x^2 of every input, and the number of tokens.
         watcher._imatrix_sum = hessian.diagonal().clone()  # noqa: SLF001
         watcher._imatrix_count = torch.tensor(1)  # noqa: SLF001
     parameters = watcher(weight).get_qparams()
@@ -71,7 +71,7 @@ def llm_compressor(
 def neural_compressor(
     weight: torch.Tensor, hessian: torch.Tensor, grid: argparse.Namespace, *, mse: bool, **order: bool
 ) -> torch.Tensor:
-    """One of the library's column orders, with or without its search of scales."""
+    """One of the library's column orders, with or without its scale search."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     solver: Any = GPTQ(layer, weight.clone(), device="cpu")
     solver.quantizer.configure(
@@ -104,7 +104,7 @@ def variants(grid: argparse.Namespace) -> dict[str, Callable[[torch.Tensor, torc
             llm_compressor(weight, hessian, grid, observer)
         )
     orders = {
-        # Groups that are not columns as stored: such a format stores a group index for every column.
+        # These groups are not made of columns as stored, so the format needs a group index for every column.
         "act_order, groups of ordered columns": {"act_order": True},
         "act_order, static_groups": {"act_order": True, "static_groups": True},
     }

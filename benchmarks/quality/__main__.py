@@ -1,13 +1,13 @@
 """Measures what quantization costs the MiniLM encoder, layer by layer and end to end.
 
-The layers are the Linear layers of the encoder's blocks, their inputs those that really enter them
-(experiments/minilm/layers.py). With E = W - Q and H = X X^T / n:
+The layers are the Linear layers of the encoder's blocks, with their real inputs (experiments/minilm/layers.py). With
+E = W - Q and H = X X^T / n:
 
-    calibration loss    tr(E H E^T), H of the calibration tokens and with the ridge on its diagonal
-    held-out loss       tr(E H E^T), H of the fresh tokens and as it is
-    embedding           the mean of the last hidden states over a text's tokens, divided by its length
+    calibration loss    tr(E H E^T), H of the calibration tokens, with the ridge on its diagonal
+    held-out loss       tr(E H E^T), H of the fresh tokens, without a ridge
+    embedding           the mean of the last hidden states over a text's tokens, normalized to length 1
 
-What is measured goes into quality.json, and from there into docs/quality.md and its plot (report.py).
+The figures are written to quality.json; report.py makes docs/quality.md and its plot from that file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PLAIN = "plain GPTQ"
 BEST = "best"
 BEST_ASYMMETRIC = "best, asymmetric"
 BEST_AUTO = "best, ridge from the data"
-# Arguments of miniquant.gptq, but for RTN, which is miniquant.rtn.
+# Arguments of miniquant.gptq, except for RTN, which is miniquant.rtn.
 SCHEMES: dict[str, dict[str, Any]] = {
     RTN: {},
     PLAIN: miniquant.preset("plain"),
@@ -110,7 +110,7 @@ QUICK = FULL._replace(
 
 
 class Prefixes:
-    """The accumulator of a layer's first n tokens for each of several n, from one reading.
+    """Accumulators of a layer's first n tokens for several n, from one pass over the tokens.
 
     Args:
         columns: K.
@@ -123,7 +123,7 @@ class Prefixes:
         self._counts = sorted(set(counts))
 
     def update(self, rows: Tensor) -> None:
-        """Takes the next tokens, [n, K]; those after the largest count are not used."""
+        """Adds the next tokens, [n, K]; tokens after the largest count are not used."""
         while rows.shape[0] > 0 and len(self.after) < len(self._counts):
             count = self._counts[len(self.after)]
             missing = count - self._running.tokens
@@ -134,7 +134,7 @@ class Prefixes:
 
 
 class Layer(NamedTuple):
-    """A Linear layer, and what is known of its inputs."""
+    """A Linear layer, and the Hessians of its inputs."""
 
     weight: Tensor  # [N, K]
     calibration: Mapping[int, miniquant.HessianAccumulator]  # by tokens
@@ -161,7 +161,7 @@ def read_layers(encoder: Encoder, plan: Plan) -> tuple[dict[str, Layer], list[st
         "calibration",
         {name: prefix.update for name, prefix in calibration.items()},
     )
-    # The fresh tokens come from these texts, too: neither has any part in quantizing.
+    # The fresh tokens come from these texts, too: neither is used for quantization.
     texts = list(islice(passages(1, set(used)), plan.texts))
     fresh = prefixes(plan.fresh_tokens)
     encoder.read(
@@ -197,18 +197,18 @@ def loss(weight: Tensor, dequantized: Tensor, hessian: Tensor, ridge: float = 0.
 
 
 def no_losses() -> Losses:
-    """Room for the calibration and the held-out loss of each layer."""
+    """Empty lists for the calibration and held-out losses of the layers."""
     return {"calibration": [], "held_out": []}
 
 
 def add_losses(losses: Losses, layer: Layer, hessian: Tensor, dequantized: Tensor) -> None:
-    """Calibration and held-out loss of one more layer."""
+    """Appends the calibration and held-out loss of one layer."""
     losses["calibration"].append(loss(layer.weight, dequantized, hessian, RIDGE))
     losses["held_out"].append(loss(layer.weight, dequantized, layer.fresh))
 
 
 def measure_losses(layers: Mapping[str, Layer], tokens: int, all_bits: Iterable[int]) -> dict[str, dict[str, Losses]]:
-    """By bits and scheme: the losses of the layers in turn."""
+    """The losses of all layers, in order, by bits and scheme."""
     result = {str(bits): {scheme: no_losses() for scheme in SCHEMES} for bits in all_bits}
     for layer in tqdm(layers.values(), desc=f"losses, {tokens} tokens", unit="layer", disable=None, leave=False):
         hessian = layer.calibration[tokens].hessian()
@@ -230,7 +230,7 @@ def chosen_ridge(weight: Tensor, accumulator: miniquant.HessianAccumulator, bits
 
 
 def measure_ridges(layers: Mapping[str, Layer], plan: Plan) -> dict[str, Any]:
-    """The held-out losses of the layers in turn at 4 bits: of RTN, and by scheme, tokens and ridge.
+    """The held-out losses of all layers, in order, at 4 bits: of RTN, and by scheme, tokens and ridge.
 
     The list under "chosen" is that of the ridges in "chosen_ridge", which the library chose from the data.
     """
@@ -258,7 +258,7 @@ def measure_ridges(layers: Mapping[str, Layer], plan: Plan) -> dict[str, Any]:
 
 
 def embeddings(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """[texts, features], of length 1: what the model's card calls sentence embeddings."""
+    """Sentence embeddings [texts, features], of length 1, as the model card defines them."""
     rows = []
     with torch.inference_mode():
         for text in tqdm(texts, desc="embeddings", unit="text", disable=None, leave=False):
@@ -269,7 +269,7 @@ def embeddings(encoder: Encoder, texts: Sequence[str]) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """1 for the smallest; equal values share the mean of their ranks."""
+    """Ranks, 1 for the smallest value; equal values share the mean of their ranks."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     means: Tensor = last - (counts.double() - 1) / 2
@@ -291,7 +291,7 @@ def pair_similarities(rows: Tensor) -> Tensor:
 def measure_embeddings(
     encoder: Encoder, layers: Mapping[str, Layer], texts: Sequence[str], plan: Plan
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By bits and scheme, with all layers quantized: how near embeddings are to the float model's.
+    """How near the embeddings are to the float model's with all layers quantized, by bits and scheme.
 
     Each layer is calibrated on the float model's inputs, as elsewhere in this file.
     """
@@ -319,7 +319,7 @@ def measure_embeddings(
 
 
 def measure_seconds(plan: Plan) -> dict[str, Any]:
-    """The shortest time of each scheme on a square layer, in turns, so that a busy moment does not hit one alone."""
+    """The shortest time of each scheme on a square layer; schemes take turns, so a slow phase affects all of them."""
     columns = plan.timed_columns
     weight = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1)) * 0.02
     inputs = correlated_inputs(2 * columns, columns)
@@ -342,7 +342,7 @@ def measure_seconds(plan: Plan) -> dict[str, Any]:
 
 
 def measure_peers(layers: Mapping[str, Layer], plan: Plan, python: Path) -> dict[str, Any] | None:
-    """By grid and variant: the losses of the peers' weights, layers in turn; None without their environment."""
+    """The losses of the peers' weights for all layers, by grid and variant; None without the peers' environment."""
     if not python.is_file():
         print(NO_PEERS.format(python), file=sys.stderr)
         return None
@@ -359,7 +359,7 @@ def measure_peers(layers: Mapping[str, Layer], plan: Plan, python: Path) -> dict
                 *("--group-size", str(GROUP_SIZE), "--ridge", str(RIDGE)),
                 *([] if symmetric else ["--asymmetric"]),
             ]
-            # Their environment holds packages of its own: nothing of this one's may come before them.
+            # The peers' environment has its own packages: no package of this environment may come before them.
             environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
             run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
             if run.returncode != 0:
@@ -373,7 +373,7 @@ def measure_peers(layers: Mapping[str, Layer], plan: Plan, python: Path) -> dict
 
 
 def processor() -> str:
-    """The processor's name, as far as the system says."""
+    """The processor's name, if the system provides it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -382,7 +382,7 @@ def processor() -> str:
 
 
 def steps(encoder: Encoder, plan: Plan, peers: Path) -> Iterator[tuple[str, Any]]:
-    """The parts of quality.json, each as soon as it is there."""
+    """Yields the parts of quality.json, each as soon as it is measured."""
     layers, texts = read_layers(encoder, plan)
     if len(texts) < plan.texts:
         raise SystemExit(f"quality: expected {plan.texts} texts to embed, but there are {len(texts)}")
@@ -411,7 +411,7 @@ def steps(encoder: Encoder, plan: Plan, peers: Path) -> Iterator[tuple[str, Any]
 
 
 def text_of(results: Mapping[str, Any]) -> str:
-    """JSON with every list on a line of its own."""
+    """The results as JSON, with every list on a line of its own."""
     return (
         re.sub(
             r"\[[^\[\]{}]*\]",
@@ -423,7 +423,7 @@ def text_of(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and writes; the exit code."""
+    """Measures and writes the results; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

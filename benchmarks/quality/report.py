@@ -1,6 +1,7 @@
-"""Writes docs/quality.md and docs/quality.png from quality.json: every number of the page comes from there.
+"""Writes docs/quality.md and docs/quality.png from quality.json; all tables and figures come from that file.
 
-A part of the page between `<!-- begin NAME -->` and `<!-- end -->` is made anew; the text around is written by hand.
+Each part of the page between `<!-- begin NAME -->` and `<!-- end -->` is regenerated; the text around these parts is
+written by hand.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ PART = re.compile(r"(<!-- begin (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 SOURCE = RESULTS / "quality.json"
 PLAIN = "plain GPTQ"
 RTN = "RTN"
-# The scheme of ours that stands beside the peers' on each kind of grid.
+# Our scheme that is compared with the peers' on each kind of grid.
 OURS = {"symmetric": "best", "asymmetric": "best, asymmetric"}
-# In the names of the peers' variants that quantize groups of columns in another order than the stored one.
+# Marks the peers' variants whose groups are not made of columns in stored order.
 ORDERED_GROUPS = "groups of ordered columns"
 KINDS = {"calibration": "calibration", "held_out": "held-out"}
 # Distinct for readers with any colour vision (Okabe and Ito), and in a fixed order.
@@ -46,12 +47,12 @@ COLOURS = ("#d9730d", "#7f7f7f", "#56b4e9", "#cc79a7", "#009e73", "#1f5fa8", "#0
 
 
 def grid_name(bits: int, *, symmetric: bool) -> str:
-    """What quality.json calls a grid."""
+    """The name of a grid in quality.json."""
     return f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean that makes a halving and a doubling cancel."""
+    """The geometric mean."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
@@ -61,12 +62,12 @@ def relative(losses: Sequence[float], base: Sequence[float]) -> float:
 
 
 def number_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of numbers and its line end."""
+    """A table of numbers, with a final newline."""
     return table(header, rows, numbers=True) + "\n"
 
 
 def setup_part(results: dict[str, Any]) -> str:
-    """What was measured, and with what."""
+    """The model, the sizes, the versions and the machine."""
     setup, seconds, peers = results["setup"], results["seconds"], results["peers"]
     versions = f", {', '.join(f'{name} {version}' for name, version in peers['versions'].items())}" if peers else ""
     return (
@@ -103,7 +104,7 @@ def losses_part(results: dict[str, Any]) -> str:
 
 
 def few_tokens_part(results: dict[str, Any]) -> str:
-    """The same with few calibration tokens, and relative to RTN."""
+    """Losses with few calibration tokens, relative to plain GPTQ and to RTN."""
     schemes = results["few_tokens"]
     header = ["scheme", "calibration / plain's", "held-out / plain's", "held-out / RTN's"]
     rows = []
@@ -115,7 +116,7 @@ def few_tokens_part(results: dict[str, Any]) -> str:
 
 
 def best_ridges(measured: dict[str, Any]) -> list[tuple[str, float]]:
-    """The ridge of each layer with the lowest held-out loss, and that loss."""
+    """For each layer the ridge with the lowest held-out loss, and that loss."""
     ridges = measured["ridges"]
     losses = zip(*ridges.values(), strict=True)
     return [min(zip(ridges, of_layer, strict=True), key=lambda pair: pair[1]) for of_layer in losses]
@@ -140,7 +141,7 @@ def ridges_part(results: dict[str, Any]) -> str:
 
 
 def best_ridges_part(results: dict[str, Any]) -> str:
-    """How many layers each ridge is best for, then which it is for every layer."""
+    """The number of layers for which each ridge is best, then the best ridge of every layer."""
     by_tokens = results["ridges"]["schemes"][PLAIN]
     ridges = list(next(iter(by_tokens.values()))["ridges"])
     best = {tokens: [ridge for ridge, _ in best_ridges(measured)] for tokens, measured in by_tokens.items()}
@@ -172,7 +173,7 @@ def embeddings_part(results: dict[str, Any]) -> str:
 
 
 def peers_ratio(results: dict[str, Any], grid: str, kind: str, *, ordered_groups: bool) -> float:
-    """Our best relative to each layer's best peer, with or without those that reorder groups."""
+    """Our best scheme relative to each layer's best peer, with or without variants that reorder groups."""
     bits, _, symmetry = grid.split(maxsplit=2)
     ours = results["losses"][bits][OURS[symmetry]][kind]
     variants = [
@@ -184,7 +185,7 @@ def peers_ratio(results: dict[str, Any], grid: str, kind: str, *, ordered_groups
 
 
 def peers_part(results: dict[str, Any]) -> str:
-    """Our best beside the peers; or that they were not measured."""
+    """Our best scheme and the peers, or a note that the peers were not measured."""
     peers = results["peers"]
     if peers is None:
         return "The peers were not measured: their environment was missing.\n"
@@ -234,12 +235,12 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def page(template: str, results: dict[str, Any]) -> str:
-    """The page with its parts made anew."""
+    """The page with its generated parts replaced."""
     return PART.sub(lambda part: f"{part[1]}{PARTS[part['name']](results)}{part[3]}", template)
 
 
 def log_ticks(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers."""
+    """Makes an axis logarithmic, with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -247,7 +248,7 @@ def log_ticks(axes: Axes) -> None:
 
 
 def places(count: int, position: int) -> list[float]:
-    """Where the schemes of one number of bits stand, side by side."""
+    """The x positions of the schemes of one number of bits."""
     return [position + (i - (count - 1) / 2) * 0.8 / count for i in range(count)]
 
 
@@ -289,7 +290,7 @@ def draw_ridges(axes: Axes, results: dict[str, Any]) -> None:
 
 
 def draw_embeddings(axes: Axes, results: dict[str, Any], figure: str, label: str) -> None:
-    """How far a figure of the embeddings is from 1."""
+    """Plots how far a figure of the embeddings is from 1."""
     by_bits = results["embeddings"]
     for position, schemes in enumerate(by_bits.values()):
         for x, colour, (name, figures) in zip(places(len(schemes), position), COLOURS, schemes.items(), strict=True):
@@ -320,13 +321,13 @@ def draw(results: dict[str, Any], path: Path, digest: str) -> None:
             fontsize=13,
             fontweight="bold",
         )
-        # No date and no version, so that the same figures give the same bytes; and which figures they are.
+        # Without date and version the same figures give the same bytes. Source identifies the figures.
         figure.savefig(path, dpi=110, metadata={"Software": None, "Source": f"quality.json sha256 {digest}"})
         plt.close(figure)
 
 
 def write(source: Path, folder: Path) -> None:
-    """Writes quality.md and quality.png of that folder; the text by hand is that of docs/quality.md."""
+    """Writes quality.md and quality.png into a folder; the handwritten text is taken from docs/quality.md."""
     content = source.read_bytes()
     results = json.loads(content)
     (folder / "quality.md").write_text(page((DOCS / "quality.md").read_text(), results))
@@ -334,7 +335,7 @@ def write(source: Path, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes; the exit code."""
+    """Writes the page and the plot; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", type=Path, nargs="?", default=SOURCE, help="default: benchmarks/results/quality.json"

@@ -1,8 +1,8 @@
-"""Times the path from inputs to codes beside the matrix product of the same machine.
+"""Times the path from inputs to codes relative to a matrix product on the same machine.
 
-Every time is the shortest of several, taken in turn with torch.mm at the same sizes (common/measuring.py says what the
-limit is). Writes speed.json, speed.md (the same as tables) and growth.png (time against K) into benchmarks/results;
-with --quick, which takes smaller layers, into build/benchmarks.
+Every time is the shortest of several, taken in turn with torch.mm at the same sizes (common/measuring.py defines the
+limit). Writes speed.json, speed.md with the same figures as tables, and growth.png (time against K) into
+benchmarks/results. With --quick smaller layers are measured, and the files go into build/benchmarks.
 """
 
 import argparse
@@ -45,12 +45,12 @@ from benchmarks.speed import memory, shared
 
 Options = dict[str, Any]
 Row = dict[str, Any]
-# Tokens behind a Hessian of which only the time matters that it is swept in.
+# Max tokens of the Hessians; their number does not affect the time of gptq.
 MOST_TOKENS = 2048
 
 
 class Layer(NamedTuple):
-    """A weight [rows, columns]; `copies` of them, one after the other."""
+    """The size of a weight [rows, columns]; `copies` of them are quantized one after the other."""
 
     rows: int
     columns: int
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A batch [tokens, columns]."""
+    """The size of a batch [tokens, columns]."""
 
     tokens: int
     columns: int
@@ -116,11 +116,11 @@ QUICK = Plan(
     growth_group_size=128,
 )
 FULL_SECONDS = 2.0
-# Where a process's threads are put beside another program's differs from process to process.
+# The scheduler places the threads of each process differently, so several processes are measured.
 SHARED_PROCESSES = 8
 QUICK_SECONDS = 0.2
 
-# What a layer may ask for beside the plain case: 4 bits, symmetric, static scales, natural order.
+# Options that are compared with the plain case: 4 bits, symmetric, static scales, natural order.
 OPTIONS: dict[str, Options] = {
     "activation order": {"column_order": "activation"},
     "group order": {"column_order": "group"},
@@ -139,14 +139,14 @@ MEMORY_OPTIONS: dict[str, Options] = {
 
 
 def hessian_of(columns: int) -> Tensor:
-    """[columns, columns], of correlated inputs."""
+    """The Hessian [columns, columns] of correlated inputs."""
     accumulator = miniquant.HessianAccumulator(columns)
     accumulator.update(correlated_inputs(min(2 * columns, MOST_TOKENS), columns))
     return accumulator.hessian()
 
 
 def timed_row(flops: float, done: float, seconds: Mapping[str, float], **what: Any) -> Row:
-    """The work's time beside that of a product of `done` multiplications and additions."""
+    """The time of the work, and the limit from a product of `done` multiplications and additions."""
     return {
         **what,
         "flops": flops,
@@ -158,7 +158,7 @@ def timed_row(flops: float, done: float, seconds: Mapping[str, float], **what: A
 
 
 def measure_layer(layer: Layer, seconds: float) -> Row:
-    """Gptq for one layer, or for several of a size, which do not find each other's data in the caches."""
+    """Times gptq for one layer, or for several of one size, whose data are not in the caches when they start."""
     weights = [random_weight(layer.rows, layer.columns, seed) for seed in range(layer.copies)]
     hessian = hessian_of(layer.columns)
     hessians = [hessian.clone() for _ in weights]
@@ -181,7 +181,7 @@ def measure_layer(layer: Layer, seconds: float) -> Row:
 
 
 def measure_inputs(inputs: Inputs, dtype: torch.dtype, seconds: float) -> Row:
-    """hessian_update_ for a batch; the product is that of float32, in which the sum is kept."""
+    """Times hessian_update_ for a batch; the product is in float32, the dtype of the sum."""
     batch = correlated_inputs(inputs.tokens, inputs.columns)
     given = batch.to(dtype)
     hessian = torch.zeros(inputs.columns, inputs.columns)
@@ -202,7 +202,7 @@ def measure_inputs(inputs: Inputs, dtype: torch.dtype, seconds: float) -> Row:
 
 
 def measure_options(layer: Layer, seconds: float) -> Row:
-    """Every option in turn with the plain case."""
+    """Times every option in turn with the plain case."""
     weight, hessian = random_weight(layer.rows, layer.columns), hessian_of(layer.columns)
 
     def run_with(options: Options) -> Callable[[], object]:
@@ -218,7 +218,7 @@ def measure_options(layer: Layer, seconds: float) -> Row:
 
 
 def measure_memory(layer: Layer, name: str) -> Row:
-    """The peak of a process that calls gptq once."""
+    """The peak memory of a process that calls gptq once."""
     sizes = [str(size) for size in layer[:3]]
     run = subprocess.run(
         [sys.executable, "-m", memory.__name__, *sizes, json.dumps(MEMORY_OPTIONS[name])],
@@ -234,7 +234,7 @@ def measure_memory(layer: Layer, name: str) -> Row:
 
 
 def measure_threads(what: Layer | Inputs, threads: int, seconds: float) -> Row:
-    """One thread against all, of the work and of the product."""
+    """Times the work and the product with one thread and with all threads."""
     rows = {}
     for count in (1, threads):
         torch.set_num_threads(count)
@@ -252,7 +252,7 @@ def measure_threads(what: Layer | Inputs, threads: int, seconds: float) -> Row:
 
 
 def measure_shared(layer: Layer, threads: int, seconds: float) -> Row:
-    """One process on one thread alone; then several, one after the other, beside a program with as many threads."""
+    """Times one process with one thread alone, then several in turn while a program with as many threads runs."""
     program = [sys.executable, "-m", shared.__name__]
 
     def times(count: int) -> Row:
@@ -277,7 +277,7 @@ def measure_shared(layer: Layer, threads: int, seconds: float) -> Row:
 
 
 class Task(NamedTuple):
-    """A figure to be measured: its table, what to show meanwhile, the call."""
+    """A figure to measure: its table, its label in the progress bar, and the call."""
 
     section: str
     label: str
@@ -285,7 +285,7 @@ class Task(NamedTuple):
 
 
 def tasks(plan: Plan, threads: int, seconds: float) -> Iterator[Task]:
-    """All of a plan, in the order of the tables."""
+    """All figures of a plan, in the order of the tables."""
     for layer in plan.layers:
         yield Task("layers", str(layer), partial(measure_layer, layer, seconds))
     for inputs in plan.inputs:
@@ -338,13 +338,13 @@ def layer_of(row: Row) -> Layer:
 
 
 def timed_table(first: str, rows: Sequence[Row], name: Callable[[Row], str]) -> str:
-    """Times beside the limit."""
+    """A table of times and their limits."""
     lines = [[name(row), milliseconds(row["limit_seconds"]), milliseconds(row["seconds"]), share(row)] for row in rows]
     return table([first, "limit, ms", "time, ms", "limit / time"], lines)
 
 
 def options_table(rows: Sequence[Row]) -> str:
-    """An option to a line, a layer to a column."""
+    """A table with a row per option and a column per layer."""
     names = [option["name"] for option in rows[0]["options"]]
     return table(
         ["time relative to the plain case", *(str(layer_of(row)) for row in rows)],
@@ -359,7 +359,7 @@ def options_table(rows: Sequence[Row]) -> str:
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """In units of the bound, and in MiB."""
+    """A table of memory in MiB and relative to the bound."""
     lines = [
         [
             f"{layer_of(row)}, {row['name']}",
@@ -373,7 +373,7 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def threads_table(rows: Sequence[Row]) -> str:
-    """Speedups, beside those of the product."""
+    """A table of the speedups of the work and of the product."""
 
     def name(row: Row) -> str:
         if row["work"] == "gptq":
@@ -395,7 +395,7 @@ def threads_table(rows: Sequence[Row]) -> str:
 
 
 def shared_table(rows: Sequence[Row]) -> str:
-    """The best and the worst process beside another program, in units of one thread's time alone."""
+    """A table of the best and the worst process beside another program, relative to one thread's time alone."""
     lines = [
         [
             f"{work}, {layer_of(row)}",
@@ -443,7 +443,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 
 
 def plot_growth(rows: Sequence[Row], where: Mapping[str, Any], path: Path) -> None:
-    """Time of square layers against K, with the limit."""
+    """Plots the time of square layers against K, with the limit."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
@@ -482,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"least time for each figure; default: {FULL_SECONDS}, with --quick {QUICK_SECONDS}",
+        help=f"min time for each figure; default: {FULL_SECONDS}, with --quick {QUICK_SECONDS}",
     )
     parser.add_argument("--output", type=Path, help="the folder to write into")
     given = parser.parse_args(arguments)

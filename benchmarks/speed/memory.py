@@ -1,7 +1,7 @@
 """Prints the memory, in bytes, that one call of gptq takes beyond its arguments and its results, as JSON.
 
-Run by benchmarks.speed in a process of its own: N K GROUP and the options as JSON. What is counted is the high-water
-mark of the resident set, which Linux lets a process reset.
+benchmarks.speed runs it in a process of its own, with the arguments N K GROUP and the options as JSON. It measures the
+high-water mark of the resident set, which Linux lets a process reset.
 """
 
 import json
@@ -14,13 +14,13 @@ import torch
 import miniquant
 from benchmarks.common.measuring import random_weight
 
-# Given back as soon as they are freed, so that what earlier calls left behind hides nothing: glibc's blocks of more
-# than 64 KiB. Read by glibc when a process starts.
+# glibc reads these when a process starts. It then returns blocks of more than 64 KiB to the system as soon as they are
+# freed; otherwise a call could reuse memory of earlier calls, which would not be counted.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS, the resident set, or VmHWM, the most that it was."""
+    """The size of VmRSS, the resident set, or of VmHWM, its max so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -28,7 +28,7 @@ def resident_bytes(field: str) -> int:
 
 
 def decaying_hessian(columns: int) -> torch.Tensor:
-    """H_ij = 2^-|i - j|: well conditioned, so that float32 is enough."""
+    """H_ij = 2^-|i - j|: well conditioned, so float32 is enough."""
     index = torch.arange(columns, dtype=torch.float32)
     return torch.exp2(-(index[:, None] - index).abs_())
 
@@ -40,7 +40,7 @@ def main() -> None:
     if missing := {name for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}:
         raise SystemExit(f"benchmarks.speed.memory: expected benchmarks.speed to set {', '.join(sorted(missing))}")
     weight, hessian = random_weight(rows, columns), decaying_hessian(columns)
-    # Threads, and what is set up at the first call.
+    # A first call starts the threads and makes other allocations that happen only once.
     miniquant.gptq(random_weight(64, 64), decaying_hessian(64), group_size=32, **options)
 
     Path("/proc/self/clear_refs").write_text("5")

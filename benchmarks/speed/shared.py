@@ -1,8 +1,8 @@
-"""Times gptq, and torch.mm of as many operations, in a process that has to share its processors.
+"""Times gptq, and torch.mm with as many operations, in a process that shares its processors with another program.
 
-Run by benchmarks.speed. `python -m benchmarks.speed.shared N K GROUP THREADS SECONDS` prints the median seconds of a
-call of either as JSON; `python -m benchmarks.speed.shared load THREADS` is the other program: it multiplies matrices
-until it is ended.
+Used by benchmarks.speed. `python -m benchmarks.speed.shared N K GROUP THREADS SECONDS` prints the median time of a call
+of each, in seconds, as JSON. `python -m benchmarks.speed.shared load THREADS` is the other program, which multiplies
+matrices until it is killed.
 """
 
 import json
@@ -21,7 +21,7 @@ LEAST_CALLS = 3
 
 
 def multiply_forever(threads: int) -> None:
-    """The other program."""
+    """Runs the other program."""
     torch.set_num_threads(threads)
     matrix = random_weight(768, 768)
     while True:
@@ -29,7 +29,7 @@ def multiply_forever(threads: int) -> None:
 
 
 def median_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Of at least LEAST_CALLS calls, after one that does not count."""
+    """The median time of at least LEAST_CALLS calls, after one call of warm-up."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -41,7 +41,7 @@ def median_seconds(call: Callable[[], object], seconds: float) -> float:
 
 
 def main() -> None:
-    """Is one of the two programs."""
+    """Runs one of the two programs."""
     if sys.argv[1] == LOAD:
         multiply_forever(int(sys.argv[2]))
     rows, columns, group_size, threads = (int(argument) for argument in sys.argv[1:5])
@@ -52,7 +52,7 @@ def main() -> None:
     accumulator = miniquant.HessianAccumulator(columns)
     accumulator.update(inputs)
     hessian = accumulator.hessian()
-    # As many operations as gptq has, in one product.
+    # One product with as many operations as gptq.
     width = max(1, round(gptq_flops(rows, columns) / product_flops(rows, columns, 1)))
     right = random_weight(columns, width)
     print(

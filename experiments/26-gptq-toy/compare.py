@@ -1,11 +1,11 @@
-"""Compares a new run of the lab with the recorded one, and says what differs.
+"""Compares a new run of the lab with the recorded one, and reports the differences.
 
     python -m experiments.26-gptq-toy.compare NEW RECORDED
 
-On one machine results.json, loss_curve.png and README.md have the same bytes every time. Another instruction set draws
-normal numbers that differ in their last bit, so a few codes and the last digits of figures differ; another version of
-matplotlib draws other pixels; the manifest holds times and the commit. All that is reported. The exit status is 1 where
-a figure of results.json differs by more than TOLERANCE, or where the setups differ.
+On one machine results.json, loss_curve.png and README.md have the same bytes every time. With another instruction set
+the normal random numbers differ in their last bit, so a few codes and the last digits of figures differ. Another
+version of matplotlib draws other pixels, and the manifest has times and the commit. All these differences are reported.
+The exit status is 1 if a figure of results.json differs by more than TOLERANCE, or if the setups differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOLERANCE = 0.01  # relative
 RESULTS, MANIFEST = "results.json", "manifest.json"
 FILES = (RESULTS, MANIFEST, "loss_curve.png", "README.md")
-# Sums over the layer: a code that differs moves them little. Single rows, hashes and ranks are not compared.
+# Sums over the layer, which change little if one code differs. Single rows, hashes and ranks are not compared.
 FIGURES = (
     *(f"{prefix}loss_{scheme}" for prefix in ("", "fresh_") for scheme in ("rtn", "gptq", "best")),
     *("loss_ratio", "best_ratio", "fresh_loss_ratio", "fresh_best_ratio", "n_grid_changes", "ridge", "ridge_added"),
@@ -39,7 +39,7 @@ def without_bits(setup: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compared_results(new: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """What differs between the figures, in words, and what must not differ."""
+    """The differences between the figures, in words, and those that are not allowed."""
     if without_bits(new["setup"]) != without_bits(recorded["setup"]) or new["runs"].keys() != recorded["runs"].keys():
         return "another setup", ["the setups differ"]
     largest, problems = 0.0, []
@@ -62,19 +62,19 @@ def compared_results(new: Mapping[str, Any], recorded: Mapping[str, Any]) -> tup
 
 
 def compared_manifests(new: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    """Which of the fields differ: the times and the commit always may."""
+    """The fields of the manifest that differ; times and the commit may always differ."""
     fields = sorted(key for key in new.keys() | recorded.keys() if new.get(key) != recorded.get(key))
     return f"differs in {', '.join(fields)}"
 
 
 def compared_pages(new: str, recorded: str) -> str:
-    """Whether the words are the same."""
+    """Compares the words of the page, without the digits."""
     same = NUMBER.sub("#", " ".join(new.split())) == NUMBER.sub("#", " ".join(recorded.split()))
     return "the same text with other digits" if same else "another text"
 
 
 def lines(new: Path, recorded: Path, problems: list[str]) -> Iterator[str]:
-    """A line for each file; what must not differ is appended to `problems`."""
+    """Yields a line for each file; differences that are not allowed are appended to `problems`."""
     for name in FILES:
         if (new / name).read_bytes() == (recorded / name).read_bytes():
             said = "the same bytes"
@@ -91,7 +91,7 @@ def lines(new: Path, recorded: Path, problems: list[str]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line for each file; the exit code."""
+    """Prints a line for each file; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("new", type=Path, help="folder of the new run")
     parser.add_argument("recorded", type=Path, help="folder of the recorded run")

@@ -7,15 +7,15 @@
 
 Weights W [N, K] are normal with standard deviation 0.02, calibration inputs X [K, n] are normal or Cauchy, both from
 the default CPU generator in this order; H = X X^T / n. The loss of a row is e H e^T, e = w - dequantize(quantize(w)),
-with H as GPTQ uses it, ridge included. The worst-case-row perplexity proxy is exp of the largest relative output error
-of a row,
+with the same H as in GPTQ, including the ridge. The worst-case-row perplexity proxy is exp of the largest relative
+output error of a row,
 
     exp(max over rows r of (e_r H e_r^T) / (w_r H w_r^T)).
 
 Fresh inputs, drawn right after X, measure every scheme on inputs that none has seen; their H has no ridge.
 
 The schemes: RTN on the plain grid; GPTQ with the setup's options, by default the lab's; best, which is GPTQ with
-miniquant.preset("best"). With the ridge "auto" miniquant.gptq_auto finds one for every run, which best then has too.
+miniquant.preset("best"). With the ridge "auto" miniquant.gptq_auto chooses a ridge for every run, which best also uses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PRESET_OPTIONS = ("column_order", "group_scales", "scale_method", "full_range", 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is compared. The defaults are the lab's; the names are those of `setup` in results.json."""
+    """The setup of a comparison. The defaults are the lab's; the names are those of `setup` in results.json."""
 
     rows: int = 768
     columns: int = 768
@@ -80,9 +80,9 @@ class Setup:
         return cls(**{field.name: setup[field.name] for field in dataclasses.fields(cls)})
 
     def with_preset(self, name: Preset) -> Setup:
-        """The same on the same terms, with the preset in place of the options that presets set."""
+        """The same setup with the options of a preset."""
         options = {option: getattr(Setup, option) for option in PRESET_OPTIONS} | miniquant.preset(name)
-        # An asymmetric grid has every code: full range is for symmetric ones.
+        # full_range is an option of symmetric grids only; an asymmetric grid already uses all codes.
         return dataclasses.replace(self, **options | {"full_range": options["full_range"] and self.symmetric})
 
 
@@ -107,7 +107,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A quantized weight and what it loses."""
+    """A quantized weight and its losses."""
 
     codes: torch.Tensor  # int8 [N, K]
     dequantized: torch.Tensor  # [N, K]
@@ -128,7 +128,7 @@ class Comparison:
     ridge_choice: dict[str, Any] | None  # how the ridge was found, as results.json has it
 
     def figures(self) -> dict[str, Any]:
-        """The run as results.json has it."""
+        """The run in the format of results.json."""
         schemes = {"rtn": self.rtn, "gptq": self.gptq, "best": self.best}
         rows = {name: scheme.row_loss.tolist() for name, scheme in schemes.items()}
         loss = {name: total(scheme.row_loss) for name, scheme in schemes.items()}
@@ -202,7 +202,7 @@ def total(values: torch.Tensor) -> float:
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
-    """Their quotient; None where there is none."""
+    """The quotient; None if a value is missing or the denominator is 0."""
     if numerator is None or denominator is None or denominator == 0:
         return None
     return numerator / denominator
@@ -227,12 +227,12 @@ def top_rows(loss_rtn: Sequence[float], loss_gptq: Sequence[float], *, relative:
 
 
 def sha256(codes: torch.Tensor) -> str:
-    """Of the int8 codes, row by row."""
+    """The SHA-256 of the int8 codes, row by row."""
     return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
 def options_of(setup: Setup) -> dict[str, Any]:
-    """The setup's options of GPTQ, but the ridge."""
+    """The setup's options of GPTQ, except the ridge."""
     return {name: getattr(setup, name) for name in ("bits", "group_size", "symmetric", "block_size", *PRESET_OPTIONS)}
 
 
@@ -244,7 +244,7 @@ def quantize(
 
 
 def ridge_choice(accumulator: miniquant.HessianAccumulator, automatic: miniquant.AutoGptqResult) -> dict[str, Any]:
-    """How a ridge was found in the data, as results.json has it."""
+    """How the ridge was chosen from the data, in the format of results.json."""
     choice = automatic.choice
     return {
         "ridges": list(choice.ridges),
@@ -257,7 +257,7 @@ def ridge_choice(accumulator: miniquant.HessianAccumulator, automatic: miniquant
 
 
 def compare(problem: Problem, setup: Setup) -> Comparison:
-    """Quantizes the weight with every scheme and measures what each loses."""
+    """Quantizes the weight with every scheme and measures the losses."""
     weight, fresh = problem.weight, problem.fresh_hessian
     choice: dict[str, Any] | None = None
     if setup.ridge != "auto":
@@ -285,7 +285,7 @@ def compare(problem: Problem, setup: Setup) -> Comparison:
 
 
 def report(distribution: str, comparison: Comparison) -> str:
-    """The loss tensors and the worst-case-row perplexity proxy of every scheme, for a person to read."""
+    """A readable table of the losses and the worst-case-row perplexity proxy of every scheme."""
     figures = comparison.figures()
     schemes = (comparison.rtn, comparison.gptq, comparison.best)
     losses = torch.stack([scheme.row_loss for scheme in schemes])
@@ -314,7 +314,7 @@ def report(distribution: str, comparison: Comparison) -> str:
 
 
 def differences(name: str, expected: Any, found: Any) -> Iterator[tuple[str, float, str]]:
-    """Every single figure: its name, relative difference, and what either says."""
+    """Every single figure: its name, the relative difference, and both values."""
     if isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
             yield name, math.inf, f"{len(expected)} and {len(found)} values"
@@ -333,7 +333,7 @@ def differences(name: str, expected: Any, found: Any) -> Iterator[tuple[str, flo
 
 
 def check(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], tolerance: float) -> list[str]:
-    """What differs between results.json and these runs by more than the tolerance; nothing where they agree."""
+    """The figures that differ between results.json and these runs by more than the tolerance."""
     problems = []
     for run, figures in runs.items():
         if run not in results["runs"]:
@@ -360,7 +360,7 @@ def ridge_in(text: str) -> float | Literal["auto"]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; those of the setup are None where they are not given."""
+    """Parses the options; options of the setup that are not given are None."""
     parser = argparse.ArgumentParser(
         prog="gptq_toy.py",
         description="Compares GPTQ and its best preset with round-to-nearest on one synthetic Linear layer.",
@@ -380,10 +380,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preset",
         choices=get_args(Preset),
-        help="what GPTQ's options start from (default: the setup)",
+        help="preset that GPTQ's options start from (default: the setup)",
     )
     parser.add_argument(
-        "--full-range", action=argparse.BooleanOptionalAction, help="one code more on the negative side"
+        "--full-range", action=argparse.BooleanOptionalAction, help="one more code on the negative side"
     )
     parser.add_argument(
         "--asymmetric", action="store_const", const=False, dest="symmetric", help="a grid with zero points"
@@ -395,7 +395,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check",
         type=Path,
         metavar="RESULTS",
-        help="take the setup from this results.json and compare with its figures; exit 1 where they differ",
+        help="take the setup from this results.json and compare with its figures; exit status 1 if they differ",
     )
     parser.add_argument(
         "--tolerance",
@@ -407,7 +407,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def setup_of(options: argparse.Namespace, start: Setup) -> Setup:
-    """The setup that the options ask for, starting from another."""
+    """The setup `start`, changed by the given options."""
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)}
     given = {name: value for name, value in given.items() if value is not None}
     setup = dataclasses.replace(start, **given)
@@ -415,7 +415,7 @@ def setup_of(options: argparse.Namespace, start: Setup) -> Setup:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs, prints and compares; the exit code."""
+    """Runs, prints and compares; returns the exit code."""
     options = parse_arguments(arguments)
     results = json.loads(options.check.read_text()) if options.check else None
     setup = setup_of(options, Setup.of_results(results) if results else Setup())

@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 LAB = Path(__file__).resolve().parent
 
-# Orange, blue and this green stay apart for readers with any colour vision; the medians are darker tones.
+# Readers with any colour vision can tell orange, blue and this green apart; the medians are darker tones.
 RTN_COLOUR = "#d9730d"
 GPTQ_COLOUR = "#1f5fa8"
 BEST_COLOUR = "#14a382"
 MEDIAN_COLOURS = {"GPTQ": "#0b2f57", "best": "#06503f"}
 LABELS = {"RTN": "RTN", "GPTQ": "GPTQ", "best": "GPTQ, best preset"}
 TITLES = {"normal": "Normal inputs, X ~ N(0, 1)", "cauchy": "Cauchy inputs, X ~ Cauchy(0, 1)"}
-# A scale that spans more than this from its smallest to its largest row is drawn logarithmic.
+# The scale is logarithmic if the largest row is more than this many times the smallest.
 LINEAR_SPAN = 20.0
 MEDIAN_WINDOW = 49
 
 
 def running_median(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """The median of `window` neighbours, fewer at the ends."""
+    """The running median of `window` neighbours, of fewer at the ends."""
     half = window // 2
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -79,7 +79,7 @@ def draw_rows(axes: Axes, rows: Mapping[str, NDArray[np.float64]], *, sort: bool
 
 
 def draw(source: Path, path: Path) -> None:
-    """One line of panels per run of a results.json: rows as they are stored, and sorted by the loss of RTN."""
+    """Draws one line of panels per run of a results.json: rows as stored, and sorted by the loss of RTN."""
     content = source.read_bytes()
     results = json.loads(content)
     setup, runs = results["setup"], results["runs"]
@@ -111,14 +111,14 @@ def draw(source: Path, path: Path) -> None:
             fontsize=13,
             fontweight="bold",
         )
-        # No date and no version, so that the same figures give the same bytes; and which figures they are.
+        # Without date and version the same figures give the same bytes. Source identifies the figures.
         metadata = {"Software": None, "Source": f"{source.name} sha256 {hashlib.sha256(content).hexdigest()}"}
         figure.savefig(path, dpi=130, metadata=metadata)
         plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws; the exit code."""
+    """Draws the plot; returns the exit code."""
     parser = argparse.ArgumentParser(description="Draws the per-row losses of the three schemes from results.json.")
     parser.add_argument("results", type=Path, nargs="?", default=LAB / "results.json", help="default: the lab's")
     parser.add_argument("--output", type=Path, help="default: loss_curve.png beside the results")

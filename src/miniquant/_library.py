@@ -1,4 +1,4 @@
-"""The native library: whether it goes with the torch that is installed, and how it is loaded."""
+"""The native library: checks that it works with the installed torch, and loads it."""
 
 import json
 import re
@@ -19,16 +19,16 @@ REBUILD = (
 class Build(TypedDict):
     """What the build wrote beside the library, in build.json."""
 
-    torch: str  # built against
-    torch_min: str  # works with torch from this version
-    torch_below: str  # to before this one
+    torch: str  # the version it was built against
+    torch_min: str  # the oldest version it works with
+    torch_below: str  # the first newer version it does not work with
 
 
 def read_build() -> Build:
-    """What the library was built for.
+    """Reads which versions of torch the library was built for.
 
     Raises:
-        ImportError: The library or what was written beside it is missing.
+        ImportError: The library or its build.json is missing.
     """
     for path in (LIBRARY, FOLDER / "build.json"):
         if not path.is_file():
@@ -42,7 +42,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def load_library() -> None:
-    """Registers the operators, unless another way of loading the library has done so already.
+    """Registers the operators, unless they are registered already.
 
     Raises:
         ImportError: There is no library, it was built for other versions of torch, or the loader refuses it.
@@ -51,7 +51,7 @@ def load_library() -> None:
         return
     build = read_build()
     served = f"torch>={build['torch_min']},<{build['torch_below']}"
-    # Looked at first: a library for another version may load and then take a tensor's memory for something else.
+    # Checked before loading: a library for another version may load and then misread a tensor's memory.
     if not numbers(build["torch_min"]) <= numbers(torch.__version__) < numbers(build["torch_below"]):
         raise ImportError(
             f"miniquant's library was built against torch {build['torch']} and works with {served}, "

@@ -1,4 +1,4 @@
-"""What the library that is loaded was made for."""
+"""Properties of the loaded library."""
 
 import torch
 
@@ -6,9 +6,9 @@ import torch
 def instruction_set() -> str:
     """The instruction set of the kernels that run: "baseline", "avx2", "avx512".
 
-    The strongest that the CPU has, unless ``MINIQUANT_ISA`` in the environment names another.
+    It is the most capable one that the CPU supports, unless ``MINIQUANT_ISA`` in the environment names another.
 
     Raises:
-        ValueError: where ``MINIQUANT_ISA`` names none that is supported here.
+        ValueError: if ``MINIQUANT_ISA`` names an instruction set that is unknown or that the CPU does not support.
     """
     return str(torch.ops.miniquant.instruction_set())

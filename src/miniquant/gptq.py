@@ -1,4 +1,4 @@
-"""The algorithm: GPTQ as it is run, and its textbook form."""
+"""The algorithm: GPTQ in its fast form, and in its textbook form."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +16,13 @@ ColumnOrder = Literal["natural", "activation", "group"]
 
 @dataclass(frozen=True, eq=False)
 class GptqResult(QuantizedWeight):
-    """A weight on its grid, and what that costs.
+    """A quantized weight and its loss.
 
     Attributes:
-        row_loss: [N], e H e^T of each row with the ridge in H, at least 0; float64 for a float64 weight, else float32.
-            Here e = weight - (code - zero_point) * scale with the product as computed in that dtype. A bfloat16 or
-            float16 layer rounds the product once more: ``quantization_loss(weight, dequantize(result,
-            dtype=weight.dtype), hessian)`` measures what such a layer loses: 1.36 times as much for a bfloat16 weight
+        row_loss: [N], e H e^T of each row with the ridge in H, at least 0; float64 for a float64 weight, otherwise
+            float32. Here e = weight - (code - zero_point) * scale, with the product computed in that dtype. A bfloat16
+            or float16 layer rounds the product once more; ``quantization_loss(weight, dequantize(result,
+            dtype=weight.dtype), hessian)`` measures the loss of such a layer: 1.36 times as much for a bfloat16 weight
             at 8 bits in our test.
 
     Iterating gives the tensors: ``codes, scales, zero_points, row_loss = gptq(weight, hessian)``.
@@ -32,7 +32,7 @@ class GptqResult(QuantizedWeight):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the operator of ``torch.ops.miniquant`` returns: codes, scales, zero points, loss of each row."""
+        """The tensors that the operator returns: codes, scales, zero points, loss of each row."""
         return self.codes, self.scales, self.zero_points, self.row_loss
 
 
@@ -58,46 +58,48 @@ def gptq(
     refine: int = 0,
     beam_scales: int = 0,
 ) -> GptqResult:
-    """Quantizes a column at a time and moves what rounding lost onto the columns still to come.
+    """Quantizes one column at a time and compensates for its rounding error in the columns that follow.
 
     With H + ridge * mean(diag H) * I = R R^T, R upper triangular, and E = W - Q:
 
     ``target_j = w_j + (sum_{i<j} E_i R_ij) / R_jj``,  ``q_j = quantize(target_j)``
 
     This is Algorithm 1 of the paper without the inverse of H; :func:`gptq_reference` is the algorithm as printed. The
-    result does not depend on the number of threads, nor on ``block_size`` beyond rounding. An input that is always 0
-    (its row and column of H are 0) has its column rounded to nearest on the final scales.
+    result does not depend on the number of threads; ``block_size`` changes it by rounding only. The column of an input
+    that is always 0 (its row and column of H are 0) is rounded to nearest on the final scales.
 
     Args:
         weight: [N, K].
         hessian: [K, K], float32 or float64, symmetric: X X^T / n without a ridge (:class:`HessianAccumulator`).
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
-        symmetric: which of the two grids (see the package).
-        scales: [N, G] to use instead of the weight's own; of ``scale_dtype``, positive (not 0 with ``full_range``).
-        zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
-        full_range: the symmetric grid with one code more (see the package).
-        scale_method: how scales are computed: "absmax"; "mse", the one of least squared error of several; "hessian",
-            the same with column j weighted by H_jj; "loss" (dynamic scales only), the one of several with which the
-            sweep adds least to the loss.
+        symmetric: a symmetric or an asymmetric grid (see the package).
+        scales: [N, G] to use instead of computed ones; of ``scale_dtype``, positive (nonzero with ``full_range``).
+        zero_points: int8 [N, G] for the given ``scales``; required if ``symmetric`` is False.
+        full_range: the symmetric grid with one more code (see the package).
+        scale_method: how scales are computed: "absmax", the smallest that covers the group's range; "mse", of several
+            candidates the one of least squared error; "hessian", the same with column j weighted by H_jj; "loss"
+            (dynamic scales only), of several candidates the one with which the sweep adds least to the loss.
         scale_dtype: the dtype in which scales will be stored: float32, bfloat16, float16 or, for a float64 weight,
             float64; None is the weight's. Scales are rounded to it before codes are chosen, and returned in it.
         ridge: added to the Hessian's diagonal, relative to its mean.
-        block_size: columns per block of the sweep: time, not the result.
-        group_scales: "static" takes a group's scale from the original weights; "dynamic" from the weights as updated
-            by every earlier column, when the group is reached (not in activation order, and no given scales).
+        block_size: columns per block of the sweep; affects the time, not the result.
+        group_scales: "static" computes a group's scale from the original weights; "dynamic" just before the group is
+            quantized, from the weights as updated by every earlier column (not in activation order, and not with given
+            scales).
         column_order: "natural"; "activation": descending diag(H); or "group": whole groups by descending mean diag(H),
-            a shorter last one last, and their columns so that from the last on each has the least variance given those
-            behind it. Scales stay with the stored columns.
-        refine: max rounds of refinement after the sweep. The first moves single codes, scales held, until hardly any
-            move lowers the loss; further rounds fit the scales to their codes as well. Stops when nothing changes.
-        beam_scales: of the scales that ``scale_method="loss"`` tries, the number, up to 25, with which each group is
-            quantized once more by a beam search that keeps four partial choices of codes.
+            a shorter last group last. The order within a group is chosen from its last column to its first: each has
+            the least variance given those after it. Groups are of stored columns in every order.
+        refine: max rounds of refinement after the sweep. The first round changes single codes and keeps the scales,
+            until hardly any change lowers the loss; further rounds fit the scales to their codes as well. Stops when
+            nothing changes.
+        beam_scales: how many of the best scales that ``scale_method="loss"`` finds for a group, 0 to 25, are tried
+            again with a beam search that keeps four partial choices of codes.
 
     Raises:
         ValueError, TypeError: for a bad argument.
         torch.linalg.LinAlgError: H is not positive definite with its ridge, or has a negative diagonal entry; the
-            message names the leading minor, the ridge used and what to try.
+            message names the leading minor, the ridge used and a ridge to try.
     """
     codes, scales, zero_points, row_loss = call(
         "gptq",
@@ -146,10 +148,10 @@ def gptq_reference(
 
     ``err = (w_k - q_k) / Hinv[k, k]``,  ``W[:, k:] -= outer(err, Hinv[k, k:])``
 
-    Written on PyTorch's own operations, for any device; slow, and what :func:`gptq` is tested against. The two agree
-    code for code except where a target lies on a rounding tie to within the precision of the arithmetic. Arguments,
-    result and errors are those of :func:`gptq`, except that it has no ``scale_method="loss"``, ``beam_scales`` and
-    ``refine``, and that scale methods other than "absmax" need the CPU.
+    It uses PyTorch's own operations, runs on any device, and is slow; :func:`gptq` is tested against it. The codes of
+    the two are equal, except where a target lies on a rounding tie to within the precision of the arithmetic.
+    Arguments, result and errors are those of :func:`gptq`, but ``scale_method="loss"``, ``beam_scales`` and ``refine``
+    are rejected, and scale methods other than "absmax" need the CPU.
     """
     codes, scales, zero_points, row_loss = call(
         "gptq_reference",

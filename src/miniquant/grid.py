@@ -1,4 +1,4 @@
-"""The grid a weight is rounded to: rounding to nearest, and back to values."""
+"""The grid that a weight is quantized to: rounding to nearest, and dequantization."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ ScaleMethod = Literal["absmax", "mse", "hessian", "loss"]
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight on its grid, and which grid that is.
+    """A quantized weight and its grid.
 
     Attributes:
         codes: int8 [N, K].
         scales: [N, G], of ``scale_dtype``.
         zero_points: int8 [N, G]; all 0 for a symmetric grid.
-        bits: of a code, 2 to 8.
+        bits: bits of a code, 2 to 8.
         group_size: columns per scale; -1 is one group per row.
-        symmetric: which of the two grids (see the package).
-        full_range: whether it is the symmetric grid with one code more.
+        symmetric: True for a symmetric grid, False for an asymmetric one (see the package).
+        full_range: True for the symmetric grid with one more code.
 
     Iterating gives the tensors: ``codes, scales, zero_points = rtn(weight)``.
     """
@@ -39,7 +39,7 @@ class QuantizedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the operator of ``torch.ops.miniquant`` returns: codes, scales, zero points."""
+        """The tensors that the operator of ``torch.ops.miniquant`` returns: codes, scales, zero points."""
         return self.codes, self.scales, self.zero_points
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -69,12 +69,12 @@ def rtn(
         weight: [N, K].
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
-        symmetric: which of the two grids (see the package).
-        scales: [N, G] to use instead of the weight's own; of ``scale_dtype``, positive (not 0 with ``full_range``).
-        zero_points: int8 [N, G] that go with ``scales``; needed where ``symmetric`` is false.
-        full_range: the symmetric grid with one code more (see the package).
-        scale_method: "absmax", or "mse": of scales that hold from half to 1.1 times the group's range the one of least
-            squared error.
+        symmetric: a symmetric or an asymmetric grid (see the package).
+        scales: [N, G] to use instead of computed ones; of ``scale_dtype``, positive (nonzero with ``full_range``).
+        zero_points: int8 [N, G] for the given ``scales``; required if ``symmetric`` is False.
+        full_range: the symmetric grid with one more code (see the package).
+        scale_method: "absmax", the smallest scale that covers the group's range; or "mse", the scale of least squared
+            error among those for 0.5 to 1.1 times the group's range.
         scale_dtype: the dtype in which scales will be stored: float32, bfloat16, float16 or, for a float64 weight,
             float64; None is the weight's. Scales are rounded to it before codes are chosen, and returned in it.
 
@@ -116,16 +116,16 @@ def dequantize(
 ) -> Tensor:
     """``(codes - zero_points) * scales``, each group with its own.
 
-    The product is computed in the wider of float32, the dtype of ``scales`` and ``dtype``, then rounded to ``dtype``:
-    of bfloat16 scales, ``dtype=torch.float32`` gives the exact values, which ``row_loss`` measures, and None those
-    that a bfloat16 layer computes with.
+    The product is computed in the widest of float32, the dtype of ``scales`` and ``dtype``, then rounded to ``dtype``.
+    With bfloat16 scales, ``dtype=torch.float32`` gives the exact values, for which ``row_loss`` is measured; None gives
+    the values that a bfloat16 layer computes with.
 
     Args:
-        codes: a whole :class:`QuantizedWeight`, and no argument but ``dtype``; or int8 [N, K].
+        codes: a whole :class:`QuantizedWeight`, without further arguments except ``dtype``; or int8 [N, K].
         scales: [N, G].
         zero_points: int8 [N, G].
         group_size: columns per scale; -1 is one group per row.
-        dtype: of the result; None: that of the scales.
+        dtype: dtype of the result; None is the dtype of the scales.
 
     Returns:
         [N, K].

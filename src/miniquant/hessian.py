@@ -18,11 +18,11 @@ def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
         hessian: [K, K], float32 or float64; changed and returned.
         inputs: [..., K], float32, float64, bfloat16 or float16; cast to the Hessian's dtype before the product.
 
-    Threads may update one tensor at a time: calls wait for one another.
+    Several threads may update the same tensor: calls wait for one another.
 
     Raises:
-        ValueError, TypeError: for a bad argument, among them inputs that are not finite, or whose products with what
-            is there would not be; the Hessian is then as it was.
+        ValueError, TypeError: for a bad argument, including inputs that are not finite and inputs with which the sum
+            would overflow; the Hessian is then unchanged.
     """
     call("hessian_update_", hessian, inputs)
     return hessian
@@ -31,18 +31,18 @@ def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
 class HessianAccumulator:
     """Counts tokens and gives X X^T / n over any number of batches.
 
-    How the tokens are split into batches changes the result by rounding only. A call that raises changes nothing.
+    The division of the tokens into batches changes the result by rounding only. A call that raises changes nothing.
 
-    Threads may share an accumulator: calls wait for one another (the sum then depends on their order, by rounding
-    only). A process that has used PyTorch's threads must not fork and go on: start workers of
+    Threads may share an accumulator: calls wait for one another (their order changes the sum by rounding only). A
+    process that has used PyTorch's threads must not fork and continue to compute in the child: start workers of
     ``torch.utils.data.DataLoader`` and ``multiprocessing`` with "spawn", or before the first update.
 
     Args:
         in_features: K.
-        dtype: of the sum, torch.float32 or torch.float64.
-        halves: keep one sum for either half of the tokens, for :func:`miniquant.choose_ridge` and
-            :func:`miniquant.gptq_auto`; twice the memory. A batch that is longer than all before it is cut in two; any
-            other goes to the half that has fewer tokens, so texts that come as batches of their own stay whole.
+        dtype: dtype of the sum, torch.float32 or torch.float64.
+        halves: keep one sum for each half of the tokens, for :func:`miniquant.choose_ridge` and
+            :func:`miniquant.gptq_auto`; takes twice the memory. A batch with more tokens than all before it is cut in
+            two; any other goes to the half with fewer tokens, so texts that come as batches of their own stay whole.
 
     Example:
         >>> accumulator = HessianAccumulator(layer.in_features, halves=True)
@@ -67,12 +67,12 @@ class HessianAccumulator:
 
     @classmethod
     def from_sums(cls, sums: Tensor, tokens: int | Sequence[int]) -> "HessianAccumulator":
-        """Goes on from sums that were made elsewhere.
+        """Makes an accumulator from sums that were computed elsewhere.
 
         Args:
-            sums: X X^T, not divided by anything, float32 or float64, of all tokens [K, K] or of either half [2, K, K];
-                copied.
-            tokens: how many these are; of either half where ``sums`` is of both.
+            sums: X X^T, not divided by the number of tokens, float32 or float64: [K, K] of all tokens, or [2, K, K]
+                with one sum for each half; copied.
+            tokens: the number of tokens; two numbers if ``sums`` has two halves.
 
         Raises:
             ValueError, TypeError: for a bad argument.
@@ -96,22 +96,22 @@ class HessianAccumulator:
 
         Args:
             inputs: [..., K], float32, float64, bfloat16 or float16.
-            mask: bool [...], True for tokens that count, as ``attention_mask.bool()``; what is in the others is not
-                looked at.
-            token_weights: floating point [...], finite and not negative: what each token counts. A token of weight 0
+            mask: bool [...], True for tokens that count, for example ``attention_mask.bool()``; the values of other
+                tokens are ignored.
+            token_weights: floating point [...], finite and not negative: the weight of each token. A token of weight 0
                 is left out.
 
         Raises:
-            ValueError, TypeError: for a bad argument, among them inputs that are not finite, or whose products with
-                those before would not be.
+            ValueError, TypeError: for a bad argument, including inputs that are not finite and inputs with which the
+                sum would overflow.
         """
         call("accumulator_update_", *self._state, inputs, mask=mask, token_weights=token_weights)
 
     def merge(self, other: "HessianAccumulator") -> None:
-        """Adds what another accumulator has seen.
+        """Adds the tokens of another accumulator.
 
         Raises:
-            ValueError, TypeError: where its in_features, dtype or halves differ.
+            ValueError, TypeError: if its in_features, dtype or halves differ.
         """
         if not isinstance(other, HessianAccumulator):
             raise TypeError(
@@ -120,19 +120,19 @@ class HessianAccumulator:
         call("accumulator_merge_", *self._state, *other._state)  # noqa: SLF001
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all that is kept, for :meth:`load_state_dict`; ``torch.load(weights_only=True)`` reads it.
+        """A copy of the state, for :meth:`load_state_dict`; ``torch.load(weights_only=True)`` can read it.
 
         Returns:
-            sums [S, K, K], tokens int64 [S] and weights float64 [2, S] (of tokens, and their squares), where S is 2 if
-            halves are kept apart, otherwise 1.
+            sums [S, K, K], tokens int64 [S] and weights float64 [2, S] (the sums of the token weights and of their
+            squares), where S is 2 with ``halves=True``, otherwise 1.
         """
         return dict(zip(_STATE, self._from_state(self._state)._state, strict=True))  # noqa: SLF001
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all that is kept by what :meth:`state_dict` gave.
+        """Replaces the state by one from :meth:`state_dict`.
 
         Raises:
-            ValueError, TypeError: where it is not the state of an accumulator of this in_features, dtype and halves.
+            ValueError, TypeError: if it is not the state of an accumulator with the same in_features, dtype and halves.
         """
         if set(state) != set(_STATE):
             raise ValueError(
@@ -153,29 +153,29 @@ class HessianAccumulator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the sum."""
+        """The dtype of the sum."""
         return self._state[0].dtype
 
     @property
     def halves(self) -> bool:
-        """Whether either half of the tokens has a sum of its own."""
+        """Whether each half of the tokens has a sum of its own."""
         return len(self._state[0]) == 2
 
     @property
     def tokens(self) -> int:
-        """Tokens that counted so far."""
+        """The number of tokens so far, without masked tokens and tokens of weight 0."""
         return int(call("accumulator_tokens", *self._state)[0])
 
     @property
     def effective_tokens(self) -> float:
-        """How many tokens of equal weight say as much: (sum of weights)^2 / sum of their squares.
+        """The effective sample size: (sum of weights)^2 / sum of squared weights.
 
-        The number of tokens where no weights were given.
+        Without token weights it is the number of tokens.
         """
         return float(call("accumulator_tokens", *self._state)[1])
 
     def hessian(self) -> Tensor:
-        """X diag(w) X^T / (sum of the weights w), a new tensor [K, K]: X X^T / tokens where no weights were given.
+        """X diag(w) X^T / (sum of the weights w), a new tensor [K, K]; without token weights X X^T / tokens.
 
         Raises:
             ValueError: before the first token.
@@ -183,17 +183,17 @@ class HessianAccumulator:
         return cast("Tensor", call("accumulator_hessian", *self._state))
 
     def half(self, index: int) -> Tensor:
-        """The same of the first or the second half, a new tensor [K, K].
+        """The Hessian of the first or the second half (index 0 or 1), a new tensor [K, K].
 
         Raises:
-            ValueError: where halves are not kept, for another index than 0 and 1, or while that half has no token.
+            ValueError: if the accumulator has no halves, for any other index, or while that half has no token.
         """
         return cast("Tensor", call("accumulator_hessian", *self._state, half=index))
 
     def half_tokens(self, index: int) -> int:
-        """Tokens of the first or the second half so far.
+        """The number of tokens in the first or the second half (index 0 or 1) so far.
 
         Raises:
-            ValueError: where halves are not kept, or for another index than 0 and 1.
+            ValueError: if the accumulator has no halves, or for any other index.
         """
         return int(call("accumulator_tokens", *self._state, half=index)[0])

@@ -1,9 +1,9 @@
-"""One quantized layer in a safetensors file: what the driver's ``--save`` writes, and Python reads and writes.
+"""One quantized layer in a safetensors file; the driver's ``--save`` writes the same format.
 
-Tensors: ``codes`` int8 [N, K], ``scales`` [N, G], ``zero_points`` int8 [N, G] and, where the weight was quantized with
-a Hessian, ``row_loss`` [N]. Metadata, all of it text: ``format`` "miniquant.layer", ``version`` "1", ``bits``,
+Tensors: ``codes`` int8 [N, K], ``scales`` [N, G], ``zero_points`` int8 [N, G] and, if the weight was quantized with a
+Hessian, ``row_loss`` [N]. Metadata, all strings: ``format`` "miniquant.layer", ``version`` "1", ``bits``,
 ``group_size``, ``symmetric`` and ``full_range`` ("true" or "false"), ``layer`` (the layer's name, or "") and
-``options`` (a JSON object with the options it was quantized with).
+``options`` (a JSON object with the options that it was quantized with).
 """
 
 import json
@@ -29,12 +29,13 @@ _ROW_LOSS_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class SavedLayer:
-    """What a layer file holds.
+    """The contents of a layer file.
 
     Attributes:
-        quantized: the weight on its grid; a :class:`miniquant.GptqResult` where the loss of each row was saved.
+        quantized: the quantized weight; a :class:`miniquant.GptqResult` if the file has the loss of each row.
         layer: the layer's name, or "".
-        options: those that it was quantized with, as keyword arguments of :func:`miniquant.gptq`; for the record.
+        options: the options that it was quantized with, as keyword arguments of :func:`miniquant.gptq`; information
+            only.
     """
 
     quantized: QuantizedWeight | GptqResult
@@ -52,14 +53,14 @@ def save_layer(
     """Writes a quantized weight to a safetensors file, which appears whole or not at all.
 
     Args:
-        path: of the file; one that exists is replaced.
-        quantized: of :func:`miniquant.rtn`, :func:`miniquant.gptq` or :func:`miniquant.gptq_auto`.
-        layer: the layer's name, for the record.
-        options: those that it was quantized with, for the record; values that JSON can hold.
+        path: path of the file; an existing file is replaced.
+        quantized: result of :func:`miniquant.rtn`, :func:`miniquant.gptq` or :func:`miniquant.gptq_auto`.
+        layer: the layer's name; information only.
+        options: the options that it was quantized with, as values that JSON can represent; information only.
 
     Raises:
         ValueError, TypeError: for a bad argument.
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
 
     Example:
         >>> options = preset("best")
@@ -95,14 +96,14 @@ def save_layer(
 
 
 def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
-    """Reads what :func:`save_layer` or the driver's ``--save`` wrote; nothing is taken on trust.
+    """Reads a file of :func:`save_layer` or of the driver's ``--save``, and checks all of its contents.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        OSError: where the file cannot be read.
-        ValueError: where it is no such file; the message names the file, what was expected and what it has.
+        OSError: if the file cannot be read.
+        ValueError: if it is not a valid layer file; the message names the file, what was expected and what it has.
     """
     tensors, metadata = _read(Path(path))
     where = f"load_layer: {os.fspath(path)}"
@@ -139,7 +140,7 @@ def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
     row_loss = tensors.get("row_loss")
     try:
         _check(where, "the file", quantized, row_loss)
-    except TypeError as error:  # a file of another dtype is no wrong argument
+    except TypeError as error:  # a wrong dtype in a file is not a wrong argument type
         raise ValueError(str(error)) from None
     if row_loss is not None:
         quantized = GptqResult(*parts, grid["bits"], grid["group_size"], symmetric, full_range, row_loss)
@@ -147,10 +148,10 @@ def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a layer that a safetensors file has, and its metadata."""
+    """The layer's tensors in a safetensors file, and the file's metadata."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415  (as in save_layer)
 
-    with path.open("rb"):  # an OSError that names the file; the package's own has no such type
+    with path.open("rb"):  # raises an OSError that names the file; the package raises a type of its own
         pass
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -161,7 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor | None) -> None:
-    """A quantized weight that fits together: dtypes, shapes, and codes that its grid has."""
+    """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid."""
 
     def expect(name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], tensor: Tensor) -> None:
         if tensor.dtype not in dtypes:
@@ -206,7 +207,7 @@ def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor |
 
 
 def _replace_file(path: Path, content: bytes) -> None:
-    """Writes beside the file and renames, so that no reader ever sees half of it."""
+    """Writes a new file in the same folder, then renames it: a reader never sees a partial file."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with new.open("xb") as file:

@@ -1,4 +1,4 @@
-"""What a layer loses by quantization."""
+"""The loss of a quantized layer."""
 
 from typing import cast
 
@@ -14,14 +14,15 @@ def quantization_loss(weight: Tensor, dequantized: Tensor | QuantizedWeight, hes
 
     Args:
         weight: [N, K].
-        dequantized: [N, K], in any dtype that a weight may have; or a :class:`miniquant.QuantizedWeight`, measured as
-            ``row_loss`` is: with (code - zero_point) * scale as computed in float32 (float64 where the weight or the
-            scales are float64). A bfloat16 or float16 layer rounds these values once more: pass
-            ``dequantize(quantized, dtype=weight.dtype)`` to measure what it computes with.
-        hessian: [K, K], float32 or float64; ``row_loss`` is measured with the ridge added to its diagonal.
+        dequantized: [N, K], in any dtype that a weight may have; or a :class:`miniquant.QuantizedWeight`, measured like
+            ``row_loss``: with (code - zero_point) * scale computed in float32 (float64 if the weight or the scales are
+            float64). A bfloat16 or float16 layer rounds these values once more: pass
+            ``dequantize(quantized, dtype=weight.dtype)`` to measure the values that such a layer computes with.
+        hessian: [K, K], float32 or float64. ``row_loss`` is measured with the ridge added to the diagonal; add it here
+            to compare.
 
     Returns:
-        [N], float64 for a float64 weight, else float32; accumulated in float64.
+        [N], float64 for a float64 weight, otherwise float32; accumulated in float64.
 
     Raises:
         ValueError, TypeError: for a bad argument.

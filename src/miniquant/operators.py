@@ -1,4 +1,4 @@
-"""The one way in which the typed functions call their operators: with arguments whose Python types are checked."""
+"""Calls of the operators with arguments whose Python types are checked; the typed functions all use it."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,12 +11,12 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _expectations(name: str) -> Mapping[str, str]:
-    """What the schema of an operator expects of each argument, in order: "Tensor", "Optional[Tensor]", "int", ..."""
+    """The type of each argument in an operator's schema, in order: "Tensor", "Optional[Tensor]", "int", ..."""
     schema = getattr(torch.ops.miniquant, name).default._schema  # noqa: SLF001  (there is no public way)
     return MappingProxyType({argument.name: str(argument.real_type) for argument in schema.arguments})
 
 
-# Read once: torch.compile does not trace through schemas.
+# Read at import: torch.compile does not trace through schemas.
 _EXPECTED = {
     name: _expectations(name)
     for name in (
@@ -49,10 +49,10 @@ _WORDS = {
 
 
 def _is_number(expected: str, value: object) -> bool:
-    """Whether the dispatcher takes a value for "int", "SymInt", "float" or "bool"."""
-    if isinstance(value, Tensor):  # one element is a number, too
+    """Whether the dispatcher accepts a value as "int", "SymInt", "float" or "bool"."""
+    if isinstance(value, Tensor):  # a tensor of one element is accepted as a number
         return value.numel() == 1 and (expected == "float" or not value.is_floating_point())
-    # Numbers of other libraries convert themselves.
+    # Numbers of other libraries have conversion methods.
     if expected == "float":
         return isinstance(value, NUMBERS) or hasattr(value, "__float__")
     if expected == "bool":
@@ -61,7 +61,7 @@ def _is_number(expected: str, value: object) -> bool:
 
 
 def _is_a(expected: str, value: object) -> bool:
-    """Whether the dispatcher takes a value for a type of the schema language."""
+    """Whether the dispatcher accepts a value as a type of the schema language."""
     if expected == "Tensor":
         return isinstance(value, Tensor)
     if expected == "str":
@@ -72,7 +72,7 @@ def _is_a(expected: str, value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """A value as a message shows it: whole where it is short."""
+    """A value as error messages show it: tensors and unknown types by type and shape."""
     if value is None or isinstance(value, (str, bool, int, float, torch.dtype)):
         return f"{value!r}" if value is None else f"{value!r} of type {type(value).__name__}"
     if isinstance(value, Tensor):
@@ -83,11 +83,11 @@ def _described(value: object) -> str:
 
 
 def check_argument(op: str, name: str, expected: str, value: object) -> None:
-    """Raises the TypeError of `op` where the argument `name` is not of a type of the schema language."""
+    """Raises a TypeError if the argument `name` of `op` is not of the type `expected`, in the schema language."""
     optional = expected.startswith("Optional[")
     inner = expected.removeprefix("Optional[").removesuffix("]")
     if (value is None and optional) or _is_a(inner, value):
-        # Nested tensors of torch.jagged answer every operator themselves, so ours would not see them.
+        # Nested tensors of layout torch.jagged intercept every operator, so our operator could not check them.
         if inner == "Tensor" and isinstance(value, Tensor) and value.layout == torch.jagged:
             raise ValueError(
                 f"{op}: expected {name} to be a dense tensor of layout Strided, "
@@ -103,7 +103,8 @@ def call(name: str, *arguments: Any, **options: Any) -> Any:
     """Calls ``torch.ops.miniquant.<name>`` with arguments in the schema's order and options by name.
 
     Raises:
-        TypeError: for an argument of another Python type, named by the argument; whatever the operator raises.
+        TypeError: for an argument of another Python type; the message names the argument. Also any error that the
+            operator raises.
     """
     expected = _EXPECTED[name]
     for (argument, kind), value in zip(expected.items(), arguments, strict=False):

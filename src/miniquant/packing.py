@@ -1,4 +1,4 @@
-"""Codes as they are stored: without gaps between their bits."""
+"""Packed codes: stored without gaps between their bits."""
 
 from typing import cast, overload
 
@@ -17,13 +17,13 @@ def pack(codes: Tensor, bits: int) -> Tensor: ...
 
 
 def pack(codes: Tensor | QuantizedWeight, bits: int | None = None) -> Tensor:
-    """Codes of ``bits`` bits without gaps.
+    """Packs codes of ``bits`` bits without gaps.
 
     A row is one little-endian stream of bits: bit i of column k, in two's complement, is bit ``k * bits + i`` of the
-    row, and bit j of the row is bit ``j % 8`` of byte ``j // 8``. What is left of the last byte is 0.
+    row, and bit j of the row is bit ``j % 8`` of byte ``j // 8``. Unused bits of the last byte are 0.
 
     Args:
-        codes: a whole :class:`miniquant.QuantizedWeight`, and no other argument; or int8 [N, K], values in
+        codes: a whole :class:`miniquant.QuantizedWeight`, without further arguments; or int8 [N, K] with values in
             [-2^(bits - 1), 2^(bits - 1) - 1].
         bits: 2 to 8.
 

@@ -1,4 +1,4 @@
-"""Options that belong together, as keyword arguments of :func:`miniquant.gptq`."""
+"""Presets: sets of options, as keyword arguments of :func:`miniquant.gptq`."""
 
 from typing import Any, Literal, get_args
 
@@ -8,7 +8,7 @@ Preset = Literal["plain", "fast", "best"]
 
 
 def _changed_options(name: str, *, symmetric: bool) -> dict[str, Any]:
-    """What a preset sets otherwise than :func:`miniquant.gptq` does by itself."""
+    """The options of a preset that differ from the defaults of :func:`miniquant.gptq`."""
     schema, of_gptq = (getattr(torch.ops.miniquant, op).default._schema for op in ("preset", "gptq"))  # noqa: SLF001
     defaults = {argument.name: argument.default_value for argument in of_gptq.arguments}
     values = torch.ops.miniquant.preset(name, symmetric=symmetric)
@@ -16,7 +16,7 @@ def _changed_options(name: str, *, symmetric: bool) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value != defaults[option]}
 
 
-# Read once, so that a compiled function finds plain values.
+# Read at import: a compiled function needs plain values.
 _PRESETS = {
     (name, symmetric): _changed_options(name, symmetric=symmetric)
     for name in get_args(Preset)
@@ -25,24 +25,25 @@ _PRESETS = {
 
 
 def preset(name: Preset, *, symmetric: bool = True) -> dict[str, Any]:
-    """Keyword arguments of :func:`miniquant.gptq`; bits, group_size and ridge keep their defaults, or are added beside.
+    """Keyword arguments of :func:`miniquant.gptq` for a preset; pass bits, group_size and ridge in addition.
 
-    - "plain": scales that just hold each group's range, codes in [-7, 7] at 4 bits, columns from left to right.
-    - "fast": a lower loss for little more time: columns in activation order, scales of least squared error, every code
+    - "plain": the smallest scale that covers each group's range, codes in [-7, 7] at 4 bits, columns from left to
+      right.
+    - "fast": a lower loss for little more time: columns in activation order, scales of least squared error, all codes
       used.
-    - "best": the lowest loss: groups in order of activation, each group's scale chosen by what it adds to the loss,
-      every code used, a beam search of the codes, two rounds of refinement.
+    - "best": the lowest loss: groups in descending mean of diag(H), each group's scale chosen by what it adds to the
+      loss, all codes used, a beam search of the codes, two rounds of refinement.
 
-    docs/algorithm.md says what each gains and costs. To replace an option that the preset has, merge it in: the second
-    example.
+    docs/algorithm.md says what each gains and costs. To replace an option of the preset, merge the dictionaries as in
+    the second example.
 
     Args:
-        name: of the preset.
-        symmetric: False for an asymmetric grid. It has every code already, so ``full_range`` is left out and
-            ``symmetric=False`` put in.
+        name: "plain", "fast" or "best".
+        symmetric: False for an asymmetric grid. This grid uses all codes already, so the result contains
+            ``symmetric=False`` instead of ``full_range``.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for any other name.
 
     Example:
         >>> miniquant.gptq(weight, hessian, bits=3, **miniquant.preset("best"))

@@ -1,4 +1,4 @@
-"""A ridge from the data, and GPTQ with it."""
+"""The ridge chosen from the data, and GPTQ with that ridge."""
 
 import inspect
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-def
 
 
 class RidgeChoice(NamedTuple):
-    """The ridge that the data ask for, and what was found on the way.
+    """The ridge chosen from the data, and the held-out losses that it was chosen by.
 
     Attributes:
         ridge: relative to the Hessian's mean diagonal, as ``ridge`` of :func:`miniquant.gptq`.
-        ridges: those that were judged, ascending; with the last GPTQ rounds to nearest.
-        held_out: the held-out loss of each, relative to that of the last: below 1 where GPTQ is better than rounding to
-            nearest.
-        fallbacks: larger ridges, to try in turn where the Hessian is not positive definite with ``ridge``.
+        ridges: all ridges that were tried, ascending; with the last one GPTQ rounds to nearest.
+        held_out: the held-out loss of each ridge, relative to that of the last: below 1 if GPTQ is better than rounding
+            to nearest.
+        fallbacks: larger ridges, to try in turn if the Hessian is not positive definite with ``ridge``.
     """
 
     ridge: float
@@ -33,12 +33,12 @@ class RidgeChoice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AutoGptqResult(GptqResult):
-    """What :func:`miniquant.gptq` gives with a ridge from the data, and that ridge.
+    """The result of :func:`miniquant.gptq` with a ridge chosen from the data, and that ridge.
 
     Attributes:
-        choice: how the ridge was found.
-        ridge: the one that was used: ``choice.ridge``, or larger.
-        failed: ridges, ascending, with which the Hessian was not positive definite.
+        choice: how the ridge was chosen.
+        ridge: the ridge that was used: ``choice.ridge``, or a larger one.
+        failed: the ridges, ascending, with which the Hessian was not positive definite.
     """
 
     choice: RidgeChoice
@@ -69,20 +69,20 @@ def choose_ridge(
     group_size: int = 64,
     symmetric: bool = True,
 ) -> RidgeChoice:
-    """Judges ridges by the tokens themselves.
+    """Chooses the ridge by cross-validation on the calibration tokens.
 
-    Some rows of the weight are quantized with the Hessian of one half of the tokens and measured with that of the
-    other, both ways round, and the ridge of least loss is taken. With fewer tokens in a half than columns, ridges below
-    (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data", says why. Where tokens have weights,
-    the effective number of tokens takes the place of theirs. Costs twelve factorizations of H, and at most twelve
-    sweeps over 128 rows.
+    Some rows of the weight are quantized with the Hessian of one half of the tokens, and their loss is measured with
+    the Hessian of the other half; then the other way round. The ridge of least loss is chosen. If a half has fewer
+    tokens than columns, ridges below (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data",
+    says why. With token weights the effective number of tokens is used. The choice costs twelve factorizations of H,
+    and at most twelve sweeps over 128 rows.
 
     Args:
         weight: [N, K].
-        accumulator: one that keeps its halves apart (``HessianAccumulator(K, halves=True)``), with a token in either.
+        accumulator: an accumulator with halves (``HessianAccumulator(K, halves=True)``), each with at least one token.
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
-        symmetric: which of the two grids.
+        symmetric: a symmetric or an asymmetric grid.
 
     Raises:
         ValueError, TypeError: for a bad argument.
@@ -104,19 +104,19 @@ def choose_ridge(
 
 
 def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:
-    """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` finds: the call to start from.
+    """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` chooses: the recommended call.
 
-    Where the Hessian is not positive definite with it, the choice's ``fallbacks`` are tried; the result says which ridge
-    was used.
+    If the Hessian is not positive definite with that ridge, the choice's ``fallbacks`` are tried in turn; the result says
+    which ridge was used.
 
     Args:
         weight: [N, K].
-        accumulator: one that keeps its halves apart, with a token in either.
-        options: those of :func:`miniquant.gptq` but ``ridge``.
+        accumulator: an accumulator with ``halves=True``, each half with at least one token.
+        options: the options of :func:`miniquant.gptq`, except ``ridge``.
 
     Raises:
         ValueError, TypeError: for a bad argument.
-        torch.linalg.LinAlgError: where no such ridge makes the Hessian positive definite.
+        torch.linalg.LinAlgError: if none of these ridges makes the Hessian positive definite.
 
     Example:
         >>> accumulator = HessianAccumulator(layer.in_features, halves=True)

@@ -1,4 +1,4 @@
-"""What several test files share: where the clone is, a seeded generator, programs built on the installed library."""
+"""Shared fixtures: the root of the clone, a seeded generator, programs built with the installed library."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def build_dir() -> Path:
-    """The Release build, which scripts/setup leaves in build/release; MINIQUANT_BUILD_DIR names another."""
+    """The Release build: build/release, which scripts/setup makes, unless MINIQUANT_BUILD_DIR names another folder."""
     build = Path(os.environ.get("MINIQUANT_BUILD_DIR", ROOT / "build" / "release")).resolve()
     if not (build / "build.ninja").is_file():
         pytest.fail(f"{build} is not a configured build: run scripts/setup")
@@ -29,13 +29,13 @@ def build_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same numbers, alone or among others."""
+    """Every test draws the same random numbers, whether it runs alone or with others."""
     torch.manual_seed(42)
 
 
 @pytest.fixture(autouse=True)
 def threads_restored() -> Iterator[None]:
-    """A test that sets the number of threads leaves no trace."""
+    """Restores the number of threads after every test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -43,7 +43,7 @@ def threads_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., str]:
-    """Runs a command and gives its standard output; where it fails, the test fails with all that it said."""
+    """Runs a command and returns its standard output; if it fails, the test fails with its whole output."""
 
     def run_(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         result = subprocess.run(
@@ -65,7 +65,7 @@ def run() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def installed_tree(build_dir: Path, tmp_path_factory: pytest.TempPathFactory, run: Callable[..., str]) -> Path:
-    """A prefix with what `cmake --install` puts there."""
+    """A prefix with the files that `cmake --install` installs."""
     prefix = tmp_path_factory.mktemp("prefix")
     run("cmake", "--install", build_dir, "--prefix", prefix)
     return prefix

@@ -1,4 +1,4 @@
-"""What the operators are compared with: a float64 GPTQ of its own, and the rule that tells rounding ties apart.
+"""The oracle for the operators: an independent GPTQ in float64, and the rule that excuses rounding ties.
 
 Written from Frantar et al. 2022 (arXiv:2210.17323), Algorithm 1, on numpy: one column at a time, with the upper
 Cholesky factor U of H^-1 (U^T U = H^-1),
@@ -7,7 +7,7 @@ Cholesky factor U of H^-1 (U^T U = H^-1),
     err        = (w_j - dequantize(q_j)) / U_jj
     W[:, j:]  -= outer(err, U[j, j:])
 
-It shares nothing with the library but the definition of the grid.
+It shares only the definition of the grid with the library.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float64]
 
 Mutation = Literal["none", "wrong triangle", "wrong sign", "update after quantizing"]
-"""The lab's pitfalls. Every one of them has to be seen by `assert_same_codes`."""
+"""The lab's pitfalls. `assert_same_codes` has to detect every one of them."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What the oracle says about a weight [N, K] with G groups per row."""
+    """The oracle's result for a weight [N, K] with G groups per row."""
 
     codes: Tensor  # int8 [N, K]
     scales: Tensor  # [N, G], the weight's dtype where it is computed from the weight alone, else float64
@@ -53,11 +53,11 @@ SMALLEST_SCALE = {
     torch.bfloat16: 2.0**-126,
     torch.float16: 2.0**-24,
 }
-"""A group that is not all 0 never gets scale 0: the smallest normal number, but in float16 the smallest of all."""
+"""The min scale of a group that is not all 0: the smallest normal number, in float16 the smallest subnormal."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the half types are computed in float32."""
+    """float64 for float64, otherwise float32: the half types are computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -88,7 +88,7 @@ def group_grid(values: Tensor, bits: int, *, symmetric: bool, stored: torch.dtyp
     low = values.amin(1).clamp(max=0)
     high = values.amax(1).clamp(min=0)
     empty = low == high
-    # Halves, so that the range of the largest weights does not overflow.
+    # Each term is halved; otherwise the range of the largest weights could overflow.
     scale = (high / 2 - low / 2) / (code_max - code_min) * 2
     scale = _stored_scale(torch.where(empty, 1.0, scale), stored)
     offset = (-low / scale).clamp(0, code_max - code_min)
@@ -149,7 +149,7 @@ def quadratic_form(error: Matrix, hessian: Matrix) -> Matrix:
 
 
 def tie_tolerance(hessian: Matrix, bits: int) -> float:
-    """How far from a tie, in levels, float64 rounding may push a target over it.
+    """The max distance from a tie, in levels, at which float64 rounding can move a target over it.
 
     A backward stable factorization followed by substitution quantizes for a Hessian perturbed by a small multiple of
     K eps |H| (here 4). That moves the targets by at most the condition number times as much, relative to their size,
@@ -195,14 +195,14 @@ def gptq(
         diagonal = hessian.diagonal().tolist()
         order.sort(key=lambda column: -diagonal[column])
 
-    # An input that is always 0 and got no ridge: any positive pivot leaves its column alone.
+    # For an input that is always 0, without a ridge, any positive pivot decouples its column.
     pivoted = damped + np.diag((np.diag(damped) == 0).astype(np.float64))
     pivoted = pivoted[np.ix_(order, order)]
     upper: Matrix = np.linalg.cholesky(np.linalg.inv(pivoted)).T if columns else pivoted
     if mutation == "wrong triangle":
         upper = upper.T
     sign = 1.0 if mutation == "wrong sign" else -1.0
-    # One by one; the mutation rounds eight columns before any of them is made up for.
+    # One by one; the mutation rounds eight columns before it compensates for any of them.
     update_every = 8 if mutation == "update after quantizing" else 1
 
     w: Matrix = original[:, order].copy()
@@ -305,7 +305,7 @@ class Lab:
 
 @cache
 def lab(distribution: Literal["normal", "cauchy"]) -> Lab:
-    """As the driver draws it. Leaves the default generator as it was. Shared by its users: not to be written to."""
+    """The lab's layer as the driver draws it; restores the default generator. Callers share it: do not change it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(42)
         weight = torch.randn(768, 768) * 0.02

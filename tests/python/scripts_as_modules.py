@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(path: str) -> ModuleType:
-    """The script at a path relative to the root of the clone, run anew; sys.modules has it by its stem from then on."""
+    """Loads the script at a path relative to the root of the clone and puts it into sys.modules under its stem."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None

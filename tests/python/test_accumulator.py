@@ -1,4 +1,4 @@
-"""The accumulator: what a refused batch leaves, masks and weights, merging, saving, threads, and its operators."""
+"""The accumulator: the state after a rejected batch, masks, weights, merging, saving, threads, and its operators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def with_one(inputs: Tensor, value: float, *index: int) -> Tensor:
 
 
 def assert_refused(accumulator: HessianAccumulator, message: str, call: Callable[[], object], error: Any) -> None:
-    """That the call raises exactly this and that nothing of the accumulator changes."""
+    """Checks that the call raises exactly this error and leaves the accumulator unchanged."""
     before = accumulator.state_dict()
     with pytest.raises(error) as caught:
         call()
@@ -118,7 +118,7 @@ def test_hessian_update_refuses_before_it_changes() -> None:
 
 
 def test_inference_mode() -> None:
-    """Made there and updated outside, and the other way round: an accumulator's tensors are normal ones."""
+    """An accumulator made in inference mode can be updated outside, and the other way round."""
     with torch.inference_mode():
         inside = HessianAccumulator(2)
         inside.update(torch.ones(3, 2))
@@ -143,7 +143,7 @@ def test_inference_mode() -> None:
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_a_mask_leaves_padding_out(halves: bool) -> None:
-    """Right-padded texts, with anything at all in the padding."""
+    """Right-padded texts, with arbitrary values in the padding."""
     inputs = tokens_of(4, 6, 5)
     lengths = torch.tensor([6, 3, 1, 0])
     mask = torch.arange(6) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""The benchmarks: that they count, time and score what they say, and that their tables are what their figures make."""
+"""The benchmarks: their counts, times and scores are right, and their tables show their figures."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def fake_python(folder: Path, body: str) -> Path:
 
 
 def test_compare_peers_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ours alone, so that no peer need be installed; what is saved for one option is not that of another."""
+    """Only our own runner, which needs no peer installed; each option's saved weight is its own."""
     ours = [contender for contender in compare_peers.CONTENDERS if contender.runner == compare_peers.OURS][:2]
     monkeypatch.setattr(compare_peers, "CONTENDERS", ours)
     fake_python(tmp_path / "venv", "exit 1")

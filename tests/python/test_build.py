@@ -1,4 +1,4 @@
-"""How the project is configured and packaged: any build of torch, no CUDA toolkit, and one reason where it fails."""
+"""Configuring and packaging the project: with any build of torch, without a CUDA toolkit; failures give one reason."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def make_torch(folder: Path, version: str | None = None) -> Path:
 
 
 def configure(source: Path, build: Path, *definitions: str) -> tuple[int, str]:
-    """The exit status of a configuration and all that it said, on one line, as CMake breaks lines where it likes."""
+    """The exit status of a configuration and its output joined into one line, because CMake wraps lines."""
     result = subprocess.run(
         ["cmake", "-S", source, "-B", build, "-G", "Ninja", *definitions],
         stdout=subprocess.PIPE,
@@ -80,7 +80,7 @@ def test_configuration_without_torch_says_what_to_give(root: Path, tmp_path: Pat
 def test_consumer_is_built_without_a_cuda_toolkit(
     root: Path, installed_tree: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    """Through the dispatcher, whose program compiles in seconds; the others differ in their sources alone."""
+    """The program that calls the dispatcher compiles in seconds; the others differ only in their sources."""
     package, build = make_torch(tmp_path / "torch"), tmp_path / "build"
     definitions = (f"-DCMAKE_PREFIX_PATH={installed_tree}", f"-DTorch_DIR={package}")
     status, text = configure(root / "tests" / "consumer", build, *definitions)

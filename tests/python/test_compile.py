@@ -109,7 +109,7 @@ def test_meta_and_fake_tensors_give_the_same_shapes_and_dtypes(call: Call) -> No
 
 
 def whole_layer(weight: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Through every operator and the accumulating one, as a user's function would be."""
+    """A user's function that calls every operator, including the accumulating one."""
     hessian = miniquant.hessian_update_(torch.zeros(weight.shape[1], weight.shape[1]), inputs) / inputs.shape[0]
     rounded = miniquant.rtn(weight, group_size=16)
     result = miniquant.gptq(weight, hessian, group_size=16)
@@ -133,7 +133,7 @@ def test_compile_with_no_graph_break(dynamic: bool) -> None:
 
 @pytest.mark.slow
 def test_compile_with_inductor() -> None:
-    """The default backend, and an update in place that the compiled function's caller must see."""
+    """The default backend, with an in-place update that the caller of the compiled function must see."""
 
     def update_and_quantize(weight: Tensor, hessian: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         miniquant.hessian_update_(hessian, inputs)
@@ -159,10 +159,10 @@ def test_compiled_calls_refuse_what_eager_ones_do() -> None:
         return miniquant.gptq(weight, hessian).codes
 
     compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
-    # Seen while tracing, from the shapes; torch wraps the error and keeps its text.
+    # Detected from the shapes while tracing; torch wraps the error and keeps its text.
     with pytest.raises(Exception, match=r"gptq: expected hessian to have shape \[K, K\] = \[8, 8\]"):
         compiled(weight, torch.eye(7))
-    # Seen when it runs, from the values.
+    # Detected from the values when it runs.
     torch.compiler.reset()
     compiled(weight, hessian)
     with pytest.raises(ValueError, match="gptq: expected hessian to be finite, but got nan"):

@@ -72,7 +72,7 @@ def test_installed_driver_runs(installed_tree: Path, run: Callable[..., str]) ->
 
 
 def test_exported_symbols_are_ours(installed_tree: Path, run: Callable[..., str]) -> None:
-    """The library exports its public functions and nothing of its inside."""
+    """The library exports its public functions and no internal symbols."""
     (library,) = installed_tree.rglob("libminiquant.so")
     symbols = run("nm", "--dynamic", "--defined-only", "--demangle", library)
     assert "miniquant::gptq(" in symbols

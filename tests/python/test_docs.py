@@ -1,4 +1,4 @@
-"""What the documentation shows is what the code says and does."""
+"""The documentation agrees with the code and its output."""
 
 import re
 import subprocess

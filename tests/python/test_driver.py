@@ -1,4 +1,4 @@
-"""The driver as its users meet it: the built program, its files, its exit codes and its documentation."""
+"""The driver as its users see it: the built program, its files, its exit codes and its documentation."""
 
 import copy
 import hashlib
@@ -72,7 +72,7 @@ def driver(program: Path) -> Driver:
 
 @pytest.fixture(scope="session")
 def lab(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the driver fills without options but the folder."""
+    """The folder that the driver writes with no option except the folder."""
     folder = tmp_path_factory.mktemp("lab")
     driver("--output", folder)
     return folder
@@ -271,7 +271,7 @@ def test_a_ridge_from_the_data_does_the_lab_no_harm(automatic: tuple[Path, str],
     validate(folder)
     document = load(folder / "results.json")
     assert document["setup"]["ridge"] == "auto"
-    # 128 tokens of white inputs say nothing of others. RTN's loss, where GPTQ with the lab's ridge has 1.88 times that.
+    # 128 tokens of white inputs say nothing about others. The loss is RTN's; the lab's ridge gives 1.88 times that.
     normal = document["runs"]["normal"]
     assert normal["fresh_loss_ratio"] == pytest.approx(1.0, abs=0.01)
     assert load(lab / "results.json")["runs"]["normal"]["fresh_loss_ratio"] > 1.8
@@ -298,7 +298,7 @@ def test_a_ridge_from_the_data_is_the_library_s(automatic: tuple[Path, str]) -> 
         "failed": [],
     }
     assert run["codes_sha256_gptq"] == hashlib.sha256(quantized.codes.numpy().tobytes()).hexdigest()
-    # best has the same ridge: it shares all that a ridge is chosen by.
+    # best has the same ridge, because all options that the choice depends on are the same.
     best = miniquant.gptq(weight, accumulator.hessian(), ridge=quantized.ridge, **miniquant.preset("best"))
     assert run["codes_sha256_best"] == hashlib.sha256(best.codes.numpy().tobytes()).hexdigest()
 
@@ -325,7 +325,7 @@ def test_documented_ridge_from_the_data_is_what_is_printed(automatic: tuple[Path
             for a, b in pairs
         )
 
-    # In this order, with others between them.
+    # The lines must be printed in this order, with other lines between them.
     for shown in block.splitlines():
         assert any(same(shown, printed) for printed in lines), f"the driver does not print {shown!r} there"
 
@@ -365,13 +365,13 @@ def test_a_ridge_from_the_data_of_files(driver: Driver, tmp_path: Path, dtype: t
     assert run["ridge"] == miniquant.choose_ridge(weight, accumulator).ridge
     assert run["ridge_choice"]["half_tokens"] == [201, 200]
     assert run["ridge_choice"]["reason"] == "least held-out loss"
-    # Inputs that resemble one another teach something of others.
+    # Correlated inputs say something about other inputs.
     assert run["fresh_loss_ratio"] < 0.5
     assert run["fresh_loss_best"] < 0.5 * run["fresh_loss_rtn"]
 
 
 def gptq_arguments(setup: dict[str, Any]) -> dict[str, Any]:
-    """Of `setup` in results.json, what miniquant.gptq takes."""
+    """The options in `setup` of results.json that miniquant.gptq takes."""
     terms = ("bits", "group_size", "symmetric", "ridge", "block_size")
     choices = ("column_order", "group_scales", "scale_method", "full_range", "beam_scales", "refine")
     return {name: setup[name] for name in (*terms, *choices)}
@@ -453,7 +453,7 @@ def test_layer_from_safetensors(driver: Driver, tmp_path: Path, dtype: torch.dty
     assert source["dtype"] == {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype)[6:]]
     assert source["sha256"] == hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
 
-    # RTN and its losses from their definitions, in float64 but for what is stored in the weight's dtype.
+    # RTN and its losses from their definitions, in float64 except for values that are stored in the weight's dtype.
     run = document["runs"]["file"]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     w = weight.to(compute)

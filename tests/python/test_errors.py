@@ -1,8 +1,8 @@
-"""Every bad input, and the whole message that it gets.
+"""Every bad input and its whole error message.
 
 A message reads ``<op>: expected <argument> <requirement>, but got <value>``. A wrong dtype is a TypeError, any other
-bad argument a ValueError, and mathematics that fails a LinAlgError. What needs no data to be seen is seen alike by real
-tensors, by meta tensors and by fake ones.
+bad argument a ValueError, and a mathematical failure a LinAlgError. Errors that do not depend on data are the same for
+real tensors, meta tensors and fake tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-def
 
 @dataclass(frozen=True)
 class Bad:
-    """A call that differs from a good one (see `good_call`) in `changes`, and what it is answered."""
+    """A call that differs from a good one (see `good_call`) in `changes`, and its error."""
 
     op: str
     changes: dict[str, Any]
@@ -42,7 +42,7 @@ def full(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def one_bad(tensor: Tensor, value: float, *index: int) -> Tensor:
-    """`tensor` with one other element."""
+    """A copy of `tensor` with one element changed."""
     out = tensor.clone()
     out[index] = value
     return out
@@ -417,7 +417,7 @@ OTHERS = [
 
 
 def named(op: str, bad: Bad) -> Bad:
-    """`bad` for one operator, with a name for the test."""
+    """A test parameter: `bad` for one operator, with a name."""
     return Bad(op, bad.changes, bad.message, bad.error, bad.reads_values, f"{op}: {bad.message}")
 
 
@@ -429,7 +429,7 @@ CASES = [
 
 
 def good_call(op: str) -> dict[str, Any]:
-    """Arguments that every case changes something of; by themselves they are right."""
+    """Valid arguments, which every case changes in one respect."""
     weight = {"weight": torch.arange(18.0).view(3, 6) / 18}
     calls: dict[str, dict[str, Any]] = {
         "rtn": {**weight, "group_size": 4},
@@ -472,7 +472,7 @@ def test_the_message(bad: Bad) -> None:
         call(bad.op, arguments)
     assert type(caught.value) is bad.error
     assert said(caught.value) == f"{bad.op}: expected {bad.message}"
-    # A refused call has changed nothing, not even the Hessian that the good call would have.
+    # A rejected call has changed nothing, not even the Hessian that a good call updates.
     for key, value in before.items():
         if isinstance(value, Tensor):
             torch.testing.assert_close(arguments[key], value, rtol=0, atol=0, equal_nan=True)
@@ -507,7 +507,7 @@ def test_meta_and_fake_tensors_get_the_same_message(bad: Bad) -> None:
 )
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_all_on_one_device(op: str, argument: str, other: str, device: str) -> None:
-    """Of a real and a meta tensor, whichever comes second is the one that is asked for."""
+    """With a real and a meta tensor, the error names the second one."""
     good = good_call(op)
     if argument in {"scales", "zero_points"} and op != "dequantize":
         good |= {"scales": full(0.5, 3, 2), "zero_points": zeros8(3, 2)}
@@ -593,7 +593,7 @@ def test_the_hint_leads_to_a_ridge_that_serves() -> None:
 
 @pytest.mark.parametrize("op", ["gptq", "gptq_reference"])
 def test_fewer_tokens_than_columns_and_no_ridge(op: str) -> None:
-    """The lab's own pitfall. Where rounding leaves the first minor that fails is not known, that one does is."""
+    """A Hessian without a ridge and with fewer tokens than inputs. Rounding decides which minor fails, but one does."""
     weight, hessian = oracle.layer(4, 64, 8)
     with pytest.raises(LinAlgError, match=r"with ridge=0 \(0 added to its diagonal\).*try ridge=0\.01$"):
         getattr(OPS, op)(weight, hessian, ridge=0.0)
@@ -608,6 +608,6 @@ def test_results_that_are_not_finite_are_an_error(op: str) -> None:
 
 
 def test_a_nan_in_a_hessian_that_is_not_read_is_no_excuse() -> None:
-    """No rows to quantize, and yet the Hessian is wrong."""
+    """A bad Hessian is rejected even if there are no rows to quantize."""
     with pytest.raises(ValueError, match="hessian to be finite, but got nan"):
         OPS.gptq(torch.empty(0, 2), torch.full((2, 2), NAN))

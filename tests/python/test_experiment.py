@@ -30,7 +30,7 @@ LAB = ROOT / "experiments" / "26-gptq-toy"
 FILES = {"gptq_toy.py", "results.json", "manifest.json", "loss_curve.png", "README.md"}
 MADE_BY = {"plot.py", "report.py", "compare.py", "README.template.md"}
 
-# float64 on another implementation: docs/algorithm.md, "what the lab's setup really gives".
+# Computed in float64 by another implementation.
 EXPECTED = {
     "normal": {"loss_rtn": 2.76667, "loss_gptq": 0.303847, "loss_ratio": 0.10982, "grid_change_share": 0.16087},
     "cauchy": {"loss_rtn": 105127.2, "loss_gptq": 39725.6, "loss_ratio": 0.37788, "grid_change_share": 0.265},
@@ -105,9 +105,9 @@ def test_driver_and_script_agree(
     setup = lab.Setup.of_results(results)
     runs = runs_of(lab, setup)
     assert set(runs) == set(results["runs"])
-    # Both call the same operators on the same numbers, and do the rest in the same order: nothing may differ.
+    # Both call the same operators on the same numbers and do all else in the same order, so nothing may differ.
     assert lab.check(results, runs, tolerance=0.0) == []
-    # Every figure of the driver is compared, but for where its inputs came from.
+    # Every figure of the driver is compared, except the source of its inputs.
     for name, figures in runs.items():
         assert set(results["runs"][name]) - set(figures) == {"input_source", "fresh_input_source"}
     # The same options on the script's command line mean the same setup, and best has the options that are stated.
@@ -191,7 +191,7 @@ REPRODUCED = (
 
 
 def test_committed_figures_are_reproduced(lab: ModuleType, committed: dict[str, Any]) -> None:
-    # Another instruction set draws normal numbers that differ in their last bit, so a few codes may differ.
+    # With another instruction set the normal random numbers differ in their last bit, so a few codes may differ.
     for name, figures in runs_of(lab, lab.Setup.of_results(committed)).items():
         for figure in REPRODUCED:
             assert figures[figure] == pytest.approx(committed["runs"][name][figure], rel=0.01), (name, figure)
@@ -217,7 +217,7 @@ def test_readme_is_what_the_figures_give(
     manifest = json.loads((LAB / "manifest.json").read_text())
     page = readme.render(lab.Setup.of_results(committed), committed, manifest, sweep)
     found = (LAB / "README.md").read_text()
-    # Filling lines depends on the lengths of numbers, and on another instruction set a last digit may differ.
+    # Line breaks depend on the lengths of numbers, and with another instruction set a last digit may differ.
     assert NUMBER.sub("#", " ".join(found.split())) == NUMBER.sub("#", " ".join(page.split()))
     assert numbers(found) == pytest.approx(numbers(page), rel=0.02, abs=0.002)
 

@@ -1,4 +1,4 @@
-"""Layer files: what is written comes back, what is no layer file is refused."""
+"""Layer files: a written layer is read back unchanged, and anything else is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of the MiniLM encoder: what is extracted, and that GPTQ gains on real inputs, fresh ones too."""
+"""Layers of the MiniLM encoder: extraction, and the gain of GPTQ on real calibration and fresh inputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_files_hold_the_layer(folder: Path, minilm: ModuleType) -> None:
     assert calibration.shape == (TOKENS, columns)
     assert fresh.shape == (TOKENS - 1, columns)
     assert calibration.dtype == fresh.dtype == torch.float32
-    # Tokens of other texts: no row of one is a row of the other, but for [CLS] and the like, which open every text.
+    # The tokens are of different texts, so the two share no row, except for [CLS] and the like, which start every text.
     assert torch.isfinite(calibration).all()
     assert (
         len({row.numpy().tobytes() for row in calibration} & {row.numpy().tobytes() for row in fresh}) <= TOKENS // 50

@@ -1,4 +1,4 @@
-"""What must hold for any finite input: the scale of H and W, dead inputs, losses that stay above 0, scales that fit."""
+"""Properties for any finite input: the scale of H and W, dead inputs, losses of at least 0, scales without overflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("numerics")
 
 OPS = torch.ops.miniquant
 LOSS_SCALES: dict[str, Any] = {"scale_method": "loss", "group_scales": "dynamic", "column_order": "group"}
-# The options of the three presets, for either kind of grid, and what else searches for scales or moves codes.
+# The options of the three presets, for either kind of grid, and other options that search for scales or change codes.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dynamic": {"group_scales": "dynamic"},
@@ -38,7 +38,7 @@ def options_of(setting: str, *, symmetric: bool) -> dict[str, Any]:
 
 
 def damped_loss(weight: Tensor, hessian: Tensor, result: Any, ridge: float, group_size: int = 64) -> Tensor:
-    """e H e^T per row in float64, in the units of what is passed."""
+    """e H e^T per row in float64, in the units of the arguments."""
     values = miniquant.dequantize(result[0], result[1].double(), result[2], group_size)
     return miniquant.quantization_loss(weight.double(), values, oracle.damp(hessian.double(), ridge))
 
@@ -67,7 +67,7 @@ def test_a_power_of_four_times_the_hessian_changes_no_bit(setting: str, symmetri
             result = OPS.gptq(w, h * 2.0**exponent, bits=3, group_size=32, **options)
             assert oracle.same_bits(result[:3], expected[:3]), exponent
             held = expected[3].double() * 2.0**exponent
-            # Rounded once more where float32 holds fewer bits of so small a number.
+            # Rounded once more if the number is subnormal in float32.
             torch.testing.assert_close(result[3].double(), held.to(result[3].dtype).double(), rtol=0, atol=0)
 
 
@@ -86,7 +86,7 @@ def test_a_float64_hessian_at_the_ends_of_its_range(setting: str) -> None:
 def test_any_positive_constant_times_the_hessian_gives_the_same_codes(
     seed: int, columns: int, constant: float, setting: str
 ) -> None:
-    """The same but for ties, which rounding may break either way: their rows lose the same."""
+    """Equal except for ties, which rounding may break either way; rows with ties have equal losses."""
     weight, hessian = oracle.layer(4, columns, 2 * columns + 3, seed=seed)
     options = options_of(setting, symmetric=True)
     expected = OPS.gptq(weight, hessian, **options)
@@ -106,7 +106,7 @@ def test_the_codes_of_a_hessian_that_float32_cannot_hold() -> None:
         result = OPS.gptq(weight, hessian * constant, **best)
         assert oracle.same_bits(result[:3], expected[:3])
         assert result[3].item() >= 0
-        # float32 rounds the loss, to 0 where it is that small.
+        # float32 rounds the loss, to 0 if it is small enough.
         assert result[3].item() == pytest.approx(expected[3].item() * constant, rel=1e-6, abs=2e-45)
     in_float64 = OPS.gptq(weight.double(), hessian * 1e-46, **best)
     assert in_float64[3].item() == pytest.approx(OPS.gptq(weight.double(), hessian, **best)[3].item() * 1e-46, rel=1e-9)
@@ -344,7 +344,7 @@ def test_refinement_never_raises_a_loss_and_none_is_negative(
     seed: int, columns: int, bits: int, symmetric: bool, setting: str, beam_scales: int
 ) -> None:
     weight, hessian = oracle.layer(12, columns, 2 * columns + 1, seed=seed)
-    # Some rows on a grid or close to one: what refinement can bring to nothing.
+    # Some rows are on a grid or close to it: refinement can reduce their loss to 0.
     weight[:4] = (weight[:4] * 4).round() / 4
     options = options_of(setting, symmetric=symmetric)
     if setting == "loss":
@@ -374,7 +374,7 @@ def test_no_rows_one_column_and_groups_that_do_not_divide(setting: str) -> None:
 
 
 def grid_extremes(result: Any, bits: int, *, symmetric: bool, full_range: bool) -> Tensor:
-    """What the smallest and the largest code of each group dequantize to."""
+    """The dequantized values of the smallest and the largest code of each group."""
     low, high = oracle.code_range(bits, symmetric=symmetric)
     low -= 1 if full_range else 0
     groups = result[1].shape[1]
@@ -393,7 +393,7 @@ def test_every_code_of_the_largest_weights_is_finite(grid: str, bits: int, dtype
     symmetric, full_range = grid != "asymmetric", grid == "full_range"
     options = {"bits": bits, "group_size": 2, "symmetric": symmetric, "full_range": full_range}
     results = [OPS.rtn(weight, **options), OPS.rtn(weight, scale_method="mse", **options)]
-    # So small that the loss of such weights is in range.
+    # Small enough for the loss of such weights to be in range.
     factor = 2.0**-1060 if dtype == torch.float64 else 2.0**-170
     hessian = torch.tensor([[1.0, 0.25], [0.25, 1.0]], dtype=torch.float64) * factor
     settings = ["plain", "refined", "loss", "best"]
@@ -405,7 +405,7 @@ def test_every_code_of_the_largest_weights_is_finite(grid: str, bits: int, dtype
         assert bool(result[1].isfinite().all())
         assert bool(OPS.dequantize(*result[:3], 2).isfinite().all())
         assert bool(grid_extremes(result, bits, symmetric=symmetric, full_range=full_range).isfinite().all())
-    # And no scale is smaller than it must be: each weight is within a step of its value.
+    # No scale is smaller than necessary: each weight is within one step of its value.
     rounded = OPS.dequantize(*results[0], 2).double()
     steps = results[0][1].double().abs()
     assert bool(((weight.double() - rounded).abs() <= 1.01 * steps).all())

@@ -1,4 +1,4 @@
-"""The typed functions name an argument of another Python type before the dispatcher sees it."""
+"""The typed functions reject an argument of a wrong Python type, by its name, before they call the dispatcher."""
 
 from __future__ import annotations
 

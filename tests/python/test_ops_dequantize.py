@@ -10,7 +10,7 @@ import oracle
 
 
 def random_codes(rows: int, columns: int, groups: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Codes and zero points over all of int8, scales of either side of 1, in float64."""
+    """Codes and zero points over all of int8, scales below and above 1, in float64."""
     generator = torch.Generator().manual_seed(seed)
     return (
         torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8),
@@ -28,8 +28,8 @@ def test_is_the_formula(shape: tuple[int, int], group_size: int, groups: int, dt
     codes, scales, zero_points = random_codes(*shape, groups)
     scales = scales.to(dtype)
     actual = miniquant.dequantize(codes, scales, zero_points, group_size)
-    # The difference of two int8 is exact in every compute dtype, so the product is rounded once, and for the half
-    # types, whose product fits in float32's 24 bits (9 + 11), once too.
+    # The difference of two int8 is exact in every compute dtype, so the product is rounded only once. This also holds
+    # for the half types, whose product fits into float32's 24 bits (9 + 11).
     expected = torch.from_numpy(oracle.dequantize(codes, scales, zero_points, group_size)).to(dtype)
     assert actual.dtype == dtype
     assert torch.equal(actual, expected)

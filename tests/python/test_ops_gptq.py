@@ -18,13 +18,13 @@ GPTQ_IDS = ["gptq", "gptq_reference"]
 # rows than a panel, not a multiple of a tile.
 SHAPES = [(1, 1), (1, 65), (3, 1), (5, 7), (33, 96), (101, 131)]
 
-# The reference has no tiles, and a loop in place of them.
+# The reference has loops instead of tiles.
 REFERENCE_SHAPES = [(1, 1), (5, 7), (9, 65)]
 
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"group_size": 1},
-    {"group_size": 7, "block_size": 5},  # groups and blocks that start apart from one another
+    {"group_size": 7, "block_size": 5},  # groups and blocks that start at different columns
     {"group_size": -1, "block_size": 16},  # a group longer than its blocks
     {"group_size": 1000, "block_size": 1000},
     {"bits": 2, "group_size": 32},
@@ -34,7 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"column_order": "activation", "group_size": -1, "symmetric": False, "block_size": 9},
     {"group_scales": "dynamic", "group_size": 16, "block_size": 64},
     {"group_scales": "dynamic", "group_size": 24, "block_size": 7},  # a group longer than its blocks
-    {"group_scales": "dynamic", "group_size": 10, "block_size": 32, "symmetric": False, "bits": 5},  # not dividing
+    {"group_scales": "dynamic", "group_size": 10, "block_size": 32, "symmetric": False, "bits": 5},  # not a divisor
     {"group_scales": "dynamic", "group_size": -1},
     {"ridge": 1.0},
     {"ridge": 1e-4},
@@ -80,7 +80,7 @@ def test_the_oracles_codes_in_float64(gptq: Any, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("options", OPTIONS, ids=oracle.option_id)
 def test_the_references_codes_in_float64(options: dict[str, Any]) -> None:
-    """The same, operator against operator, on the lab's rank: fewer tokens than columns, so H is singular undamped."""
+    """The operators against each other, with fewer tokens than columns as in the lab: without a ridge H is singular."""
     weight, hessian = oracle.layer(101, 131, 40, seed=5)
     fast = miniquant.gptq(weight, hessian, **options)
     reference = miniquant.gptq_reference(weight, hessian, **options)
@@ -106,11 +106,11 @@ def test_the_oracles_loss_in_float32(gptq: Any, options: dict[str, Any]) -> None
         assert torch.equal(actual.zero_points, expected.zero_points)
     assert actual.row_loss.dtype == torch.float32
     loss = damped_loss(weight, hessian, actual, group_size, ridge)
-    # A dynamic zero point that is near to a tie moves every code of its group; a scale of the wrong weights costs tens
-    # of percent.
+    # A dynamic zero point near a tie changes every code of its group; a scale computed from the wrong weights changes
+    # the loss by tens of percent.
     tolerance = 5e-3 if options.get("group_scales") == "dynamic" else 1e-3
     assert abs(float(loss.sum()) / float(expected.row_loss.sum()) - 1) <= tolerance
-    # A target moves by about the condition number of H times float32's eps: few codes are that near to a tie.
+    # A target changes by about the condition number of H times float32's eps; few codes are that near a tie.
     assert (actual.codes != expected.codes).double().mean() <= 5e-3
 
 
@@ -127,7 +127,7 @@ def test_half_types_are_computed_in_float32_with_the_rounded_scales(
     assert result.row_loss.dtype == torch.float32
     assert torch.equal(result.scales, scales)
     assert torch.equal(result.zero_points, zero_points)
-    # As a float32 weight with the scales given, bit for bit: nothing else is rounded to the half type.
+    # Bit for bit as a float32 weight with given scales: nothing else is rounded to the half type.
     given = {"scales": scales.float(), "zero_points": zero_points}
     same = gptq(weight.float(), hessian, group_size=32, symmetric=symmetric, **given)
     assert torch.equal(result.codes, same.codes)
@@ -143,7 +143,7 @@ def test_dynamic_scales_are_rounded_too(dtype: torch.dtype, gptq: Any) -> None:
     weight, hessian = oracle.layer(17, 64, 200, dtype=dtype)
     result = gptq(weight, hessian, group_size=16, group_scales="dynamic")
     assert result.scales.dtype == dtype
-    # The codes were rounded with the scales that are returned: their loss is the loss that is reported.
+    # The codes were chosen with the returned scales, so their loss is the reported one.
     torch.testing.assert_close(
         result.row_loss.double(), damped_loss(weight, hessian, result, group_size=16), rtol=1e-4, atol=0.0
     )
@@ -163,7 +163,7 @@ def test_any_pair_of_dtypes(dtype: torch.dtype, hessian_dtype: torch.dtype, gptq
     )
 
 
-# The lab, as measured in float64 beforehand: loss of RTN, loss of GPTQ, share of codes that differ.
+# The lab, computed in float64 by another implementation: loss of RTN, loss of GPTQ, share of codes that differ.
 LAB = {"normal": (2.766669, 0.303847, 0.16087), "cauchy": (105127.2, 39725.6, 0.265)}
 
 
@@ -182,7 +182,7 @@ def test_the_lab(distribution: Literal["normal", "cauchy"]) -> None:
     assert loss_gptq == pytest.approx(expected_gptq, rel=1e-2)
     assert changed == pytest.approx(expected_changed, rel=1e-2)
     assert loss_gptq < 0.7 * loss_rtn, "the lab's stop condition"
-    # The loss that the solver reports is the loss of its codes.
+    # The reported loss is the loss of the codes.
     assert float(result.row_loss.double().sum()) == pytest.approx(loss_gptq, rel=1e-4)
     # Codes of the lab stay in [-7, 7].
     assert (int(result.codes.min()), int(result.codes.max())) == (-7, 7)
@@ -226,7 +226,7 @@ def test_dead_inputs_are_rounded_to_nearest(column_order: str, ridge: float, gpt
     rounded = miniquant.rtn(weight, group_size=16)
     assert torch.equal(result.codes[:, dead], rounded.codes[:, dead])
     assert oracle.assert_same_codes(result.codes, oracle.gptq(weight, hessian, **options)) == 0
-    # Their weights do not move the others: the living columns alone give the same codes (scales being given).
+    # Their weights do not affect the others: with given scales the other columns alone give the same codes.
     alive = [column for column in range(40) if column not in dead]
     groups = torch.tensor([column // 16 for column in alive])
     alone = gptq(
@@ -235,7 +235,7 @@ def test_dead_inputs_are_rounded_to_nearest(column_order: str, ridge: float, gpt
         group_size=1,
         scales=rounded.scales[:, groups],
         column_order=column_order,
-        ridge=ridge * len(alive) / 40,  # the mean of the diagonal is over the living alone
+        ridge=ridge * len(alive) / 40,  # here the mean of the diagonal has no dead inputs
     )
     assert torch.equal(result.codes[:, alive], alone.codes)
     torch.testing.assert_close(result.row_loss, damped_loss(weight, hessian, result, 16, ridge), rtol=1e-10, atol=1e-14)
@@ -375,7 +375,7 @@ def test_given_scales(column_order: str, symmetric: bool, gptq: Any) -> None:
 
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 def test_a_slightly_asymmetric_hessian_is_made_symmetric(gptq: Any) -> None:
-    """A computed X X^T may differ from its transpose by rounding: neither half is preferred."""
+    """A computed X X^T may differ from its transpose by rounding; both triangles count equally."""
     weight, hessian = oracle.layer(9, 30, 90)
     skewed = hessian.clone()
     skewed[3, 20] *= 1 + 1e-9
@@ -386,7 +386,7 @@ def test_a_slightly_asymmetric_hessian_is_made_symmetric(gptq: Any) -> None:
 
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 def test_activation_order_breaks_ties_by_the_stored_order(gptq: Any) -> None:
-    """Equal diagonals: the answer of the natural order."""
+    """With equal diagonal entries the result is that of the natural order."""
     correlation = torch.full((24, 24), 0.4, dtype=torch.float64) + 0.6 * torch.eye(24, dtype=torch.float64)
     weight, _ = oracle.layer(7, 24, 1)
     natural = gptq(weight, correlation, group_size=8)
@@ -396,7 +396,7 @@ def test_activation_order_breaks_ties_by_the_stored_order(gptq: Any) -> None:
 
 @pytest.mark.parametrize("gptq", GPTQS, ids=GPTQ_IDS)
 def test_dynamic_scales_are_of_the_updated_weights(gptq: Any) -> None:
-    """Whatever the block size: a group longer than its block waits for every earlier column, of every block."""
+    """For any block size the scale of a group takes every earlier column into account, even if the group is longer."""
     weight, hessian = oracle.layer(21, 96, 300)
     options: dict[str, Any] = {"group_size": 48, "group_scales": "dynamic"}
     expected = oracle.gptq(weight, hessian, **options)

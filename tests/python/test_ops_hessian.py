@@ -1,4 +1,4 @@
-"""hessian_update_ and the accumulator: X^T X, in place, however the tokens are split."""
+"""hessian_update_ and the accumulator: X^T X, in place, for any division of the tokens into batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = [(0, 3), (1, 1), (1, 5), (255, 16), (256, 17), (257, 64), (1000, 97)]
 
 
 def bound(hessian: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """What summing H and n products may be off by: (n + 1) eps (|H| + |X|^T |X|), Higham's bound for any order."""
+    """The max error of a sum of H and n products: (n + 1) eps (|H| + |X|^T |X|), Higham's bound for any order."""
     tokens = inputs.double().abs()
     eps = torch.finfo(hessian.dtype).eps
     return (len(tokens) + 1) * eps * (hessian.double().abs() + tokens.mT @ tokens)
@@ -93,7 +93,7 @@ def test_any_split_gives_the_same_hessian(splits: list[int], dtype: torch.dtype)
     expected = cast.mT @ cast / 1000
     error = (accumulator.hessian().double() - expected).abs()
     assert bool((error <= bound(torch.zeros(33, 33, dtype=dtype), inputs) / 1000).all())
-    # Far closer than the worst case: partial sums keep the error from growing with the tokens.
+    # Much closer than the bound: with partial sums the error does not grow with the number of tokens.
     assert error.max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
 
 

@@ -21,7 +21,7 @@ GROUP_SIZES = [1, 7, 64, -1, 1000]
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Rows of every size from 1e-4 to 1e4, so that no fixed scale would do."""
+    """Rows of magnitudes from 1e-4 to 1e4: a fixed scale would fail."""
     generator = torch.Generator().manual_seed(seed)
     size = 10.0 ** (torch.rand(rows, 1, generator=generator) * 8 - 4)
     return (torch.randn(rows, columns, generator=generator) * size).to(dtype)
@@ -47,7 +47,7 @@ def test_the_labs_grid() -> None:
     assert torch.equal(scales, grouped.abs().amax(2) / 7)
     assert torch.equal(codes.view(64, 12, 64).abs().amax(2), torch.full((64, 12), 7, dtype=torch.int8))
     assert not zero_points.any()
-    # Nothing is further than half a step from its grid point, to one rounding of the division.
+    # No weight is more than half a step from its grid point, except for one rounding of the division.
     error = (grouped.double() - codes.view(64, 12, 64).double() * scales[..., None].double()).abs()
     assert bool((error <= scales[..., None].double() * (0.5 + 8 * torch.finfo(torch.float32).eps)).all())
 
@@ -57,7 +57,7 @@ def test_ties_go_to_the_even_level() -> None:
     scales = torch.tensor([[0.5]])
     codes = miniquant.rtn(weight, group_size=-1, scales=scales).codes
     assert codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 6]]
-    # The level, not the code, is what is rounded: an odd zero point does not turn ties to odd levels.
+    # The level is rounded, not the code: with an odd zero point ties still go to even levels.
     zero_points = torch.tensor([[1]], dtype=torch.int8)
     codes = miniquant.rtn(weight, group_size=-1, symmetric=False, scales=scales, zero_points=zero_points).codes
     assert codes.tolist() == [[1, 3, 3, 5, 1, -1, -1, 7]]
@@ -83,7 +83,7 @@ def test_zero_is_exact_on_an_asymmetric_grid() -> None:
 
 
 def test_asymmetric_error_is_at_most_half_a_step() -> None:
-    """But at the ends of the range, where the rounded zero point may cost up to half a step more."""
+    """Except at the ends of the range, where the rounded zero point may add up to half a step."""
     weight = random_weight(64, 256, torch.float64)
     for bits in (2, 4, 8):
         codes, scales, zero_points = miniquant.rtn(weight, bits=bits, group_size=64, symmetric=False)

@@ -91,7 +91,7 @@ def test_a_searched_scale_is_never_worse_and_mostly_better(dtype: torch.dtype, g
 
 @pytest.mark.parametrize("method", ["mse", "hessian"])
 def test_the_searched_scale_is_the_best_of_its_candidates(method: Any) -> None:
-    """By brute force: scales of ranges 0.5 to 1.1 times the group's in steps of 1/40, in either sign."""
+    """By brute force: scales for 0.5 to 1.1 times the group's range in steps of 1/40, of either sign."""
     weight, hessian = problem(17, 64)
     importance = oracle.damp(hessian, 0.01).diagonal() if method == "hessian" else torch.ones(64, dtype=torch.float64)
     result = miniquant.gptq(weight, hessian, group_size=GROUP, full_range=True, scale_method=method)
@@ -109,7 +109,7 @@ def test_the_searched_scale_is_the_best_of_its_candidates(method: Any) -> None:
 
 
 def order_within(hessian: Tensor) -> list[int]:
-    """From the last place to the first, each time the column of least variance given those that have theirs."""
+    """From the last position to the first, each takes the column of least variance given those already placed."""
     remaining, behind = list(range(len(hessian))), list[int]()
     while remaining:
         known = hessian[behind][:, behind]
@@ -308,7 +308,7 @@ def test_no_round_of_refinement_raises_any_rows_loss(
         result = miniquant.gptq(weight, hessian, group_size=group_size, refine=rounds, **options)
         losses = row_losses(weight, hessian, result, group_size)
         assert bool((losses <= before * (1 + tolerance)).all()), rounds
-        # The loss that is reported is that of the codes with the scales as they are stored.
+        # The reported loss is that of the codes with the stored scales.
         torch.testing.assert_close(
             result.row_loss.double(), losses, rtol=1e-3 if dtype != torch.float64 else 1e-9, atol=0.0
         )

@@ -1,4 +1,4 @@
-"""The Python package: what it exports, how it says that its library is missing, and the wheel."""
+"""The Python package: its exports, the error for a missing library, and the wheel."""
 
 import inspect
 import json
@@ -122,7 +122,7 @@ def test_accumulator_refuses() -> None:
 
 
 def copied_package(root: Path, folder: Path, **build: str) -> Path:
-    """The modules in a folder, beside a library that is none and was built for the given versions of torch."""
+    """The modules in a folder, with a fake library whose build.json has the given versions of torch."""
     package = folder / "miniquant"
     (package / "lib").mkdir(parents=True)
     for name in ("__init__.py", "_library.py"):
@@ -181,7 +181,7 @@ def test_range_of_torch_is_stated_once(root: Path) -> None:
 def test_versions_that_a_binary_works_with_are_the_same_in_cmake_and_setup(
     root: Path, tmp_path: Path, run: Callable[..., str], version: str
 ) -> None:
-    """Held against the library that was built, too: its own torch is among them."""
+    """Also checked with the library that was built: the range contains its own torch."""
     rules = root / "cmake" / "MiniquantTorch.cmake"
     script = tmp_path / "served.cmake"
     script.write_text(
@@ -214,7 +214,7 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
     assert "Requires-Dist: safetensors>=" in metadata
     assert f"Requires-Dist: torch<{build['torch_below']},>={build['torch_min']}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
-    # The wheel holds on any machine: no folder of this one in it.
+    # The wheel works on any machine: it contains no path of this one.
     dynamic = run("readelf", "--dynamic", tmp_path / "miniquant" / "lib" / "libminiquant.so")
     assert "[$ORIGIN:$ORIGIN/../../torch/lib]" in dynamic
 
@@ -223,8 +223,8 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
     python = environment / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'), end='')"))
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
-    # torch and what it needs come from the environment of the tests; the editable package there is not reached, as
-    # .pth files take effect in a site folder only.
+    # torch and its dependencies come from the environment of the tests. The editable package there is not found: .pth
+    # files take effect in a site folder only.
     host = Path(torch.__file__).parents[1]
     code = (
         f"import sys; sys.path.append({str(host)!r}); import torch, miniquant; "

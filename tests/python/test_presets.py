@@ -1,4 +1,4 @@
-"""The presets: names, what they are made of, and that they do what they are for."""
+"""The presets: their names, their options and their gains."""
 
 from __future__ import annotations
 

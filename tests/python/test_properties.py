@@ -1,4 +1,4 @@
-"""What holds for any weight: of blocks, threads, Hessians, orders and scales; and that the lab's pitfalls show."""
+"""Properties for any weight: blocks, threads, Hessians, orders and scales; the lab's pitfalls are detected."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_multiple_of_the_identity_gives_rtn(layer: tuple[Tensor, Tensor], opti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @hypothesis.given(st.data(), all_options())
 def test_rows_are_independent(dtype: torch.dtype, data: st.DataObject, options: dict[str, Any]) -> None:
-    """Bit for bit, wherever a row lies: permuted, alone, or among others."""
+    """A row's result is the same, bit for bit, in any position, alone or with other rows."""
     weight, hessian = data.draw(layers(max_rows=40))
     weight = weight.to(dtype)
     rows = torch.tensor(data.draw(st.permutations(range(weight.shape[0]))))
@@ -205,7 +205,7 @@ def test_powers_of_two_scale_exactly(
 def test_activation_order_is_the_natural_order_of_permuted_columns(
     layer: tuple[Tensor, Tensor], data: st.DataObject
 ) -> None:
-    """One group per row, so that permuting columns moves no scale."""
+    """With one group per row, a permutation of columns does not change scales."""
     weight, hessian = layer
     order = hessian.diagonal().argsort(stable=True, descending=True)
     options: dict[str, Any] = {"group_size": -1, "bits": data.draw(st.integers(2, 8))}
@@ -218,7 +218,7 @@ def test_activation_order_is_the_natural_order_of_permuted_columns(
 
 @hypothesis.given(layers(), grids())
 def test_dynamic_scales_of_a_single_group_are_static(layer: tuple[Tensor, Tensor], grid: dict[str, Any]) -> None:
-    """Nothing is updated before the only group starts."""
+    """No column is updated before the only group starts."""
     grid["group_size"] = -1
     static = miniquant.gptq(*layer, **grid)
     dynamic = miniquant.gptq(*layer, group_scales="dynamic", **grid)
@@ -229,7 +229,7 @@ def test_dynamic_scales_of_a_single_group_are_static(layer: tuple[Tensor, Tensor
 
 @hypothesis.given(layers(), grids())
 def test_a_weight_on_its_grid_is_left_alone(layer: tuple[Tensor, Tensor], grid: dict[str, Any]) -> None:
-    """Quantizing what was dequantized gives the same codes and, but for rounding, no loss."""
+    """Quantizing a dequantized weight gives the same codes and, except for rounding, a loss of 0."""
     weight, hessian = layer
     codes, scales, zero_points = miniquant.rtn(weight, **grid)
     on_grid = miniquant.dequantize(codes, scales, zero_points, grid["group_size"])
@@ -269,19 +269,19 @@ MUTATIONS = [mutation for mutation in get_args(oracle.Mutation) if mutation != "
 @pytest.mark.parametrize("gptq", [miniquant.gptq, miniquant.gptq_reference], ids=["gptq", "gptq_reference"])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_labs_pitfalls_would_be_seen(mutation: oracle.Mutation, gptq: Any) -> None:
-    """The comparison that the operators pass fails against an algorithm with one of the lab's bugs."""
+    """The comparison that the operators pass fails for an algorithm with one of the lab's bugs."""
     weight, hessian = oracle.layer(24, 64, 48, seed=7)
     result = gptq(weight, hessian, group_size=16)
     assert oracle.assert_same_codes(result.codes, oracle.gptq(weight, hessian, group_size=16)) == 0
     broken = oracle.gptq(weight, hessian, group_size=16, mutation=mutation)
     with pytest.raises(AssertionError, match="codes differ"):
         oracle.assert_same_codes(result.codes, broken)
-    # And its loss tells it as well: below that of the broken one, on the calibration inputs.
+    # The loss shows it, too: on the calibration inputs it is below that of the algorithm with the bug.
     assert float(result.row_loss.sum()) < 0.9 * float(broken.row_loss.sum())
 
 
 def test_the_wrong_triangle_is_a_silent_no_op() -> None:
-    """What the lab's `cholesky(inverse(H))`, taken as it is, comes to: round to nearest."""
+    """The lab's `cholesky(inverse(H))`, the lower factor, gives rounding to nearest."""
     weight, hessian = oracle.layer(8, 32, 64)
     broken = oracle.gptq(weight, hessian, group_size=16, mutation="wrong triangle")
     assert torch.equal(broken.codes, miniquant.rtn(weight, group_size=16).codes)
@@ -304,7 +304,7 @@ def test_a_code_far_from_any_tie_is_not_excused() -> None:
 
 
 def test_a_tie_is_excused_and_what_follows_it_in_its_row() -> None:
-    """Level 2.5 exactly: either neighbour is right, and so is what the other choice leads to; other rows are held."""
+    """At level 2.5 both neighbours, and the codes that follow from either, are accepted; other rows are compared."""
     hessian = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     weight = torch.tensor([[2.5, 1.2], [1.0, 1.0]], dtype=torch.float64)
     expected = oracle.gptq(weight, hessian, scales=torch.ones(2, 1, dtype=torch.float64))

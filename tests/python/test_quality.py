@@ -1,4 +1,4 @@
-"""The quality benchmark: its scores, its page, and that it runs from end to end."""
+"""The quality benchmark: its scores, its page, and a run from end to end."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_embeddings_are_what_the_model_card_says(quality: ModuleType) -> None:
 
 
 def program(path: Path, body: str) -> Path:
-    """A Python program that takes the place of the peers' Python."""
+    """A program that replaces the Python of the peers."""
     path.write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
     path.chmod(0o755)
     return path
@@ -242,7 +242,7 @@ def test_peers_that_fail_or_are_missing(
 
 
 def example(quality: ModuleType) -> dict[str, Any]:
-    """What quality.json holds, with two layers and round numbers."""
+    """The contents of a quality.json with two layers and round numbers."""
 
     def losses(factor: float) -> dict[str, list[float]]:
         return {"calibration": [factor, 10 * factor], "held_out": [2 * factor, 80 * factor]}
@@ -291,7 +291,7 @@ def example(quality: ModuleType) -> dict[str, Any]:
 
 
 def rows(part: str) -> dict[str, list[str]]:
-    """The cells of a part's tables, by the first."""
+    """The cells of each row of a part's tables, by the row's first cell."""
     cells = [re.split(r" \| ", line.strip("| ")) for line in part.splitlines() if line.startswith("|")]
     return {first: rest for first, *rest in cells}
 

@@ -1,4 +1,4 @@
-"""A quantized weight knows its grid: dequantizing, packing, measuring and compiling with it whole."""
+"""A quantized weight includes its grid: dequantizing, packing, measuring and compiling take it whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS: list[dict[str, Any]] = [
 
 
 def bfloat16_layer() -> tuple[Tensor, Tensor]:
-    """Enough rows that a ratio of losses says something."""
+    """A weight with enough rows for a meaningful ratio of losses."""
     weight, hessian = oracle.layer(256, 256, 600, dtype=torch.bfloat16)
     return weight, hessian.float()
 

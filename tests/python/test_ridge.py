@@ -15,7 +15,7 @@ COLUMNS = 96
 
 
 def correlated(tokens: int, seed: int, columns: int = COLUMNS) -> Tensor:
-    """Tokens of a few directions and some noise, as a layer's inputs are."""
+    """Tokens in a few directions with some noise, like a layer's inputs."""
     basis = torch.randn(8, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     strength = torch.randn(tokens, 8, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_the_halves_name_what_they_want() -> None:
 
 
 def test_white_inputs_are_rounded_to_nearest() -> None:
-    """The lab's case: fewer tokens than inputs, which say nothing of tokens to come."""
+    """The lab's case: fewer tokens than inputs, which say nothing about other tokens."""
     weight, inputs = weight_of(), white(32, 1)
     automatic = miniquant.gptq_auto(weight, accumulate(inputs))
     fixed = miniquant.gptq(weight, hessian_of(inputs))
@@ -122,7 +122,7 @@ def test_the_choice_is_what_was_judged_best() -> None:
     assert len(choice.held_out) == len(choice.ridges)
     assert choice.held_out[-1] == 1.0
     assert choice.ridge == choice.ridges[min(range(6), key=choice.held_out.__getitem__)]
-    # By hand, for the one that was chosen: each half quantizes, the other measures. 40 rows are all judged.
+    # The chosen ridge's loss by hand: quantize with one half, measure with the other. All 40 rows are used.
     halves = [accumulator.half(0), accumulator.half(1)]
 
     def judged(ridge: float) -> float:
@@ -149,7 +149,7 @@ def test_the_result_is_that_of_the_ridge_that_is_reported() -> None:
 
 
 def indefinite(smallest: float) -> HessianAccumulator:
-    """What a sum of wrong numbers may be: symmetric, with a negative eigenvalue relative to a mean diagonal of 1."""
+    """A wrong sum: symmetric, mean diagonal 1, with a negative eigenvalue."""
     wrong = torch.tensor([[1.0, 1.0 - smallest], [1.0 - smallest, 1.0]], dtype=torch.float64)
     return HessianAccumulator.from_sums(torch.stack([wrong, wrong]) * 200_000, [200_000, 200_000])
 
@@ -213,7 +213,7 @@ def test_what_is_no_accumulator_is_named() -> None:
 
 
 def test_options_are_looked_at_before_any_work() -> None:
-    accumulator = HessianAccumulator(COLUMNS, halves=True)  # without a token, so any work would say so
+    accumulator = HessianAccumulator(COLUMNS, halves=True)  # has no token, so any work would raise an error
     with pytest.raises(TypeError, match=r"gptq_auto: expected no ridge .* but got 0\.1"):
         miniquant.gptq_auto(weight_of(3), accumulator, ridge=0.1)
     with pytest.raises(TypeError, match=r"gptq_auto: expected an option of gptq \(bits, .*\), but got 'bit'"):
@@ -229,7 +229,7 @@ def test_the_result_is_one_of_gptq() -> None:
 
 
 def test_weights_of_tokens_reach_the_choice() -> None:
-    """Tokens that hardly count are none: the ridges that are judged are those of the tokens that do."""
+    """Tokens of very small weight do not count: the ridges tried are those for the other tokens alone."""
     inputs = correlated(300, 1)
     accumulator = HessianAccumulator(COLUMNS, dtype=torch.float64, halves=True)
     accumulator.update(inputs, token_weights=torch.cat([torch.ones(250), torch.full((50,), 1e-6)]))

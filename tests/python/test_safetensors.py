@@ -1,4 +1,4 @@
-"""The driver's safetensors reader held against the Python package on files made here, good and bad."""
+"""The driver's safetensors reader compared with the Python package, on good and bad files made here."""
 
 import json
 import struct
@@ -188,7 +188,7 @@ REJECTED = {
 
 @pytest.fixture(scope="module")
 def ours(build_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the driver's reader makes of every file, by what the file is."""
+    """The result of the driver's reader for every file, by the description of the file."""
     program = build_dir / "tests" / "cpp" / "driver" / "describe_safetensors"
     if not program.is_file():
         pytest.fail(f"{program} does not exist: run scripts/setup")

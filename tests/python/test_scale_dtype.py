@@ -31,7 +31,7 @@ def requantized(weight: Tensor, hessian: Tensor, given: Tensor, zero_points: Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_row_loss_is_that_of_the_scales_as_stored(preset: str, dtype: torch.dtype, stored: torch.dtype) -> None:
-    """Were codes chosen with other scales than those returned, the loss of what is returned would be another."""
+    """If codes were chosen with other scales than the returned ones, the loss of the returned weight would differ."""
     weight, hessian = layer(dtype)
     quantized = miniquant.gptq(weight, hessian, group_size=16, scale_dtype=stored, **PRESETS[preset])
     assert quantized.scales.dtype == stored

@@ -1,4 +1,4 @@
-"""The commands of scripts/: what they refuse, and that the checks they run can fail."""
+"""The commands of scripts/: arguments that they reject, and that the checks they run can fail."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 
 def ended(*command: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """The exit status of a command, and all that it said."""
+    """The exit status of a command, and its whole output."""
     result = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -52,7 +52,7 @@ def test_help_and_unknown_argument(root: Path, name: str) -> None:
     ],
 )
 def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, module: str) -> None:
-    # Setting up would end here.
+    # Setting up would fail with this PYTHON.
     status, text = ended(root / command, "--help", env={"PYTHON": str(tmp_path / "python3")})
     assert status == 0, text
     assert text.startswith(f"Usage: {command}")
@@ -80,7 +80,7 @@ def test_setup_without_python(root: Path, tmp_path: Path) -> None:
 
 
 def test_setup_installs_missing_packages_or_names_the_command(root: Path, tmp_path: Path) -> None:
-    """With stand-ins for dpkg-query, apt-get and sudo, so that nothing is installed."""
+    """Uses stand-ins for dpkg-query, apt-get and sudo: nothing is installed."""
     said = tmp_path / "said"
     bin_dir = tmp_path / "bin"
     program(bin_dir, "dpkg-query", "exit 1")

@@ -1,4 +1,4 @@
-"""What makes gptq fast leaves its results alone: float32 throughout, threads, little memory."""
+"""Optimizations of gptq do not change its results: float32 throughout, threads, little memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_float32_loses_nothing_on_the_lab(distribution: Literal["normal", "cauch
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5, 1e6, 1e7])
 def test_float32_loses_nothing_on_ill_conditioned_hessians(condition: float) -> None:
-    """Where a float32 factorization would lose the digits that the loss needs, gptq factors in float64."""
+    """If a float32 factorization loses digits that the loss needs, gptq factors in float64."""
     columns = 512
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(256, columns, generator=generator) * 0.02
@@ -103,7 +103,7 @@ print((high_water()["VmHWM"] - before) * 1024 - results)
 @pytest.mark.parametrize("rows", [1024, 3072])
 @pytest.mark.parametrize("options", [{}, {"column_order": "activation"}, {"group_scales": "dynamic"}])
 def test_extra_memory_is_at_most_a_hessian_and_a_quarter_of_the_weight(rows: int, options: dict[str, str]) -> None:
-    """Beyond the weight, the Hessian and the results; as the high-water mark of a process of its own."""
+    """The memory beyond the weight, the Hessian and the results, as the high-water mark of a process of its own."""
     columns = 3072
     script = MEMORY % (rows, columns, options, options)
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
