@@ -182,7 +182,7 @@ std::string ridge_text(const Run& run) {
                              std::to_string(figures.half_tokens[1]) + " tokens";
   std::string text = "\nridge of '" + run.problem.name + "': " + short_figure(figures.choice.ridge);
   if (figures.rounds_to_nearest()) {
-    text += "; by the held-out loss of " + halves + ", no smaller one beats rounding to nearest.";
+    text += "; held out (" + halves + "), no smaller one beats rounding to nearest.";
     text += "\nWith it H is nearly all ridge, and so is the calibration loss.";
   } else {
     text += ", of least held-out loss (" + halves + ").";

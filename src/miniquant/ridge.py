@@ -106,8 +106,8 @@ def choose_ridge(
 def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:
     """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` chooses: the recommended call.
 
-    If the Hessian is not positive definite with that ridge, the choice's ``fallbacks`` are tried in turn; the result says
-    which ridge was used.
+    If the Hessian is not positive definite with that ridge, the choice's ``fallbacks`` are tried in turn; the result
+    says which ridge was used.
 
     Args:
         weight: [N, K].
@@ -139,7 +139,7 @@ def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -
     for ridge in (choice.ridge, *choice.fallbacks):
         try:
             result = gptq(weight, hessian, ridge=ridge, **options)
-        except LinAlgError:
+        except LinAlgError:  # noqa: PERF203  (at most four times)
             if ridge == choice.fallbacks[-1]:
                 raise
             failed.append(ridge)

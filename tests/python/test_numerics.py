@@ -133,11 +133,12 @@ def test_the_reference_takes_any_scale_too(exponent: int) -> None:
 def test_the_ridge_from_the_data_does_not_depend_on_the_scale(constant: float) -> None:
     weight, first = oracle.layer(20, 16, 40, seed=1, dtype=torch.float32)
     second = oracle.layer(20, 16, 40, seed=2, dtype=torch.float32)[1]
-    ridge, ridges, losses = OPS.choose_ridge(weight, first.double(), second.double(), 80)
+    ridge, ridges, losses, fallbacks = OPS.choose_ridge(weight, first.double(), second.double(), 80)
     scaled = OPS.choose_ridge(weight, first.double() * constant, second.double() * constant, 80)
     assert torch.equal(scaled[0], ridge)
     assert torch.equal(scaled[1], ridges)
     assert torch.equal(scaled[2], losses * constant)
+    assert torch.equal(scaled[3], fallbacks)
 
 
 # --- the scale of W ---------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_a_dead_input_that_outweighs_its_group() -> None:
     """Without a ridge no search sees the column: its scale is then that of rounding to nearest, or larger."""
     weight, hessian = layer_with_dead_inputs(seed=1, rows=40, columns=16, dead=[3])
     weight[:, 3] *= 20
-    for setting in ({"scale_method": "hessian"}, {"scale_method": "mse", "full_range": True}, preset("best")):
+    for setting in ({"scale_method": "hessian"}, {"scale_method": "mse", "full_range": True}, miniquant.preset("best")):
         result = OPS.gptq(weight, hessian, group_size=-1, ridge=0.0, **setting)
         error = (weight - OPS.dequantize(*result[:3], -1))[:, 3].square().sum()
         assert error < 1e-2 * weight[:, 3].square().sum()

@@ -76,8 +76,8 @@ TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {
   EXPECT_THAT(text, HasSubstr("ridge of 'normal': 2, of least held-out loss (halves of 26 and 24 tokens).\n"
                               "H was not positive definite with it: 20 was used.\n"));
   EXPECT_THAT(text,
-              HasSubstr("ridge of 'cauchy': 1e+06; by the held-out loss of halves of 26 and 24 tokens, no smaller "
-                        "one beats rounding to nearest.\nWith it H is nearly all ridge"));
+              HasSubstr("ridge of 'cauchy': 1e+06; held out (halves of 26 and 24 tokens), no smaller one beats "
+                              "rounding to nearest.\nWith it H is nearly all ridge"));
 }
 
 TEST(Table, FitsATerminalAndIsPlain) {
