@@ -9,7 +9,6 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -37,6 +36,14 @@ template <>
 constexpr float kLargestFinite<c10::BFloat16> = 0x1.fefffep127F;  // below 2^128 - 2^119
 
 template <typename Stored>
+constexpr double kSmallestScale = std::numeric_limits<Stored>::min();
+template <>
+constexpr double kSmallestScale<c10::Half> =
+    0x1p-24;  // subnormal: normal float16 ends above the scales of small weights
+template <>
+constexpr double kSmallestScale<c10::BFloat16> = kSmallestScale<float>;
+
+template <typename Stored>
 Stored next_below(Stored positive) {
   if constexpr (std::is_floating_point_v<Stored>) {
     return std::nextafter(positive, Stored(0));
@@ -62,7 +69,7 @@ Stored largest_scale_of(int32_t levels) {
 
 template <typename T, typename Stored>
 T round_scale(T scale, int32_t levels) {
-  static const T smallest = static_cast<T>(smallest_scale(c10::CppTypeToScalarType<Stored>::value));
+  constexpr T smallest = static_cast<T>(kSmallestScale<Stored>);
   const auto stored = static_cast<Stored>(static_cast<Arithmetic<Stored>>(scale));
   return is_finite<Stored>(static_cast<Arithmetic<Stored>>(stored), levels)
              ? std::max(static_cast<T>(stored), smallest)
@@ -90,24 +97,6 @@ constexpr int kOrdinaryExponent = 30;
 /// A unit and its reciprocal are normal numbers.
 template <typename T>
 constexpr int kLargestUnitExponent = std::numeric_limits<T>::max_exponent - 3;
-
-/// max |values_i| over i < count.
-template <typename T>
-T largest_magnitude(const T* values, int64_t count) {
-  constexpr int64_t kLanes = 16;  // independent maxima, so the loop is vectorized
-  std::array<T, kLanes> largest{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const T magnitude = std::abs(values[i + lane]);
-      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-    }
-  }
-  for (; i < count; ++i) {
-    largest[0] = std::max(largest[0], std::abs(values[i]));
-  }
-  return *std::ranges::max_element(largest);
-}
 
 /// The smallest magnitude other than 0, and the largest; both 0 if there is none.
 template <typename T>
@@ -158,10 +147,12 @@ at::Tensor exponents_of_units(const at::Tensor& values, const at::Tensor& scales
   const T* const value = values.const_data_ptr<T>();
   const T* const scale = scales.defined() ? scales.const_data_ptr<T>() : nullptr;
   int64_t* const to = exponents.mutable_data_ptr<int64_t>();
+  const at::Tensor largest = at::empty({rows}, values.options());
+  T* const weight = largest.mutable_data_ptr<T>();
   for_row_tiles(rows, 1, columns, [&](int64_t row_begin, int64_t row_end) {
+    typed_kernels<T>().largest_magnitudes(value, columns, row_begin, row_end, weight);
     for (int64_t row = row_begin; row < row_end; ++row) {
-      to[row] = exponent_of_unit(largest_magnitude(value + row * columns, columns),
-                                 groups == 0 ? Magnitudes<T>{} : magnitudes(scale + row * groups, groups));
+      to[row] = exponent_of_unit(weight[row], groups == 0 ? Magnitudes<T>{} : magnitudes(scale + row * groups, groups));
     }
   });
   return exponents;
@@ -179,11 +170,11 @@ kernels::CodeRange code_range(int64_t bits, bool symmetric, bool full_range) {
 double smallest_scale(at::ScalarType stored) {
   switch (stored) {
     case at::kHalf:
-      return 0x1p-24;  // subnormal: small weights have scales below the normal range of float16
+      return kSmallestScale<c10::Half>;
     case at::kDouble:
-      return std::numeric_limits<double>::min();
+      return kSmallestScale<double>;
     default:
-      return std::numeric_limits<float>::min();  // of bfloat16 as well
+      return kSmallestScale<float>;  // of bfloat16, too
   }
 }
 

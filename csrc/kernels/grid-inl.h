@@ -58,6 +58,8 @@ template <typename T>
 struct HeldRange {
   T lowest;   // at most 0
   T highest;  // at least 0
+
+  [[nodiscard]] MINIQUANT_INLINE bool is_empty() const { return lowest == T(0) && highest == T(0); }
 };
 
 template <typename T>
@@ -127,10 +129,17 @@ template <typename T>
 MINIQUANT_INLINE void grid_of_scaled_range(const CodeRange& range, T lowest, T highest, T factor, HeldRange<T> held,
                                            RowScales<T> round_scale, T& scale, std::int8_t& zero_point) {
   const T width = factor < T(0) ? -factor : factor;
-  lowest = lowest * width < held.lowest ? lowest * width : held.lowest;
-  highest = highest * width > held.highest ? highest * width : held.highest;
+  lowest *= width;
+  highest *= width;
+  if (!held.is_empty()) [[unlikely]] {
+    lowest = lowest < held.lowest ? lowest : held.lowest;
+    highest = highest > held.highest ? highest : held.highest;
+  }
   grid_of_range(range, lowest, highest, round_scale, scale, zero_point);
   scale = factor < T(0) ? -scale : scale;
+  if (held.is_empty()) [[likely]] {
+    return;
+  }
   // The range may be held with the other sign only, or with another zero point.
   const bool positive = scale > T(0);
   const T least = least_scale(range, zero_point, held, positive);

@@ -105,6 +105,10 @@ template <typename T>
 struct TypedKernels {
   std::int64_t tile_rows;
 
+  /// largest[row] = max |weight[row, :]| for rows [row_begin, row_end) of weight [rows, K].
+  void (*largest_magnitudes)(const T* weight, std::int64_t columns, std::int64_t row_begin, std::int64_t row_end,
+                             T* largest);
+
   /// scales, zero_points = grid of weight [rows, K] (all groups of a row), for rows [row_begin, row_end).
   void (*compute_grid)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                        std::int64_t row_end);

@@ -22,6 +22,7 @@ namespace {
 template <typename T>
 constexpr TypedKernels<T> kTypedKernels = {
     .tile_rows = kTileRows<T>,
+    .largest_magnitudes = largest_magnitudes<T>,
     .compute_grid = compute_grid<T>,
     .search_grid = search_grid<T>,
     .round_to_nearest = round_to_nearest<T>,

@@ -213,8 +213,9 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
           levels_beside(problem.grid.range, problem.grid.zero_points[at] - problem.grid.range.code_min);
       const T best = scale + static_cast<T>(slope[lane] / curvature[lane]);
       const T magnitude = best > T(0) ? best : -best;
-      const T least = least_scale(problem.grid.range, problem.grid.zero_points[at],
-                                  held_range(problem.grid, tile.row + lane, group_index), best > T(0));
+      const HeldRange<T> held = held_range(problem.grid, tile.row + lane, group_index);
+      const T least =
+          held.is_empty() ? T(0) : least_scale(problem.grid.range, problem.grid.zero_points[at], held, best > T(0));
       const T rounded = round_scale(magnitude > least ? magnitude : least, levels);
       const T stored = best > T(0) ? rounded : -rounded;
       const double move = static_cast<double>(stored) - static_cast<double>(scale);

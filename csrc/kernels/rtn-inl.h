@@ -38,6 +38,19 @@ MINIQUANT_INLINE void range_of(const T* values, std::int64_t count, T& lowest, T
 }
 
 template <typename T>
+void largest_magnitudes(const T* weight, std::int64_t columns, std::int64_t row_begin, std::int64_t row_end,
+                        T* largest) {
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    T lowest = T(0);
+    T highest = T(0);
+    if (columns > 0) {
+      range_of(weight + row * columns, columns, lowest, highest);
+    }
+    largest[row] = highest > -lowest ? highest : -lowest;
+  }
+}
+
+template <typename T>
 void compute_grid(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                   std::int64_t row_end) {
   for (std::int64_t row = row_begin; row < row_end; ++row) {

@@ -6,6 +6,7 @@
 #include "kernels/grid-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/rtn-inl.h"
+#include "kernels/short_vector-inl.h"
 
 // Scales of least squared error. Each of several factors of the widest range gives a scale; each group takes the scale
 // with the least sum_j importance_j (w_j - dequantize(quantize(w_j)))^2.
@@ -15,6 +16,21 @@ namespace {
 
 /// Number of partial sums of an error: the same for every instruction set, so all of them choose the same scale.
 constexpr std::int64_t kPartialSums = 16;
+
+/// The sum in float64, by halves.
+template <typename T>
+MINIQUANT_INLINE double sum_of(const T (&sums)[kPartialSums]) {
+  static_assert(kPartialSums == 16);
+  using Sixteen = ShortVector<double, 16>::type;
+  const auto all = __builtin_convertvector(
+      *reinterpret_cast<const typename ShortVector<T, kPartialSums>::unaligned*>(sums), Sixteen);
+  const auto eight = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four =
+      __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  const auto two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+  return two[0] + two[1];
+}
 
 /// The squared error of one weight. Multiplying by a reciprocal may round a tie the other way; the error is the same on
 /// both sides of it.
@@ -40,11 +56,7 @@ MINIQUANT_INLINE double squared_error(const CodeRange& range, const T* weight, c
   for (std::int64_t l = 0; i + l < count; ++l) {
     sums[l] += importance[i + l] * squared_error_of(weight[i + l], scale, reciprocal, low, high);
   }
-  double total = 0.0;
-  for (const T sum : sums) {
-    total += static_cast<double>(sum);
-  }
-  return total;
+  return sum_of(sums);
 }
 
 template <typename T>
