@@ -33,15 +33,14 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
   }
 }
 
-/// Rows in one piece of work: few enough that every thread gets several pieces, and whole passes of the kernels where
-/// there is more than one piece. Kernels treat rows independently, so the number of rows changes only the time taken.
+/// Rows in one piece of work: a pass of the kernels, or fewer where threads would otherwise get less than four pieces
+/// each, so all threads end at about the same time. Kernels treat rows independently: the number of rows changes only
+/// the time taken.
 inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
-  constexpr int64_t kPiecesPerThread = 4;
-  constexpr int64_t kWholePass = kernels::kTilesPerPass;
+  constexpr int64_t kMinPiecesPerThread = 4;
   const int64_t tiles = kernels::ceil_div(rows, tile_rows);
-  const int64_t pieces = kPiecesPerThread * at::get_num_threads();
-  const int64_t share = std::max<int64_t>(1, kernels::ceil_div(tiles, pieces));
-  return tile_rows * (share < kWholePass ? share : kernels::ceil_div(share, kWholePass) * kWholePass);
+  const int64_t share = kernels::ceil_div(tiles, kMinPiecesPerThread * at::get_num_threads());
+  return tile_rows * std::clamp<int64_t>(share, 1, kernels::kTilesPerPass);
 }
 
 /// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:

@@ -55,7 +55,7 @@ TEST(Dispatch, PiecesOfRowsGiveEveryThreadSeveralAndAreWholePasses) {
   EXPECT_EQ(rows_per_piece(8 * kTileRows, kTileRows), kTileRows);
   EXPECT_EQ(rows_per_piece(9 * kTileRows, kTileRows), 2 * kTileRows);
   EXPECT_EQ(rows_per_piece(32 * kTileRows, kTileRows), 4 * kTileRows);
-  EXPECT_EQ(rows_per_piece(33 * kTileRows, kTileRows), 8 * kTileRows);
+  EXPECT_EQ(rows_per_piece(33 * kTileRows, kTileRows), 4 * kTileRows);
 }
 
 TEST(Dispatch, TriangleVisitsEveryIndexOnceTheLongestFirst) {
