@@ -16,6 +16,9 @@ namespace {
 /// Tokens per pass over the Hessian: enough to make the cost of the pass small beside the products.
 constexpr int64_t kTokensPerPass = 1024;
 
+/// Adjacent tiles of columns that one thread takes: two threads would otherwise fetch the same pairs of cache lines.
+constexpr int64_t kTilesPerRun = 4;
+
 /// hessian += Y^T Y for one pass, inputs Y [tokens, K]; `tiles` has room for Y packed.
 template <typename T>
 void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
@@ -24,21 +27,28 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   const int64_t columns = inputs.size(1);
   const T* const values = inputs.const_data_ptr<T>();
   const int64_t column_tiles = kernels::ceil_div(columns, kernel.tile_rows);
-  // The first pieces pack one tile each. The others wait for all of these, and update one row of tiles each, longer
-  // rows first.
-  Team team(team_size(column_tiles, tokens * columns * columns / 2));
-  Pieces pieces(2 * column_tiles);
+  const int64_t runs = kernels::ceil_div(column_tiles, kTilesPerRun);
+  const auto for_run = [&](int64_t run, const auto& body) {
+    for (int64_t tile = run * kTilesPerRun; tile < std::min(column_tiles, (run + 1) * kTilesPerRun); ++tile) {
+      body(tile);
+    }
+  };
+  // The first pieces pack one run of tiles each. The others wait for all of these, and update one run of rows of tiles
+  // each, longer rows first.
+  Team team(team_size(runs, tokens * columns * columns / 2));
+  Pieces pieces(2 * runs);
   std::atomic<int64_t> packed = 0;
   team.run([&] {
     team.take(pieces, [&](int64_t piece) {
-      if (piece < column_tiles) {
-        kernel.pack_tile(values, columns, tokens, columns, piece, tiles);
+      if (piece < runs) {
+        for_run(piece, [&](int64_t tile) { kernel.pack_tile(values, columns, tokens, columns, tile, tiles); });
         packed.fetch_add(1, std::memory_order_release);
-      } else if (team.wait_until([&] { return packed.load(std::memory_order_acquire) == column_tiles; })) {
-        const int64_t tile = 2 * column_tiles - 1 - piece;
-        for (int64_t earlier = 0; earlier <= tile; ++earlier) {
-          kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
-        }
+      } else if (team.wait_until([&] { return packed.load(std::memory_order_acquire) == runs; })) {
+        for_run(2 * runs - 1 - piece, [&](int64_t tile) {
+          for (int64_t earlier = 0; earlier <= tile; ++earlier) {
+            kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+          }
+        });
       }
     });
   });

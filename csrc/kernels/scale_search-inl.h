@@ -22,8 +22,8 @@ template <typename T>
 MINIQUANT_INLINE double sum_of(const T (&sums)[kPartialSums]) {
   static_assert(kPartialSums == 16);
   using Sixteen = ShortVector<double, 16>::type;
-  const auto all = __builtin_convertvector(
-      *reinterpret_cast<const typename ShortVector<T, kPartialSums>::unaligned*>(sums), Sixteen);
+  const auto all =
+      __builtin_convertvector(*reinterpret_cast<const ShortVector<T, kPartialSums>::unaligned*>(sums), Sixteen);
   const auto eight = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
   const auto four =

@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -15,6 +14,7 @@
 #include <string>
 #include <tuple>
 
+#include "algorithms/finite.h"
 #include "ops/checks.h"
 #include "ops/plain_operations.h"
 #include "ops/storage_lock.h"
@@ -91,13 +91,13 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
   if (batch.inputs.numel() == 0) {
     return;
   }
-  // No entry of a sum of x x^T exceeds its largest diagonal entry, and that grows by at most |X|^2. So one cheap pass
-  // is enough to accept almost any batch.
+  // No entry of a sum of x x^T exceeds its largest diagonal entry, and that grows by at most n max |X|^2. So one cheap
+  // pass is enough to accept almost any batch.
   const double max = dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  const at::ScalarType compute = batch.inputs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto norm = at::linalg_vector_norm(batch.inputs, 2, std::nullopt, false, compute).item<double>();
+  const double largest = algorithms::largest_magnitude(batch.inputs);
+  const auto tokens = static_cast<double>(batch.inputs.size(0));
   const double weight = batch.token_weights.defined() ? batch.token_weights.max().item<double>() : 1;
-  if (diagonal.max().item<double>() + weight * norm * norm <= max / 2) {
+  if (diagonal.max().item<double>() + weight * tokens * largest * largest <= max / 2) {
     return;
   }
   const at::Tensor infinite = where_counted(at::isfinite(inputs).logical_not(), batch.counted);
