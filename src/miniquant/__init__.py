@@ -44,6 +44,7 @@ from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E40
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
+from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
 __version__ = str(torch.ops.miniquant.version())
@@ -52,8 +53,11 @@ __all__ = [
     "AutoGptqResult",
     "GptqResult",
     "HessianAccumulator",
+    "LayerOptions",
     "QuantizedWeight",
+    "Recipe",
     "RidgeChoice",
+    "Rule",
     "SavedLayer",
     "choose_ridge",
     "dequantize",
