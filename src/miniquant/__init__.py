@@ -37,6 +37,7 @@ from miniquant._library import load_library
 load_library()
 
 from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
+from miniquant.calibration import Calibration, load_calibration  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
@@ -51,6 +52,7 @@ __version__ = str(torch.ops.miniquant.version())
 
 __all__ = [
     "AutoGptqResult",
+    "Calibration",
     "GptqResult",
     "HessianAccumulator",
     "LayerOptions",
@@ -66,6 +68,7 @@ __all__ = [
     "gptq_reference",
     "hessian_update_",
     "instruction_set",
+    "load_calibration",
     "load_layer",
     "pack",
     "pack_int4",

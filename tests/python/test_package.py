@@ -210,7 +210,7 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
         archive.extract("miniquant/lib/libminiquant.so", tmp_path)
     modules = {path.name for path in (root / "src" / "miniquant").glob("*.py")}
     assert {"__init__.py", "_library.py", "gptq.py"} <= modules
-    files = ("py.typed", "recipe.schema.json", "lib/build.json", "lib/libminiquant.so")
+    files = ("py.typed", "recipe.schema.json", "data/calibration.txt", "lib/build.json", "lib/libminiquant.so")
     assert names == {f"miniquant/{name}" for name in (*modules, *files)}
     assert "Requires-Dist: safetensors>=" in metadata
     assert "Requires-Dist: jsonschema>=" in metadata

@@ -422,6 +422,27 @@ def test_bad_files_are_named(tmp_path: Path, kind: str) -> None:
     assert len(str(error.value)) < len(str(path)) + 250
 
 
+GOOD_FILES = {
+    "r.json": '{"format": "gptq", "defaults": {"bits": 3}, "rules": [{"pattern": "re:a.*[bc]", "ridge": 0.5}]}',
+    "r.toml": 'format = "gptq"\n[defaults]\nbits = 3\n\n[[rules]]\npattern = "re:a.*[bc]"\nridge = 0.5\n',
+}
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_damaged_files_are_read_or_named(tmp_path: Path, name: str, mutations: Any) -> None:
+    path = tmp_path / name
+    read = 0
+    for content in mutations(GOOD_FILES[name].encode(), 400):
+        path.write_bytes(content)
+        try:
+            recipe = Recipe.load(path)
+            assert Recipe.from_dict(recipe.to_dict()) == recipe
+            read += 1
+        except ValueError as error:
+            assert str(error).startswith(f"Recipe.load: {path}: ")  # noqa: PT017
+    assert 0 < read < 400
+
+
 def test_every_error_of_a_file_is_listed(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
