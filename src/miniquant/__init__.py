@@ -38,6 +38,7 @@ load_library()
 
 from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
 from miniquant.calibration import Calibration, load_calibration  # noqa: E402
+from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
@@ -53,16 +54,21 @@ __version__ = str(torch.ops.miniquant.version())
 __all__ = [
     "AutoGptqResult",
     "Calibration",
+    "EmbeddingScores",
     "GptqResult",
     "HessianAccumulator",
+    "LanguageScores",
     "LayerOptions",
     "QuantizedWeight",
     "Recipe",
+    "Reference",
     "RidgeChoice",
     "Rule",
     "SavedLayer",
     "choose_ridge",
+    "compare_embeddings",
     "dequantize",
+    "evaluate",
     "gptq",
     "gptq_auto",
     "gptq_reference",

@@ -183,7 +183,10 @@ def load_calibration(
         batches: Any = [source] if isinstance(source, Tensor | Mapping) else source
         if not isinstance(batches, Iterable):
             raise TypeError(f"{PREFIX}: expected source to be paths, batches or None, but got {type(source).__name__}")
-        given = _Source("batches", (_given_batch(batch, number, vocabulary) for number, batch in enumerate(batches, 1)))
+        given = _Source(
+            "batches",
+            (given_batch(batch, f"{PREFIX}: batch {number}", vocabulary) for number, batch in enumerate(batches, 1)),
+        )
         parts.fill([given])
         return parts.result([given], lambda taken: [batch.arguments for batch in taken])
 
@@ -233,8 +236,8 @@ class _Window:
 
 
 @dataclass(frozen=True, eq=False)
-class _GivenBatch:
-    """A batch of the caller's."""
+class GivenBatch:
+    """Arguments of a model, and how many of their tokens count."""
 
     arguments: Batch
     tokens: int
@@ -344,9 +347,12 @@ def _batched(windows: Sequence[_Window], limit: int, pad: int) -> list[Batch]:
     return batches
 
 
-def _given_batch(batch: Any, number: int, vocabulary: int) -> _GivenBatch:
-    """A batch of the caller's, with its number of tokens."""
-    where = f"load_calibration: batch {number}"
+def given_batch(batch: Any, where: str, vocabulary: int = _NO_BOUND) -> GivenBatch:
+    """A batch of the caller's with a mask, and its number of tokens.
+
+    Raises:
+        ValueError, TypeError: where it is none; the message begins with `where`.
+    """
     if isinstance(batch, Tensor):
         if batch.dim() not in (1, 2):
             raise ValueError(f"{where}: expected token ids [B, L] or [L], but got shape {list(batch.shape)}")
@@ -374,12 +380,12 @@ def _given_batch(batch: Any, number: int, vocabulary: int) -> _GivenBatch:
     elif ids is not None:
         arguments["attention_mask"] = torch.ones_like(ids)
     elif not isinstance(decoder_ids := arguments.get("decoder_input_ids"), Tensor):
-        return _GivenBatch(arguments, 0)
+        return GivenBatch(arguments, 0)
     else:
-        return _GivenBatch(arguments, decoder_ids.numel())
+        return GivenBatch(arguments, decoder_ids.numel())
     if not (tokens := int(arguments["attention_mask"].sum())):
         raise ValueError(f"{where}: expected a token that counts, but attention_mask is 0 everywhere")
-    return _GivenBatch(arguments, tokens)
+    return GivenBatch(arguments, tokens)
 
 
 def _checked_ids(ids: Tensor, where: str, vocabulary: int) -> Tensor:
