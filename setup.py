@@ -16,7 +16,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-LIBRARIES = ["safetensors>=0.4"]  # that the package needs beside torch
+# That the package needs beside torch.
+LIBRARIES = ["jsonschema>=4.18", "safetensors>=0.4", "tomli>=2; python_version < '3.11'"]
 TORCH_RULES = ROOT / "cmake" / "MiniquantTorch.cmake"
 
 

@@ -37,6 +37,8 @@ from miniquant._library import load_library
 load_library()
 
 from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
+from miniquant.calibration import Calibration, load_calibration  # noqa: E402
+from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
@@ -44,24 +46,35 @@ from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E40
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
+from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
 __version__ = str(torch.ops.miniquant.version())
 
 __all__ = [
     "AutoGptqResult",
+    "Calibration",
+    "EmbeddingScores",
     "GptqResult",
     "HessianAccumulator",
+    "LanguageScores",
+    "LayerOptions",
     "QuantizedWeight",
+    "Recipe",
+    "Reference",
     "RidgeChoice",
+    "Rule",
     "SavedLayer",
     "choose_ridge",
+    "compare_embeddings",
     "dequantize",
+    "evaluate",
     "gptq",
     "gptq_auto",
     "gptq_reference",
     "hessian_update_",
     "instruction_set",
+    "load_calibration",
     "load_layer",
     "pack",
     "pack_int4",

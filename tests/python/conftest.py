@@ -1,6 +1,7 @@
 """Shared fixtures: the root of the clone, a seeded generator, programs built with the installed library."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,3 +106,22 @@ def codes_checksum() -> Callable[[torch.Tensor], int]:
         return int((torch.arange(1, flat.numel() + 1) * flat).sum())
 
     return codes_checksum_
+
+
+@pytest.fixture
+def mutations(request: pytest.FixtureRequest) -> Callable[[bytes, int], Iterator[bytes]]:
+    """Copies of a file's content, each damaged in a few places; the same for a test each time it runs."""
+    generator = random.Random(request.node.name)  # noqa: S311
+
+    def mutations_(content: bytes, count: int) -> Iterator[bytes]:
+        for _ in range(count):
+            damaged = bytearray(content)
+            for _ in range(generator.randint(1, 3)):
+                start = generator.randrange(len(damaged) + 1)
+                removed = generator.choice([0, 1, 1, 3, len(damaged)])
+                limit = generator.choice([128, 256])  # of bytes that text may have, or of all
+                added = bytes(generator.randrange(limit) for _ in range(generator.choice([0, 1, 1, 4])))
+                damaged[start : start + removed] = added
+            yield bytes(damaged)
+
+    return mutations_

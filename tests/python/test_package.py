@@ -210,8 +210,11 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
         archive.extract("miniquant/lib/libminiquant.so", tmp_path)
     modules = {path.name for path in (root / "src" / "miniquant").glob("*.py")}
     assert {"__init__.py", "_library.py", "gptq.py"} <= modules
-    assert names == {f"miniquant/{name}" for name in (*modules, "py.typed", "lib/build.json", "lib/libminiquant.so")}
+    files = ("py.typed", "recipe.schema.json", "data/calibration.txt", "lib/build.json", "lib/libminiquant.so")
+    assert names == {f"miniquant/{name}" for name in (*modules, *files)}
     assert "Requires-Dist: safetensors>=" in metadata
+    assert "Requires-Dist: jsonschema>=" in metadata
+    assert re.search(r"Requires-Dist: tomli>=2; python_version < .3\.11.", metadata)
     assert f"Requires-Dist: torch<{build['torch_below']},>={build['torch_min']}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
     # The wheel works on any machine: it contains no path of this one.
