@@ -78,7 +78,7 @@ def save_layer(
     tensors = {"codes": quantized.codes, "scales": quantized.scales, "zero_points": quantized.zero_points}
     if isinstance(quantized, GptqResult):
         tensors["row_loss"] = quantized.row_loss
-    _check("save_layer", "quantized", quantized, tensors.get("row_loss"))
+    check_quantized("save_layer", "quantized", quantized)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -138,12 +138,12 @@ def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
     parts = (tensors["codes"], tensors["scales"], tensors["zero_points"])
     quantized = QuantizedWeight(*parts, grid["bits"], grid["group_size"], symmetric, full_range)
     row_loss = tensors.get("row_loss")
-    try:
-        _check(where, "the file", quantized, row_loss)
-    except TypeError as error:  # a wrong dtype in a file is not a wrong argument type
-        raise ValueError(str(error)) from None
     if row_loss is not None:
         quantized = GptqResult(*parts, grid["bits"], grid["group_size"], symmetric, full_range, row_loss)
+    try:
+        check_quantized(where, "the file", quantized)
+    except TypeError as error:  # a wrong dtype in a file is not a wrong argument type
+        raise ValueError(str(error)) from None
     return SavedLayer(quantized, metadata.get("layer", ""), options)
 
 
@@ -161,8 +161,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"load_layer: {path}: expected a safetensors file, but got: {error}") from error
 
 
-def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor | None) -> None:
-    """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid."""
+def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
+    """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid.
+
+    Args:
+        where: begins the message: a function, and a file if there is one.
+        what: whose tensors they are.
+        quantized: the weight; a :class:`miniquant.GptqResult` has its row_loss checked, too.
+
+    Raises:
+        ValueError, TypeError: the latter for a tensor of another dtype.
+    """
 
     def expect(name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], tensor: Tensor) -> None:
         if tensor.dtype not in dtypes:
@@ -192,8 +201,8 @@ def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor |
     expect("codes", (torch.int8,), (rows, columns), quantized.codes)
     expect("scales", _SCALE_DTYPES, (rows, groups), quantized.scales)
     expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
-    if row_loss is not None:
-        expect("row_loss", _ROW_LOSS_DTYPES, (rows,), row_loss)
+    if isinstance(quantized, GptqResult):
+        expect("row_loss", _ROW_LOSS_DTYPES, (rows,), quantized.row_loss)
     largest = 2 ** (bits - 1) - 1
     smallest = -largest if quantized.symmetric and not quantized.full_range else -largest - 1
     for name, tensor in (("codes", quantized.codes), ("zero_points", quantized.zero_points)):
