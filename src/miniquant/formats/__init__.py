@@ -1,0 +1,49 @@
+"""Checkpoint formats: the tensors and the configuration of quantized layers, one file per format.
+
+Formats know nothing of models and modules: a layer is a name and a :class:`miniquant.QuantizedWeight`.
+"""
+
+from collections.abc import Callable, Mapping
+
+from miniquant.formats.base import ConfigObject, Format, LayerGrid
+from miniquant.formats.compressed_tensors import CompressedTensors
+from miniquant.formats.gptq import Gptq
+
+__all__ = ["FORMATS", "CompressedTensors", "Format", "Gptq", "LayerGrid", "format_named", "format_of"]
+
+FORMATS: Mapping[str, Callable[[], Format]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": lambda: Gptq(version=1),
+    "gptq_v2": lambda: Gptq(version=2),
+}
+
+
+def format_named(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        ValueError: for another name than those of ``FORMATS``.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format_named: expected name to be one of {', '.join(FORMATS)}, but got {name!r}")
+    return FORMATS[name]()
+
+
+def format_of(config: object) -> Format:
+    """The format that a checkpoint is in.
+
+    Args:
+        config: ``quantization_config`` of its config.json.
+
+    Raises:
+        ValueError: where none of ``FORMATS`` is described.
+    """
+    values = ConfigObject("format_of", config).values
+    method = values.get("quant_method")
+    name = values.get("checkpoint_format", "gptq") if method == "gptq" else method
+    if not isinstance(name, str) or name not in FORMATS:
+        what = "checkpoint_format" if method == "gptq" else "quant_method"
+        raise ValueError(
+            f"format_of: expected {what} of quantization_config to be one of {', '.join(FORMATS)}, but got {name!r}"
+        )
+    return FORMATS[name]()
