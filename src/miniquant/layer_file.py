@@ -24,7 +24,7 @@ FORMAT = "miniquant.layer"
 VERSION = "1"
 _TENSORS = ("codes", "scales", "zero_points", "row_loss")
 _SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ROW_LOSS_DTYPES = (torch.float32, torch.float64)
+ROW_LOSS_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +202,7 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
     expect("scales", _SCALE_DTYPES, (rows, groups), quantized.scales)
     expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
     if isinstance(quantized, GptqResult):
-        expect("row_loss", _ROW_LOSS_DTYPES, (rows,), quantized.row_loss)
+        expect("row_loss", ROW_LOSS_DTYPES, (rows,), quantized.row_loss)
     largest = 2 ** (bits - 1) - 1
     smallest = -largest if quantized.symmetric and not quantized.full_range else -largest - 1
     for name, tensor in (("codes", quantized.codes), ("zero_points", quantized.zero_points)):

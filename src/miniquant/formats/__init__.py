@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from miniquant.formats.base import ConfigObject, Format, LayerGrid
 from miniquant.formats.compressed_tensors import CompressedTensors
 from miniquant.formats.gptq import Gptq
+from miniquant.formats.native import Native
 
-__all__ = ["FORMATS", "CompressedTensors", "Format", "Gptq", "LayerGrid", "format_named", "format_of"]
+__all__ = ["FORMATS", "CompressedTensors", "Format", "Gptq", "LayerGrid", "Native", "format_named", "format_of"]
 
 FORMATS: Mapping[str, Callable[[], Format]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": lambda: Gptq(version=1),
     "gptq_v2": lambda: Gptq(version=2),
+    "miniquant": Native,
 }
 
 
