@@ -9,7 +9,8 @@ Hessian, ``row_loss`` [N]. Metadata, all strings: ``format`` "miniquant.layer", 
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def save_layer(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     from safetensors.torch import save  # noqa: PLC0415  (not for whoever saves and loads no layers)
 
-    _replace_file(Path(path), save(stored, metadata=metadata))
+    content = save(stored, metadata=metadata)
+    with replacing(Path(path)) as new:
+        new.write_bytes(content)
 
 
 def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
@@ -215,13 +218,16 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
         raise ValueError(f"{where}: expected zero_points of {what} to be 0 where symmetric is True, but got others")
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes a new file in the same folder, then renames it: a reader never sees a partial file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path in the same folder to write to, then renames that file: a reader never sees a partial file.
+
+    If the block raises, the new file is removed and an existing one stays.
+    """
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield new
+        with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(path)
     except BaseException:

@@ -1,16 +1,30 @@
 """Checkpoint formats: the tensors and the configuration of quantized layers, one file per format.
 
-Formats know nothing of models and modules: a layer is a name and a :class:`miniquant.QuantizedWeight`.
+Formats know nothing of models and modules: a layer is a name and a :class:`miniquant.QuantizedWeight`. The exception is
+a GGUF file, which is a whole model: ``gguf_file`` writes it.
 """
 
 from collections.abc import Callable, Mapping
 
-from miniquant.formats.base import ConfigObject, Format, LayerGrid
+from miniquant.formats.base import ConfigObject, Format, LayerFormat, LayerGrid
 from miniquant.formats.compressed_tensors import CompressedTensors
+from miniquant.formats.gguf_blocks import Gguf
 from miniquant.formats.gptq import Gptq
 from miniquant.formats.native import Native
 
-__all__ = ["FORMATS", "CompressedTensors", "Format", "Gptq", "LayerGrid", "Native", "format_named", "format_of"]
+__all__ = [
+    "FORMATS",
+    "CompressedTensors",
+    "Format",
+    "Gguf",
+    "Gptq",
+    "LayerFormat",
+    "LayerGrid",
+    "Native",
+    "format_named",
+    "format_of",
+    "layer_format",
+]
 
 FORMATS: Mapping[str, Callable[[], Format]] = {
     "compressed-tensors": CompressedTensors,
@@ -21,13 +35,26 @@ FORMATS: Mapping[str, Callable[[], Format]] = {
 
 
 def format_named(name: str) -> Format:
-    """The format of a name.
+    """The format of a name, of those that are a folder with config.json and safetensors files.
 
     Raises:
         ValueError: for another name than those of ``FORMATS``.
     """
     if name not in FORMATS:
         raise ValueError(f"format_named: expected name to be one of {', '.join(FORMATS)}, but got {name!r}")
+    return FORMATS[name]()
+
+
+def layer_format(name: str) -> LayerFormat:
+    """The format of a name, "gguf" among them, for what is asked before work starts.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name == "gguf":
+        return Gguf()
+    if name not in FORMATS:
+        raise ValueError(f"layer_format: expected name to be one of {', '.join(FORMATS)}, gguf, but got {name!r}")
     return FORMATS[name]()
 
 

@@ -87,16 +87,14 @@ class LayerGrid:
         )
 
 
-class Format(Protocol):
-    """A checkpoint format of a folder with config.json and safetensors files.
+class LayerFormat(Protocol):
+    """What is asked of any format before work starts.
 
     Attributes:
-        name: as :func:`miniquant.formats.format_named` takes it.
-        value_suffixes: endings of the names of those tensors, all of them small, whose values ``layers`` reads.
+        name: as :func:`miniquant.formats.layer_format` takes it.
     """
 
     name: str
-    value_suffixes: tuple[str, ...]
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the scales of a model of ``model_dtype`` are stored: codes are chosen for it.
@@ -116,6 +114,17 @@ class Format(Protocol):
             ValueError: where it cannot; the message names the layer and what can be done.
         """
         ...
+
+
+class Format(LayerFormat, Protocol):
+    """A format of a folder with config.json and safetensors files.
+
+    Attributes:
+        name: as :func:`miniquant.formats.format_named` takes it.
+        value_suffixes: endings of the names of those tensors, all of them small, whose values ``layers`` reads.
+    """
+
+    value_suffixes: tuple[str, ...]
 
     def tensors(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that stand for ``<name>.weight`` in the checkpoint, by their whole names.
