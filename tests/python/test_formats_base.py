@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from format_layers import KINDS, random_layer
-from miniquant.formats import FORMATS, LayerGrid, format_named, format_of
+from miniquant.formats import FORMATS, LayerGrid, format_named, format_of, with_scale_dtype
 from miniquant.formats.names import name_patterns
 from miniquant.packing import pack_words, unpack_words
 
@@ -140,3 +140,19 @@ def test_words_hold_bit_after_bit(bits: int, columns: int) -> None:
         stored = sum((int(word) % 2**32) << (32 * i) for i, word in enumerate(words[row]))
         assert stored == stream
     assert torch.equal(unpack_words(words, bits, columns), codes)
+
+
+def test_scales_go_to_another_dtype_only_as_they_are() -> None:
+    half = random_layer(4, 64, dtype=torch.bfloat16)
+    full = with_scale_dtype("fc", half, torch.float32)
+    assert full.scales.dtype == torch.float32
+    assert torch.equal(full.scales, half.scales.float())
+    assert torch.equal(full.codes, half.codes)
+    assert torch.equal(with_scale_dtype("fc", full, torch.bfloat16).scales, half.scales)
+    third = random_layer(4, 64, dtype=torch.float32)
+    third.scales.fill_(1 / 3)
+    with pytest.raises(ValueError, match=r"expected scales of layer 'fc' that float16 holds exactly, but got 0\.3333"):
+        with_scale_dtype("fc", third, torch.float16)
+    third.scales.fill_(1e9)
+    with pytest.raises(ValueError, match=r"expected scales of layer 'fc' that float16 holds exactly, but got 10000000"):
+        with_scale_dtype("fc", third, torch.float16)

@@ -584,6 +584,8 @@ def test_long_contexts_of_phi3() -> None:
     assert plan.metadata["phi3.rope.scaling.original_context_length"] == 128
     assert plan.metadata["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + np.log(32) / np.log(128)) ** 0.5)
     assert plan.metadata["phi3.attention.sliding_window"] == 256
+    (caution,) = plan.warnings
+    assert "sliding_window of config.json is 256, but llama.cpp attends to everything for 'phi3'" in caution
     further = {t.placement.name: t.values for t in plan.tensors if not t.parameter}
     assert further == {"rope_factors_long.weight": (2.0,) * 8, "rope_factors_short.weight": (1.0,) * 8}
 
@@ -617,7 +619,6 @@ BROKEN_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("llama", {"rope_parameters": [1]}, "config.json to be an object, but got [1]"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "original_max_position_embeddings of config"),
-    ("mistral", {"sliding_window": 64}, "sliding_window of config.json to be null or at least max_position_embeddings"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window of config.json to be False or None"),
     (
         "gemma2",
@@ -654,6 +655,12 @@ def test_configs_that_do_not_become_a_file(kind: str, changes: dict[str, Any], m
         plan_gguf({**config.to_dict(), **changes}, shapes, {})
     assert str(caught.value).startswith("gguf: expected ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("window", "cautions"), [(None, 0), (128, 0), (64, 1)])
+def test_a_window_that_llama_cpp_does_not_have(window: int | None, cautions: int) -> None:
+    config = transformers.MistralConfig(**DECODER, sliding_window=window)
+    assert len(plan_gguf(config.to_dict(), shapes_of(config), {}).warnings) == cautions
 
 
 def without(name: str) -> Callable[[dict[str, Any]], object]:

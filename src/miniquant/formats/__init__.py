@@ -6,7 +6,7 @@ a GGUF file, which is a whole model: ``gguf_file`` writes it.
 
 from collections.abc import Callable, Mapping
 
-from miniquant.formats.base import ConfigObject, Format, LayerFormat, LayerGrid
+from miniquant.formats.base import ConfigObject, Format, LayerFormat, LayerGrid, with_scale_dtype
 from miniquant.formats.compressed_tensors import CompressedTensors
 from miniquant.formats.gguf_blocks import Gguf
 from miniquant.formats.gptq import Gptq
@@ -24,6 +24,7 @@ __all__ = [
     "format_named",
     "format_of",
     "layer_format",
+    "with_scale_dtype",
 ]
 
 FORMATS: Mapping[str, Callable[[], Format]] = {

@@ -5,7 +5,7 @@ A layer is named as its module is, "model.layers.0.mlp.up_proj"; its weight is [
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -308,6 +308,28 @@ def grid_of_layer(form: str, name: str, *values: Any) -> LayerGrid:
         return LayerGrid(*values)
     except ValueError as error:
         raise ValueError(f"{form}: layer {name!r}: {str(error).removeprefix('LayerGrid: ')}") from None
+
+
+def with_scale_dtype(name: str, quantized: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
+    """The same weight with its scales in another dtype: what takes it from one format to another.
+
+    Args:
+        name: of the layer, for messages.
+        quantized: the weight.
+        dtype: float32, float64, bfloat16 or float16.
+
+    Raises:
+        ValueError: where the dtype does not hold a scale exactly.
+    """
+    scales = quantized.scales.to(dtype)
+    changed = scales.double() != quantized.scales.double()
+    if bool(changed.any()):
+        value = quantized.scales[changed][0].item()
+        raise ValueError(
+            f"with_scale_dtype: expected scales of layer {name!r} that {dtype_names(dtype)} holds exactly, but got "
+            f"{value!r} in {dtype_names(quantized.scales.dtype)} (quantize again for the other format)"
+        )
+    return replace(quantized, scales=scales)
 
 
 def check_layers(form: str, layers: Mapping[str, LayerGrid], ignored: Sequence[str]) -> None:

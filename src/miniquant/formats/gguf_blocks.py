@@ -18,6 +18,7 @@ A group longer than 32 columns repeats its scale.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +211,15 @@ class Gguf:
         quantized = QuantizedWeight(codes.flatten(1), scales, zero_points, kind.bits, COLUMNS, symmetric, symmetric)
         check_quantized(NAME, f"layer {name!r}", quantized)
         return quantized
+
+
+def gguf_package() -> Any:
+    """The package gguf, which knows files; blocks need it not."""
+    try:
+        import gguf  # noqa: PLC0415  (only for this format)
+    except ImportError as error:
+        raise ImportError("gguf: expected the package gguf to be installed (pip install gguf), but got none") from error
+    return gguf
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from miniquant.formats.base import LayerGrid, checked_grid, dtype_names
-from miniquant.formats.gguf_blocks import COLUMNS, NAME, TYPES, Gguf
+from miniquant.formats.gguf_blocks import COLUMNS, NAME, TYPES, Gguf, gguf_package
 from miniquant.formats.gguf_models import (
     Metadata,
     ModelConfig,
@@ -66,7 +66,7 @@ class GgufPlan:
         vocabulary: the tokenizer's; None where the file has none.
         special: its special tokens and chat template, as the package gguf reads them.
         tensors: of the file, in its order.
-        warnings: of the layers.
+        warnings: what llama.cpp computes otherwise than the model.
         exact: as given.
     """
 
@@ -108,7 +108,7 @@ def plan_gguf(
             together.
         ImportError: without the package gguf.
     """
-    package = _gguf()
+    package = gguf_package()
     if other not in get_args(OtherType):
         raise ValueError(f"{NAME}: expected other to be one of {', '.join(get_args(OtherType))}, but got {other!r}")
     model = ModelConfig(config)
@@ -117,7 +117,7 @@ def plan_gguf(
     number = next(key for key, value in package.MODEL_ARCH_NAMES.items() if value == architecture.name)
     known = package.get_tensor_name_map(number, blocks_of(model))
     places = placements(architecture, model, parameters, known.get_name)
-    form, warnings = Gguf(exact=exact), []
+    form, warnings = Gguf(exact=exact), architecture.cautions(model)
     unknown = [layer for layer in layers if f"{layer}.weight" not in parameters]
     if unknown:
         raise ValueError(f"{NAME}: expected layers to be among the parameters, but got {unknown[0]!r}")
@@ -184,7 +184,7 @@ def write_gguf(
         ValueError, TypeError: where a weight is not what was planned.
         OSError: where the file cannot be written.
     """
-    package = _gguf()
+    package = gguf_package()
     with replacing(Path(path)) as new:
         writer = package.GGUFWriter(new, plan.architecture)
         try:
@@ -204,15 +204,6 @@ def write_gguf(
                     writer.write_tensor_data(_converted(package, tensor, _parameter(tensor, load_parameter)))
         finally:
             writer.close()
-
-
-def _gguf() -> Any:
-    """The package gguf."""
-    try:
-        import gguf  # noqa: PLC0415  (only for this format)
-    except ImportError as error:
-        raise ImportError("gguf: expected the package gguf to be installed (pip install gguf), but got none") from error
-    return gguf
 
 
 def _other_kind(name: str, shape: tuple[int, ...], other: OtherType) -> str:
@@ -271,7 +262,12 @@ def _special_tokens(package: Any, folder: Path, vocabulary: Vocabulary) -> Any:
         if (folder / file).is_file():
             read_json(folder / file)
     try:
-        special = package.SpecialVocab(folder, load_merges=vocabulary.merges, n_vocab=len(vocabulary.tokens))
+        special = package.SpecialVocab(
+            folder,
+            load_merges=vocabulary.merges,
+            special_token_types=("bos", "eos", "unk", "sep", "pad", "mask"),  # of BERT's the first is bos, too
+            n_vocab=len(vocabulary.tokens),
+        )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{NAME}: expected tokenizer.json and tokenizer_config.json of {folder} to be those of a tokenizer, "

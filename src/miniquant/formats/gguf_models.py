@@ -104,6 +104,7 @@ class Architecture:
         transposed: endings of the modules whose weight is [K, N].
         left_out: expression of parameters that have no place in the file.
         prefixes: of names, which the tensors' map does not know.
+        cautions: what llama.cpp computes otherwise than the model.
         tied: whether the file never has an output matrix of its own.
     """
 
@@ -118,6 +119,7 @@ class Architecture:
     transposed: tuple[str, ...] = ()
     left_out: str = ""
     prefixes: tuple[str, ...] = ()
+    cautions: Callable[[ModelConfig], list[str]] = field(default=lambda _: [])
     tied: bool = False
 
 
@@ -309,12 +311,6 @@ def _llama3_frequencies(config: ModelConfig) -> dict[str, list[float]]:
 
 def _llama(config: ModelConfig) -> Metadata:
     config.require("hidden_act", ("silu", "swish"))
-    window, context = config.values.get("sliding_window"), config.integer("max_position_embeddings")
-    if window is not None and config.integer("sliding_window") < context:
-        raise ValueError(
-            f"{NAME}: expected sliding_window of config.json to be null or at least max_position_embeddings, "
-            f"{context}, because llama.cpp attends to everything, but got {window}"
-        )
     head_dim = config.head_dim
     own = (
         _key_length(config) if head_dim * config.integer("num_attention_heads") != config.integer("hidden_size") else {}
@@ -411,6 +407,18 @@ def _phi3(config: ModelConfig) -> Metadata:
     return out
 
 
+def _no_window(config: ModelConfig) -> list[str]:
+    """A window that llama.cpp does not have for the architecture."""
+    if not _has_window(config):
+        return []
+    window, kind = config.integer("sliding_window"), config.text("model_type")
+    caution = (
+        f"{NAME}: sliding_window of config.json is {window}, but llama.cpp attends to everything for {kind!r}: in "
+        f"texts of more than {window} tokens the model's outputs differ"
+    )
+    return [caution]
+
+
 def _has_window(config: ModelConfig) -> bool:
     """Whether a layer does not attend to everything."""
     window = config.values.get("sliding_window")
@@ -468,7 +476,9 @@ _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 _GATED = ("attn_norm", *_ATTENTION, "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 _POST = ("post_attention_norm", "post_ffw_norm")
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
-_LLAMA = Architecture("llama", _llama, _GATED, biases=True, permuted=True, further=_llama3_frequencies)
+_LLAMA = Architecture(
+    "llama", _llama, _GATED, biases=True, permuted=True, further=_llama3_frequencies, cautions=_no_window
+)
 _GEMMA3 = Architecture("gemma3", _gemma3, (*_GATED, *_POST, *_QK_NORMS), norm_plus_one=True)
 
 ARCHITECTURES: Mapping[str, Architecture] = {  # by model_type
@@ -484,6 +494,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {  # by model_type
         _phi3,
         ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
         further=_phi3_factors,
+        cautions=_no_window,
     ),
     "gpt2": Architecture(
         "gpt2",
