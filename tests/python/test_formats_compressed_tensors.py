@@ -422,6 +422,7 @@ def test_transformers_loads_a_llama(recipe: str, dtype: torch.dtype, tmp_path: P
     assert_loads_equal(recipe, dtype, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recipe", ["alike", "asymmetric"])
 def test_transformers_loads_a_llama_dequantized(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:

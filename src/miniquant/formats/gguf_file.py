@@ -114,6 +114,11 @@ def plan_gguf(
     model = ModelConfig(config)
     architecture = architecture_of(model)
     keys = {f"{architecture.name}.{key}": value for key, value in architecture.metadata(model).items()}
+    if blocks_of(model) > len(parameters):  # before a map is made of so many
+        raise ValueError(
+            f"{NAME}: expected parameters of {blocks_of(model)} blocks, as config.json has it, but got "
+            f"{len(parameters)} parameters"
+        )
     number = next(key for key, value in package.MODEL_ARCH_NAMES.items() if value == architecture.name)
     known = package.get_tensor_name_map(number, blocks_of(model))
     places = placements(architecture, model, parameters, known.get_name)
@@ -143,6 +148,7 @@ def plan_gguf(
                 f"but got {shape[0]}"
             )
         tensors.append(_Tensor(parameter, placement, shape, kind, layer))
+    _check_shapes(architecture.name, keys, {tensor.placement.name: tensor.shape for tensor in tensors})
     for further, values in architecture.further(model).items():
         tensors.append(_Tensor("", Placement(f"{further}.weight"), (len(values),), "F32", values=tuple(values)))
     rows = next(tensor.shape[0] for tensor in tensors if tensor.placement.name == "token_embd.weight")
@@ -204,6 +210,34 @@ def write_gguf(
                     writer.write_tensor_data(_converted(package, tensor, _parameter(tensor, load_parameter)))
         finally:
             writer.close()
+
+
+def _check_shapes(architecture: str, keys: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises where the metadata, from config.json, and the parameters disagree: llama.cpp would not load the file."""
+    width, heads = keys[f"{architecture}.embedding_length"], keys[f"{architecture}.attention.head_count"]
+    own = keys.get(f"{architecture}.attention.key_length", width // heads)
+    kv = keys.get(f"{architecture}.attention.head_count_kv", heads) * own
+    hidden = keys[f"{architecture}.feed_forward_length"]
+    expected = {
+        "attn_q": (heads * own, width),
+        "attn_k": (kv, width),
+        "attn_v": (kv, width),
+        "attn_qkv": (heads * own + 2 * kv, width),
+        "attn_output": (width, heads * own),
+        "ffn_gate": (hidden, width),
+        "ffn_up": (2 * hidden if architecture == "phi3" else hidden, width),  # Phi-3's has the gate, too
+        "ffn_down": (width, hidden),
+    }
+    for name, shape in shapes.items():
+        part = name.split(".")[-2]
+        wanted = expected.get(part) if name.endswith(".weight") else None
+        if part == "token_embd":
+            wanted = (shape[0], width)
+        if wanted is not None and shape != wanted:
+            raise ValueError(
+                f"{NAME}: expected the parameter of tensor {name!r} to have shape {list(wanted)}, as config.json "
+                f"has it, but got {list(shape)}"
+            )
 
 
 def _other_kind(name: str, shape: tuple[int, ...], other: OtherType) -> str:

@@ -42,12 +42,14 @@ class ModelConfig:
         return default
 
     def integer(self, *names: str, default: int | None = None) -> int:
-        """A positive integer: the first of some names that the config has."""
-        return int(self._take(names, "a positive integer", lambda value: is_integer(value) and value > 0, default))
+        """A positive integer, of 32 bits as the file has it: the first of some names that the config has."""
+        return int(
+            self._take(names, "a positive integer", lambda value: is_integer(value) and 0 < value < 1 << 32, default)
+        )
 
     def number(self, *names: str, default: float | None = None) -> float:
-        """A finite number: the first of some names that the config has."""
-        return float(self._take(names, "a finite number", _is_number, default))
+        """A positive number: the first of some names that the config has."""
+        return float(self._take(names, "a positive number", lambda value: _is_number(value) and value > 0, default))
 
     def text(self, *names: str, default: str | None = None) -> str:
         """A text: the first of some names that the config has."""
@@ -225,7 +227,7 @@ def _check_complete(architecture: Architecture, config: ModelConfig, names: list
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30  # no nan, no inf
 
 
 def _common(config: ModelConfig) -> Metadata:
@@ -256,7 +258,6 @@ def _rope(config: ModelConfig, *kinds: str, part: str = "", default_theta: float
     if kind not in ("default", *kinds):
         allowed = " or ".join(("'default'", *map(repr, kinds)))
         raise ValueError(f"{NAME}: expected rope_type of config.json to be {allowed}, but got {kind!r}")
-    original = rope.values.get("original_max_position_embeddings")
     if kind == "linear":
         out |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.number("factor")}
     elif kind == "yarn":
@@ -267,20 +268,18 @@ def _rope(config: ModelConfig, *kinds: str, part: str = "", default_theta: float
                 "original_max_position_embeddings", default=config.integer("max_position_embeddings")
             ),
         }
-        for key, name in (
-            ("attn_factor", "attention_factor"),
-            ("yarn_beta_fast", "beta_fast"),
-            ("yarn_beta_slow", "beta_slow"),
-        ):
+        for name in ("beta_fast", "beta_slow"):
             if rope.values.get(name) is not None:
-                out[f"rope.scaling.{key}"] = rope.number(name)
+                out[f"rope.scaling.yarn_{name}"] = rope.number(name)
+        if rope.values.get("attention_factor") is not None:  # llama.cpp multiplies it by what is the default here
+            default = 0.1 * math.log(max(rope.number("factor"), 1.0)) + 1
+            out["rope.scaling.attn_factor"] = rope.number("attention_factor") / default
     elif kind == "longrope":
         longest = config.integer("max_position_embeddings")
-        shortest = config.integer(
-            "original_max_position_embeddings", default=original if is_integer(original) else None
-        )
+        own = config.values.get("original_max_position_embeddings") is not None
+        shortest = (config if own else rope).integer("original_max_position_embeddings")
         ratio = longest / shortest
-        factor = math.sqrt(1 + math.log(ratio) / math.log(shortest)) if ratio > 1 else 1.0
+        factor = math.sqrt(1 + math.log(ratio) / math.log(shortest)) if ratio > 1 and shortest > 1 else 1.0
         out |= {
             "rope.scaling.original_context_length": shortest,
             "rope.scaling.attn_factor": rope.number("attention_factor", default=factor),
