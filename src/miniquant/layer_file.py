@@ -9,7 +9,8 @@ Hessian, ``row_loss`` [N]. Metadata, all strings: ``format`` "miniquant.layer", 
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ FORMAT = "miniquant.layer"
 VERSION = "1"
 _TENSORS = ("codes", "scales", "zero_points", "row_loss")
 _SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ROW_LOSS_DTYPES = (torch.float32, torch.float64)
+ROW_LOSS_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def save_layer(
     tensors = {"codes": quantized.codes, "scales": quantized.scales, "zero_points": quantized.zero_points}
     if isinstance(quantized, GptqResult):
         tensors["row_loss"] = quantized.row_loss
-    _check("save_layer", "quantized", quantized, tensors.get("row_loss"))
+    check_quantized("save_layer", "quantized", quantized)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -92,7 +93,9 @@ def save_layer(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     from safetensors.torch import save  # noqa: PLC0415  (not for whoever saves and loads no layers)
 
-    _replace_file(Path(path), save(stored, metadata=metadata))
+    content = save(stored, metadata=metadata)
+    with replacing(Path(path)) as new:
+        new.write_bytes(content)
 
 
 def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
@@ -138,12 +141,12 @@ def load_layer(path: str | os.PathLike[str]) -> SavedLayer:
     parts = (tensors["codes"], tensors["scales"], tensors["zero_points"])
     quantized = QuantizedWeight(*parts, grid["bits"], grid["group_size"], symmetric, full_range)
     row_loss = tensors.get("row_loss")
-    try:
-        _check(where, "the file", quantized, row_loss)
-    except TypeError as error:  # a wrong dtype in a file is not a wrong argument type
-        raise ValueError(str(error)) from None
     if row_loss is not None:
         quantized = GptqResult(*parts, grid["bits"], grid["group_size"], symmetric, full_range, row_loss)
+    try:
+        check_quantized(where, "the file", quantized)
+    except TypeError as error:  # a wrong dtype in a file is not a wrong argument type
+        raise ValueError(str(error)) from None
     return SavedLayer(quantized, metadata.get("layer", ""), options)
 
 
@@ -161,8 +164,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"load_layer: {path}: expected a safetensors file, but got: {error}") from error
 
 
-def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor | None) -> None:
-    """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid."""
+def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
+    """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid.
+
+    Args:
+        where: begins the message: a function, and a file if there is one.
+        what: whose tensors they are.
+        quantized: the weight; a :class:`miniquant.GptqResult` has its row_loss checked, too.
+
+    Raises:
+        ValueError, TypeError: the latter for a tensor of another dtype.
+    """
 
     def expect(name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], tensor: Tensor) -> None:
         if tensor.dtype not in dtypes:
@@ -192,8 +204,8 @@ def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor |
     expect("codes", (torch.int8,), (rows, columns), quantized.codes)
     expect("scales", _SCALE_DTYPES, (rows, groups), quantized.scales)
     expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
-    if row_loss is not None:
-        expect("row_loss", _ROW_LOSS_DTYPES, (rows,), row_loss)
+    if isinstance(quantized, GptqResult):
+        expect("row_loss", ROW_LOSS_DTYPES, (rows,), quantized.row_loss)
     largest = 2 ** (bits - 1) - 1
     smallest = -largest if quantized.symmetric and not quantized.full_range else -largest - 1
     for name, tensor in (("codes", quantized.codes), ("zero_points", quantized.zero_points)):
@@ -206,13 +218,16 @@ def _check(where: str, what: str, quantized: QuantizedWeight, row_loss: Tensor |
         raise ValueError(f"{where}: expected zero_points of {what} to be 0 where symmetric is True, but got others")
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes a new file in the same folder, then renames it: a reader never sees a partial file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path in the same folder to write to, then renames that file: a reader never sees a partial file.
+
+    If the block raises, the new file is removed and an existing one stays.
+    """
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield new
+        with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(path)
     except BaseException:

@@ -208,8 +208,9 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
         names = {name for name in archive.namelist() if name.startswith("miniquant/")}
         metadata = archive.read(f"{versioned}.dist-info/METADATA").decode()
         archive.extract("miniquant/lib/libminiquant.so", tmp_path)
-    modules = {path.name for path in (root / "src" / "miniquant").glob("*.py")}
-    assert {"__init__.py", "_library.py", "gptq.py"} <= modules
+    package = root / "src" / "miniquant"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert {"__init__.py", "_library.py", "gptq.py", "formats/gptq.py"} <= modules
     files = ("py.typed", "recipe.schema.json", "data/calibration.txt", "lib/build.json", "lib/libminiquant.so")
     assert names == {f"miniquant/{name}" for name in (*modules, *files)}
     assert "Requires-Dist: safetensors>=" in metadata
