@@ -107,8 +107,8 @@ class Walk:
     """The paused pass. Iterating gives a :class:`Visit` for each site that a batch reaches, in order of execution.
 
     While entered, the model is in evaluation mode and its configs have no cache; leaving puts everything back, also
-    after an error or a ``break``: hooks, modes, and batches, which end where they wait. After the last site the rest of
-    the forward pass is not run, unless `ended` is given.
+    after an error or a ``break``: hooks, modes, and batches, which end where they wait. After the last site, a batch
+    that has come to all of them is not run to its end, unless `ended` is given.
 
     Args:
         model: any module on memory; sites' weights may be replaced, nothing else is changed.
@@ -163,7 +163,8 @@ class Walk:
         self._ended = ended
         self._stack: ExitStack | None = None
         self._runs: list[_Run] = []
-        self._reached: set[int] = set()
+        self._reached: set[int] = set()  # sites that are done, or done without
+        self._handed_out: set[int] = set()
         self._recent: list[tuple[int, list[Any]]] = []
         self._ids = 0
         self._visit: Visit | None = None
@@ -172,8 +173,23 @@ class Walk:
 
     @property
     def unreached(self) -> tuple[Site, ...]:
-        """Sites that no batch has come to so far."""
+        """Sites that have not been handed out so far, nor left out."""
         return tuple(site for site in self._sites if id(site) not in self._reached)
+
+    @property
+    def waiting(self) -> tuple[Site, ...]:
+        """Sites at which batches wait at this moment."""
+        return tuple(dict.fromkeys(site for _, site, _ in self._waiting()))
+
+    def leave_out(self, site: Site) -> None:
+        """Says that a site is not waited for any more: a batch that comes to it yet goes on, and is counted as late.
+
+        Raises:
+            ValueError: where a batch waits at it.
+        """
+        if site in self.waiting:
+            raise ValueError(f"Walk: expected a site to leave out at which no batch waits, but got {site.name!r}")
+        self._reached.add(id(site))
 
     def __enter__(self) -> "Walk":  # noqa: PYI034  (Self is of Python 3.11)
         if self._stack is not None:
@@ -209,7 +225,7 @@ class Walk:
             raise RuntimeError("Walk: expected to be entered (with Walk(...) as walk) before its visits are taken")
         try:
             self._go_on()
-            waiting = [(run, *run.at) for run in self._runs if run.at is not None]
+            waiting = self._waiting()
             if waiting and (self._ended is not None or self.unreached):
                 first = min((site for _, site, _ in waiting), key=lambda site: self._order[id(site)])
                 self._visit = self._visit_of(first, [(run, source) for run, site, source in waiting if site is first])
@@ -220,6 +236,9 @@ class Walk:
         self._end_all()
         raise StopIteration
 
+    def _waiting(self) -> list[tuple["_Run", Site, Tensor]]:
+        return [(run, *run.at) for run in self._runs if run.at is not None]
+
     def _go_on(self) -> None:
         """Lets the batches run on that waited for the visit before; at first all of them."""
         before, self._visit = self._visit, None
@@ -228,9 +247,10 @@ class Walk:
         else:
             before.inputs.clear()
             self._reached.add(id(before.site))
-            if self._ended is None and not self.unreached:
-                return
+            self._handed_out.add(id(before.site))
             group = [run for run in self._runs if run.at is not None and run.at[0] is before.site]
+            if self._ended is None and not self.unreached:  # nothing is to come but what is late
+                group = [run for run in group if not run.visited >= self._handed_out]
         for run in group:
             run.advance()
 
@@ -249,14 +269,17 @@ class Walk:
         run = greenlet.getcurrent()
         if not isinstance(run, _Run) or run.walk is not self:
             return  # someone else runs the model in between, to evaluate it for instance
-        first = id(site) not in run.visited
-        run.visited.add(id(site))
         run.last = site
-        if id(site) not in self._reached:
+        if id(site) in self._reached:
+            self._count(run, site, source)
+        else:
+            run.visited.add(id(site))
             run.pause(site, source)
-            return
+
+    def _count(self, run: "_Run", site: Site, source: Tensor) -> None:
+        """Tokens that come to a site that is done."""
         tokens = site.tokens(source)
-        counts = self.late if first else self.again
+        counts = self.again if id(site) in run.visited else self.late
         counts[site.name] = counts.get(site.name, 0) + tokens.numel() // max(1, tokens.shape[-1])
 
     def _end_all(self) -> None:

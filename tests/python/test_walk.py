@@ -329,6 +329,28 @@ def test_a_batch_that_comes_late_is_reported() -> None:
     assert visits == [("start", [0, 1]), ("left", [1]), ("right", [0]), ("end", [0, 1])]
     assert walk.late == {"left": 3}
     assert walk.again == {}
+    with Walk(model, batches, find_sites(model).sites[1:3]) as walk:  # also where nothing else is to come
+        assert [visit.site.name for visit in walk] == ["left", "right"]
+    assert walk.late == {"left": 3}
+
+
+def test_a_site_that_is_left_out() -> None:
+    model = Branches()
+    batches = [(torch.randn(3, 4), "right left"), (torch.randn(5, 4), "right")]
+    visits = []
+    with Walk(model, batches, find_sites(model).sites) as walk:
+        for visit in walk:
+            visits.append(visit.site.name)
+            if visit.site.name == "right":
+                assert [site.name for site in walk.waiting] == ["right"]
+                with pytest.raises(ValueError, match="at which no batch waits, but got 'right'"):
+                    walk.leave_out(visit.site)
+                for site in walk.unreached:
+                    if site.name in ("left", "never"):
+                        walk.leave_out(site)
+        assert walk.unreached == ()
+    assert visits == ["start", "right", "end"]
+    assert walk.late == {"left": 3}
 
 
 def test_a_layer_that_is_used_twice() -> None:
