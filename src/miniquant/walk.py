@@ -14,12 +14,12 @@ masks, position embeddings and branches are the model's own::
 
 Which site comes first
     Batches may wait at different sites: one routes no token to an expert, another has no image. A site must not be
-    handed out while a batch that waits elsewhere is still to come to it, since its inputs would be missing. Nobody can
-    know that for any model, so the site that is defined first goes first. That is right wherever modules are defined in
-    the order in which they run, as experts (expert by expert) and a vision tower before its language model are. Where
-    it is wrong, a batch comes to a site that is quantized already; it goes on, and :attr:`Walk.late` says so. A model
-    whose batches all run the same modules never needs the rule: then all wait at one site, whatever the order of
-    definition.
+    handed out while a batch that waits elsewhere is still to come to it, since its inputs would be missing. Experts of
+    one module run in their order. Otherwise the walk looks ahead: batches run once more without a pause, one after
+    another and each once at most, until it is known which of the sites comes before the others. Where that stays open,
+    the one that is defined first goes first. A batch that comes to a site after all when it is quantized already goes
+    on, and :attr:`Walk.late` says so. A model whose batches all run the same modules needs none of this: then all wait
+    at one site.
 
 Memory
     What is kept for a site is what its batches hold anyway: a module's input lives as long as the call that waits. No
@@ -119,6 +119,8 @@ class Walk:
         masks: for each batch None or a mask [B, T] of the tokens that count. Without, the entries "attention_mask" and
             "decoder_attention_mask" of a batch are taken. A mask counts for inputs of shape [B, T, K] and
             [B * T, K], and for those of fused experts.
+        look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
+            different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
 
     Raises:
@@ -139,6 +141,7 @@ class Walk:
         *,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         masks: Sequence[Tensor | None] | None = None,
+        look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -159,6 +162,8 @@ class Walk:
                 f"Walk: expected a mask or None for each of {len(self._batches)} batches, but got {len(masks)}"
             )
         self._masks = masks
+        self._look_ahead = look_ahead
+        self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = _call if forward is None else forward
         self._ended = ended
         self._stack: ExitStack | None = None
@@ -227,7 +232,7 @@ class Walk:
             self._go_on()
             waiting = self._waiting()
             if waiting and (self._ended is not None or self.unreached):
-                first = min((site for _, site, _ in waiting), key=lambda site: self._order[id(site)])
+                first = self._first([(run, site) for run, site, _ in waiting])
                 self._visit = self._visit_of(first, [(run, source) for run, site, source in waiting if site is first])
                 return self._visit
         except BaseException:
@@ -235,6 +240,29 @@ class Walk:
             raise
         self._end_all()
         raise StopIteration
+
+    def _first(self, waiting: Sequence[tuple["_Run", Site]]) -> Site:
+        """Of the sites at which batches wait, the one that goes first."""
+        sites = sorted({site for _, site in waiting}, key=lambda site: self._order[id(site)])
+        if not self._look_ahead or len(sites) == 1:
+            return sites[0]
+        one_of_each = {site: run for run, site in reversed(waiting)}
+        for run in dict.fromkeys((*(one_of_each[site] for site in sites), *(run for run, _ in waiting))):
+            for site in sites:
+                if all(site is other or self._comes_before(site, other) for other in sites):
+                    return site
+            if run.number not in self._orders:
+                self._orders[run.number] = run.looked_ahead()
+        # Every batch has looked ahead: those that none is known to come to from another one.
+        return next((one for one in sites if not any(self._comes_before(two, one) for two in sites)), sites[0])
+
+    def _comes_before(self, site: Site, other: Site) -> bool:
+        """Whether some batch is known to come to a site before another, and none the other way round."""
+        if isinstance(site, ExpertSite) and isinstance(other, ExpertSite) and site.modules[0] is other.modules[0]:
+            return self._order[id(site)] < self._order[id(other)]
+        places = [(order.get(id(site)), order.get(id(other))) for order in self._orders.values()]
+        known = [one < two for one, two in places if one is not None and two is not None]
+        return bool(known) and all(known)
 
     def _waiting(self) -> list[tuple["_Run", Site, Tensor]]:
         return [(run, *run.at) for run in self._runs if run.at is not None]
@@ -270,7 +298,11 @@ class Walk:
         if not isinstance(run, _Run) or run.walk is not self:
             return  # someone else runs the model in between, to evaluate it for instance
         run.last = site
-        if id(site) in self._reached:
+        if run.order is not None:
+            run.order.setdefault(id(site), len(run.order))
+            if all(id(one) in run.order for one in self.unreached):
+                raise greenlet.GreenletExit
+        elif id(site) in self._reached:
             self._count(run, site, source)
         else:
             run.visited.add(id(site))
@@ -283,9 +315,10 @@ class Walk:
         counts[site.name] = counts.get(site.name, 0) + tokens.numel() // max(1, tokens.shape[-1])
 
     def _end_all(self) -> None:
-        """Ends batches where they wait."""
+        """Ends batches where they wait, and lets go of them."""
         for run in self._runs:
             run.end()
+        self._runs.clear()
 
 
 class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
@@ -309,6 +342,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         self.masks = masks
         self.routed: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a module of experts: tokens, experts of each
         self.encoded: list[weakref.ref[Tensor]] = []  # what the encoder gave
+        self.order: dict[int, int] | None = None  # of one that only looks ahead: the place of each site it came to
         self._encoder = encoder
         self._batch = batch
         self._device = device
@@ -317,10 +351,16 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def run(self) -> None:
         """The forward pass: what the greenlet does when it is first switched to."""
-        batch, self._batch = _to(self._batch, self._device), None
-        output = self.walk._forward(self.walk._model, batch)  # noqa: SLF001  (a part of it)
-        if self.walk._ended is not None:  # noqa: SLF001
+        output = self.walk._forward(self.walk._model, _to(self._batch, self._device))  # noqa: SLF001  (a part of it)
+        if self.walk._ended is not None and self.order is None:  # noqa: SLF001
             self.walk._ended(self.number, output)  # noqa: SLF001
+
+    def looked_ahead(self) -> dict[int, int]:
+        """The order in which the batch comes to sites, by a forward pass of its own without a pause."""
+        ahead = _Run(self.walk, self.number, self._batch, self._device, {}, None)
+        ahead.order = {}
+        ahead.advance()
+        return ahead.order
 
     def mask(self, site: Site, source: Tensor) -> Tensor | None:
         """Which tokens of a site's input count, of the leading dimensions of the input; None: all do."""

@@ -309,7 +309,7 @@ class Branches(nn.Module):
 
 
 def test_branches() -> None:
-    """A layer is ready when every batch waits or has ended; the first by definition goes first."""
+    """A layer is ready when every batch waits or has ended."""
     model = Branches()
     batches = [(torch.randn(3, 4), "left right"), (torch.randn(5, 4), "right"), (torch.randn(2, 4), "")]
     visits = []
@@ -320,18 +320,104 @@ def test_branches() -> None:
     assert walk.late == {}
 
 
+def visits_of(walk: Walk) -> list[tuple[str, list[int]]]:
+    return [(visit.site.name, [given.batch for given in visit.inputs]) for visit in walk]
+
+
 def test_a_batch_that_comes_late_is_reported() -> None:
     """It runs against the order of definition, so what it gives to the layer is missing, and said to be."""
     model = Branches()
     batches = [(torch.randn(3, 4), "right left"), (torch.randn(5, 4), "left")]
-    with Walk(model, batches, find_sites(model).sites) as walk:
-        visits = [(visit.site.name, [given.batch for given in visit.inputs]) for visit in walk]
-    assert visits == [("start", [0, 1]), ("left", [1]), ("right", [0]), ("end", [0, 1])]
+    sites = find_sites(model).sites
+    with Walk(model, batches, sites, look_ahead=False) as walk:
+        assert visits_of(walk) == [("start", [0, 1]), ("left", [1]), ("right", [0]), ("end", [0, 1])]
     assert walk.late == {"left": 3}
     assert walk.again == {}
-    with Walk(model, batches, find_sites(model).sites[1:3]) as walk:  # also where nothing else is to come
-        assert [visit.site.name for visit in walk] == ["left", "right"]
+    with Walk(model, batches, sites[1:3], look_ahead=False) as walk:  # also where nothing else is to come
+        assert visits_of(walk) == [("left", [1]), ("right", [0])]
     assert walk.late == {"left": 3}
+
+
+def test_looking_ahead_finds_the_order_of_execution() -> None:
+    """Whatever the order of definition; each batch is run once more at most, and none where all wait at one site."""
+    model = Branches()
+    calls: list[str] = []
+    model.start.register_forward_hook(lambda *_: calls.append("start"))
+
+    def walked_through(*ways: str) -> list[tuple[str, list[int]]]:
+        calls.clear()
+        batches = [(torch.randn(3, 4), way) for way in ways]
+        with Walk(model, batches, find_sites(model).sites, ended=lambda *_: None) as walk:
+            visits = visits_of(walk)
+        assert walk.late == {}
+        return visits
+
+    everyone = [0, 1]
+    assert walked_through("right left", "left") == [
+        ("start", everyone),
+        ("right", [0]),
+        ("left", everyone),
+        ("end", everyone),
+    ]
+    assert len(calls) == 4
+    assert walked_through("left", "right left")[1:3] == [("right", [1]), ("left", everyone)]
+    assert walked_through("left right", "right")[1:3] == [("left", [0]), ("right", everyone)]
+    assert len(calls) == 3  # the first batch alone says it
+    walked_through("right left", "right left")
+    assert len(calls) == 2
+    # Two that exclude each other, and a third way that has neither.
+    assert walked_through("left", "right", "never left", "never right", "") == [
+        ("start", [0, 1, 2, 3, 4]),
+        ("never", [2, 3]),
+        ("left", [0, 2]),
+        ("right", [1, 3]),
+        ("end", [0, 1, 2, 3, 4]),
+    ]
+    assert len(calls) <= 10
+
+
+def test_batches_that_run_against_each_other_cannot_all_be_right() -> None:
+    model = Branches()
+    batches = [(torch.randn(3, 4), "right left"), (torch.randn(5, 4), "left right")]
+    with Walk(model, batches, find_sites(model).sites) as walk:
+        assert visits_of(walk) == [("start", [0, 1]), ("left", [1]), ("right", [0, 1]), ("end", [0, 1])]
+    assert walk.late == {"left": 3}
+
+
+def test_an_error_while_looking_ahead_names_the_batch() -> None:
+    model = Branches()
+    with (
+        pytest.raises(WalkError, match=r"batch 1 failed after it came to layer 'right': AttributeError"),
+        Walk(model, [(torch.ones(1, 4), "left"), (torch.ones(1, 4), "right nowhere")], find_sites(model).sites) as walk,
+    ):
+        list(walk)
+    assert left_behind(model) == []
+
+
+class Voice(nn.Module):
+    """Voxtral's order of definition: what leads from the audio tower to the language model stands behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Linear(4, 4)
+        self.language = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.projector = nn.Linear(4, 4)
+
+    def forward(self, text: Tensor, audio: Tensor | None = None) -> Tensor:
+        if audio is not None:
+            text = torch.cat([self.projector(self.tower(audio)), text])
+        return self.language(text)  # type: ignore[no-any-return]
+
+
+def test_batches_with_and_without_audio() -> None:
+    model = Voice()
+    audio = torch.randn(2, 4)
+    batches = [{"text": torch.randn(3, 4)}, {"text": torch.randn(4, 4), "audio": audio}, {"text": torch.randn(5, 4)}]
+    sites = find_sites(model).sites
+    with Walk(model, batches, sites) as walk:
+        visits = [(visit.site.name, [len(given.tokens()) for given in visit.inputs]) for visit in walk]
+    assert visits == [("tower", [2]), ("projector", [2]), ("language.0", [3, 6, 5]), ("language.1", [3, 6, 5])]
+    assert walk.late == {}
 
 
 def test_a_site_that_is_left_out() -> None:
@@ -522,6 +608,31 @@ def test_inputs_are_dropped_as_soon_as_the_walk_goes_on() -> None:
             before = weakref.ref(visit.inputs[0].source) if kept else None  # the first is the test's own
             kept.append(visit)  # holding a visit holds no input
     assert [visit.inputs for visit in kept] == [[], [], []]
+
+
+def test_what_is_kept_for_a_site_is_what_its_batches_hold_anyway() -> None:
+    """An input lives as long as the call that waits, whether or not the walk keeps it too."""
+
+    class Temporary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+    model = Temporary()
+    with Walk(model, [torch.ones(5, 4)] * 3, find_sites(model).sites) as walk:
+        next(walk)
+        visit = next(walk)
+        inputs = [weakref.ref(given.source) for given in visit.inputs]
+        visit.inputs.clear()
+        for run in walk._runs:
+            run.at = None
+        gc.collect()
+        assert all(ref() is not None for ref in inputs)
+    gc.collect()
+    assert all(ref() is None for ref in inputs)
 
 
 def test_a_walk_goes_on_after_a_break() -> None:
