@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from miniquant.calibration import Calibration
 from miniquant.gptq import gptq
 from miniquant.grid import QuantizedWeight, dequantize, rtn
 from miniquant.hessian import HessianAccumulator
@@ -20,6 +21,8 @@ from miniquant.walk import Given, Visit, Walk
 
 # Fewer held-out tokens than these say too little about a layer.
 FEWEST_HELD_OUT = 16
+# The part of the tokens that is held out where nobody says otherwise.
+HELD_OUT = 0.05
 # Batches are held out only where that takes no more than this part of the tokens from calibration.
 MOST_HELD_OUT = 0.25
 
@@ -171,10 +174,10 @@ def plan_model(model: nn.Module, recipe: Recipe, *, output_embeddings: bool = Fa
 
 def quantize_model(
     model: nn.Module,
-    calibration: Iterable[Any],
+    calibration: Calibration | Iterable[Any],
     recipe: Recipe | LayerOptions | Mapping[str, Any] | None = None,
     *,
-    held_out: float = 0.05,
+    held_out: float | Iterable[Any] | None = None,
     output_embeddings: bool = False,
     scale_dtype: torch.dtype | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -187,10 +190,10 @@ def quantize_model(
     from the Hessian of its inputs and its weight replaced by the values of the codes. The model may be on any device,
     in float32, float64, bfloat16 or float16; the solver runs on the CPU.
 
-    Held out are the last batches, as many as hold the part `held_out` of the tokens. They walk along and do not enter
-    any Hessian; each layer's loss on them is compared with that of rounding to nearest. A layer that is worse keeps
-    rounding to nearest, and says so. Where batches are so few that more than a quarter of the tokens would be held out,
-    none is, and the result's notes say it.
+    Batches that are held out walk along and do not enter any Hessian; each layer's loss on them is compared with that
+    of rounding to nearest. A layer that is worse keeps rounding to nearest, and says so. They are given, or the last
+    ones of those for calibration. Where these are so few that more than a quarter of the tokens would be held out, none
+    is, and the result's notes say it.
 
     Layers that are given the same inputs, as q, k and v, share a Hessian, and with the same grid the ridge that is
     found in it for the first of them.
@@ -201,18 +204,19 @@ def quantize_model(
 
     Args:
         model: any module on memory; its weights are replaced.
-        calibration: batches: keyword arguments of the model's forward (a mapping), arguments (a tuple or list), or its
-            one argument. "attention_mask" and "decoder_attention_mask" [B, T] of a mapping say which tokens are padding
-            and do not count.
+        calibration: of :func:`miniquant.load_calibration`; or batches: keyword arguments of the model's forward (a
+            mapping), arguments (a tuple or list), or its one argument. "attention_mask" and "decoder_attention_mask"
+            [B, T] of a mapping say which tokens are padding and do not count.
         recipe: what is done to which layer; options for all of them; None: the defaults of
             :class:`miniquant.LayerOptions`.
-        held_out: the part of the tokens that is only used to judge, at least 0 and at most a quarter; 0: no layer is
-            judged.
+        held_out: batches that are only used to judge; or the part of the tokens for calibration that is, at most a
+            quarter, where 0 means that no layer is judged. None: those of a calibration that has some, else 0.05.
         output_embeddings: whether the layer that gives the logits is quantized, and with it an embedding that is tied
             to it.
         scale_dtype: the dtype in which scales will be stored; None is the weight's.
         forward: called as ``forward(model, batch)`` in place of ``model(...)``.
-        masks: for each batch None or a mask [B, T], in place of the batch's own.
+        masks: for each batch None or a mask [B, T], in place of the batch's own; held-out batches that are given come
+            last.
         progress: called as ``progress(layer, number, of)`` after each layer.
 
     Raises:
@@ -225,30 +229,43 @@ def quantize_model(
         >>> result.layers["model.layers.0.mlp.down_proj"].held_out_loss
     """
     recipe = as_recipe(recipe)
-    part: object = held_out
-    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 <= part <= MOST_HELD_OUT:
-        raise ValueError(
-            f"quantize_model: expected held_out to be a number from 0 to {MOST_HELD_OUT}, but got {held_out!r}"
-        )
+    if isinstance(calibration, Calibration):
+        held_out = (calibration.held_out or None) if held_out is None else held_out
+    batches = _batches("calibration", calibration.batches if isinstance(calibration, Calibration) else calibration)
+    part, kept = _held_out(HELD_OUT if held_out is None else held_out)
     plan = plan_model(model, recipe, output_embeddings=output_embeddings)
-    if isinstance(calibration, (Tensor, Mapping, str)):
-        raise TypeError(
-            "quantize_model: expected calibration to be an iterable of batches, but got one "
-            f"{type(calibration).__name__} (for one batch pass a list of it)"
-        )
-    batches = list(calibration)
     if not batches:
         raise ValueError("quantize_model: expected calibration to have batches, but got none")
-    count, note = _held_out_batches([_size(batch) for batch in batches], held_out)
+    count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
+    batches += kept
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
-    result.notes += [] if note is None else [note]
+    result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
+    result.notes += () if note is None else (note,)
     _Quantizer(plan, result, scale_dtype, progress).run(
         Walk(model, batches, [site for site, _ in plan.layers], forward=forward, masks=masks)
     )
     return result
 
 
-# Held-out batches
+# Batches
+
+
+def _batches(name: str, given: Any) -> list[Any]:
+    if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"quantize_model: expected {name} to be an iterable of batches, but got one {type(given).__name__} "
+            "(for one batch pass a list of it)"
+        )
+    return list(given)
+
+
+def _held_out(given: Any) -> tuple[float, list[Any]]:
+    """The part of the tokens that is held out, or the batches that are."""
+    if isinstance(given, bool) or (isinstance(given, (int, float)) and not 0 <= given <= MOST_HELD_OUT):
+        raise ValueError(
+            f"quantize_model: expected held_out to be batches or a number from 0 to {MOST_HELD_OUT}, but got {given!r}"
+        )
+    return (float(given), []) if isinstance(given, (int, float)) else (0.0, _batches("held_out", given))
 
 
 def _size(batch: Any) -> int:

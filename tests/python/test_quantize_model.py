@@ -21,6 +21,7 @@ from miniquant import (
     dequantize,
     gptq,
     gptq_auto,
+    load_calibration,
     preset,
     quantization_loss,
     rtn,
@@ -274,9 +275,12 @@ def test_bad_recipes_are_refused_before_the_walk() -> None:
     with pytest.raises(TypeError, match="expected calibration to be an iterable of batches, but got one dict"):
         quantize_model(model, batches[0], FAST)
     wrong: Any
-    for wrong in (-0.1, 0.5, True, "some", math.nan):
-        with pytest.raises(ValueError, match=f"expected held_out to be a number from 0 to 0.25, but got {wrong!r}"):
+    for wrong in (-0.1, 0.5, True, math.nan):
+        message = f"expected held_out to be batches or a number from 0 to 0.25, but got {wrong!r}"
+        with pytest.raises(ValueError, match=message):
             quantize_model(model, batches, FAST, held_out=wrong)
+    with pytest.raises(TypeError, match="expected held_out to be an iterable of batches, but got one str"):
+        quantize_model(model, batches, FAST, held_out="some")
     assert calls == []
     plan = plan_model(model, Recipe(FAST, [Rule("lm_head", {"skip": True})]))  # it is left alone anyway
     assert len(plan.layers) == 14
@@ -313,6 +317,29 @@ def test_how_many_batches_are_held_out(sizes: list[int], part: float, count: int
     held, note = _held_out_batches(sizes, part)
     assert held == count
     assert (note is None) == (count > 0 or part == 0 or not sum(sizes))
+
+
+def test_held_out_batches_that_are_given() -> None:
+    of_itself = quantize_model(chain(), BATCHES, FAST, held_out=0.1)
+    given = quantize_model(chain(), BATCHES[:7], FAST, held_out=iter(BATCHES[7:]))
+    assert (given.batches, given.held_out_batches) == (7, 1)
+    for name, layer in given.layers.items():
+        assert torch.equal(layer.quantized.codes, of_itself.layers[name].quantized.codes)
+        assert layer.held_out_loss == of_itself.layers[name].held_out_loss
+
+
+def test_a_calibration_with_held_out_tokens() -> None:
+    texts = [{"input_ids": small_models.ids(2, 16, seed)} for seed in range(12)]
+    calibration = load_calibration(texts, tokens=256, sequence_length=16, held_out_tokens=64)
+    result = quantize_model(small_models.decoder("Llama"), calibration, FAST)
+    assert {(layer.tokens, layer.held_out_tokens) for layer in result.layers.values()} == {
+        (calibration.tokens, calibration.held_out_tokens)
+    }
+    assert calibration.held_out_tokens >= 64
+    assert result.notes == list(calibration.notes)
+    without = load_calibration(texts, tokens=256, sequence_length=16)
+    assert quantize_model(small_models.decoder("Llama"), without, FAST).held_out_batches == 1
+    assert quantize_model(small_models.decoder("Llama"), calibration, FAST, held_out=0).held_out_batches == 0
 
 
 def test_sizes_of_batches() -> None:
