@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # That the package needs beside torch.
-LIBRARIES = ["jsonschema>=4.18", "safetensors>=0.4", "tomli>=2; python_version < '3.11'"]
+LIBRARIES = ["greenlet>=3", "jsonschema>=4.18", "safetensors>=0.4", "tomli>=2; python_version < '3.11'"]
 TORCH_RULES = ROOT / "cmake" / "MiniquantTorch.cmake"
 
 

@@ -46,6 +46,7 @@ from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E40
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
+from miniquant.quantize import LayerResult, ModelResult, QuantizationError, quantize_model  # noqa: E402
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 
@@ -59,6 +60,9 @@ __all__ = [
     "HessianAccumulator",
     "LanguageScores",
     "LayerOptions",
+    "LayerResult",
+    "ModelResult",
+    "QuantizationError",
     "QuantizedWeight",
     "Recipe",
     "Reference",
@@ -80,6 +84,7 @@ __all__ = [
     "pack_int4",
     "preset",
     "quantization_loss",
+    "quantize_model",
     "rtn",
     "save_layer",
     "unpack",

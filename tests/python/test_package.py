@@ -214,6 +214,7 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
     files = ("py.typed", "recipe.schema.json", "data/calibration.txt", "lib/build.json", "lib/libminiquant.so")
     assert names == {f"miniquant/{name}" for name in (*modules, *files)}
     assert "Requires-Dist: safetensors>=" in metadata
+    assert "Requires-Dist: greenlet>=" in metadata
     assert "Requires-Dist: jsonschema>=" in metadata
     assert re.search(r"Requires-Dist: tomli>=2; python_version < .3\.11.", metadata)
     assert f"Requires-Dist: torch<{build['torch_below']},>={build['torch_min']}" in metadata

@@ -1,0 +1,648 @@
+"""Quantizing whole models: the walk, the solver and the recipe."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from miniquant.calibration import Calibration
+from miniquant.gptq import gptq
+from miniquant.grid import QuantizedWeight, dequantize, rtn
+from miniquant.hessian import HessianAccumulator
+from miniquant.loss import quantization_loss
+from miniquant.modules import ExpertSite, LeftAlone, Site, find_sites
+from miniquant.recipe import LayerOptions, Recipe
+from miniquant.ridge import gptq_auto
+from miniquant.walk import Given, Visit, Walk
+
+# Fewer held-out tokens than these say too little about a layer.
+FEWEST_HELD_OUT = 16
+# The part of the tokens that is held out where nobody says otherwise.
+HELD_OUT = 0.05
+# Batches are held out only where that takes no more than this part of the tokens from calibration.
+MOST_HELD_OUT = 0.25
+
+# Layers are judged by so many of their rows: with all, judging would take longer than quantizing.
+JUDGED_ROWS = 256
+
+Method = Literal["gptq", "rtn"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """One quantized layer.
+
+    Losses are what the layer's squared output error is per token (:func:`miniquant.quantization_loss`, summed over
+    rows), with the values that the model now computes with; None where no token says. Of a layer with more than 256
+    rows they are taken from 256 evenly spaced ones, the same for each loss, times N / 256.
+
+    Attributes:
+        name: of the layer.
+        site: the weight in the model.
+        options: what the recipe says of it.
+        quantized: the weight on its grid; the model holds its values.
+        method: "rtn" where it is rounded to nearest; a note says why.
+        tokens: of calibration.
+        held_out_tokens: that were only used to judge.
+        ridge: that was used; None for RTN.
+        loss, rtn_loss: on calibration tokens, of `quantized` and of rounding to nearest.
+        held_out_loss, held_out_rtn_loss: the same on held-out tokens.
+        seconds: that its Hessians, the solver and judging took.
+        notes: what a person should know, a sentence each.
+    """
+
+    name: str
+    site: Site
+    options: LayerOptions
+    quantized: QuantizedWeight
+    method: Method
+    tokens: int
+    held_out_tokens: int
+    ridge: float | None
+    loss: float | None
+    rtn_loss: float | None
+    held_out_loss: float | None
+    held_out_rtn_loss: float | None
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class ModelResult:
+    """A quantized model.
+
+    Attributes:
+        layers: by name, in the order in which they were quantized.
+        left_alone: weights that were not quantized, with the reason.
+        batches: of calibration.
+        held_out_batches: the last ones, that were only used to judge.
+        seconds: of the whole run, and of its parts: "hessians", "solver", "judging" and "forward", which is all else.
+        notes: on the run as a whole.
+    """
+
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    left_alone: tuple[LeftAlone, ...] = ()
+    batches: int = 0
+    held_out_batches: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class QuantizationError(RuntimeError):
+    """A layer could not be quantized.
+
+    Attributes:
+        layers: names of those it is about.
+        result: what was done before; these layers' weights are replaced in the model.
+    """
+
+    def __init__(self, message: str, layers: Sequence[str], result: ModelResult) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
+        self.result = result
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be done to a model.
+
+    Attributes:
+        layers: weights and their options, in order of definition.
+        left_alone: the others, with the reason.
+    """
+
+    layers: tuple[tuple[Site, LayerOptions], ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+def as_recipe(recipe: Recipe | LayerOptions | Mapping[str, Any] | None) -> Recipe:
+    """A recipe from what stands for one: options for all layers, what a file of a recipe holds, or None.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is None or isinstance(recipe, LayerOptions):
+        return Recipe(recipe or LayerOptions())
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(recipe)
+    raise TypeError(
+        f"quantize_model: expected recipe to be a Recipe, LayerOptions, a dict or None, but got {type(recipe).__name__}"
+    )
+
+
+def plan_model(model: nn.Module, recipe: Recipe, *, output_embeddings: bool = False) -> Plan:
+    """Which weights are quantized, and how.
+
+    Args:
+        model: any module; its weights may be on the device "meta".
+        recipe: all of whose rules must apply to some weight.
+        output_embeddings: whether the layer that gives the logits counts.
+
+    Raises:
+        ValueError: where a rule applies to nothing, or only to output embeddings that are not asked for; where nothing
+            is left to quantize.
+    """
+    found = find_sites(model, output_embeddings=output_embeddings)
+    everything = find_sites(model, output_embeddings=True).sites
+    names = {site.name for site in found.sites}
+    recipe.check([site.name for site in everything])
+    for number, rule in enumerate(recipe.rules, start=1):
+        matched = [site.name for site in everything if rule.matches(site.name)]
+        if not rule.options.get("skip", recipe.defaults.skip) and not names & set(matched):
+            raise ValueError(
+                f"quantize_model: rule {number}: expected pattern {rule.pattern!r} to match more than output "
+                f"embeddings without output_embeddings=True, but it matches {', '.join(matched)}"
+            )
+    layers = [(site, recipe.options(site.name)) for site in found.sites]
+    skipped = [
+        LeftAlone(site.parameter_name, (site.rows, site.columns), f"{site.name} is skipped by the recipe")
+        for site, options in layers
+        if options.skip
+    ]
+    kept = tuple((site, options) for site, options in layers if not options.skip)
+    if not kept:
+        why = "the recipe skips all" if layers else "it has none that is known here"
+        raise ValueError(f"quantize_model: expected a model with layers to quantize, but {why}")
+    return Plan(kept, (*found.left_alone, *skipped))
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration: Calibration | Iterable[Any],
+    recipe: Recipe | LayerOptions | Mapping[str, Any] | None = None,
+    *,
+    held_out: float | Iterable[Any] | None = None,
+    output_embeddings: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    progress: Callable[[LayerResult, int, int], None] | None = None,
+) -> ModelResult:
+    """Quantizes the weights of a model in place, each on the inputs that the quantized layers before it give.
+
+    One forward pass over all batches (:class:`miniquant.walk.Walk`). When it comes to a layer, the layer is quantized
+    from the Hessian of its inputs and its weight replaced by the values of the codes. The model may be on any device,
+    in float32, float64, bfloat16 or float16; the solver runs on the CPU.
+
+    Batches that are held out walk along and do not enter any Hessian; each layer's loss on them is compared with that
+    of rounding to nearest. A layer that is worse keeps rounding to nearest, and says so. They are given, or the last
+    ones of those for calibration. Where these are so few that more than a quarter of the tokens would be held out, none
+    is, and the result's notes say it.
+
+    Layers that are given the same inputs, as q, k and v, share a Hessian, and with the same grid the ridge that is
+    found in it for the first of them.
+
+    A layer that sees fewer tokens than ``options.tokens_needed(K)`` is dealt with as ``options.unseen`` says. With
+    "siblings" it stays as it is while the walk is among its siblings (other experts of the same module), and is then
+    quantized with the Hessian of all their tokens.
+
+    Args:
+        model: any module on memory; its weights are replaced.
+        calibration: of :func:`miniquant.load_calibration`; or batches: keyword arguments of the model's forward (a
+            mapping), arguments (a tuple or list), or its one argument. "attention_mask" and "decoder_attention_mask"
+            [B, T] of a mapping say which tokens are padding and do not count.
+        recipe: what is done to which layer; options for all of them; None: the defaults of
+            :class:`miniquant.LayerOptions`.
+        held_out: batches that are only used to judge; or the part of the tokens for calibration that is, at most a
+            quarter, where 0 means that no layer is judged. None: those of a calibration that has some, else 0.05.
+        output_embeddings: whether the layer that gives the logits is quantized, and with it an embedding that is tied
+            to it.
+        scale_dtype: the dtype in which scales will be stored; None is the weight's.
+        forward: called as ``forward(model, batch)`` in place of ``model(...)``.
+        masks: for each batch None or a mask [B, T], in place of the batch's own; held-out batches that are given come
+            last.
+        progress: called as ``progress(layer, number, of)`` after each layer.
+
+    Raises:
+        ValueError, TypeError: for a bad argument, before the walk starts.
+        QuantizationError: where a layer fails or sees too few tokens; it names the layer, and has what was done before.
+        miniquant.walk.WalkError: where the model fails on a batch; it names the batch and the last layer.
+
+    Example:
+        >>> result = quantize_model(model, batches, LayerOptions(bits=4, group_size=128, preset="fast"))
+        >>> result.layers["model.layers.0.mlp.down_proj"].held_out_loss
+    """
+    recipe = as_recipe(recipe)
+    if isinstance(calibration, Calibration):
+        held_out = (calibration.held_out or None) if held_out is None else held_out
+    batches = _batches("calibration", calibration.batches if isinstance(calibration, Calibration) else calibration)
+    part, kept = _held_out(HELD_OUT if held_out is None else held_out)
+    plan = plan_model(model, recipe, output_embeddings=output_embeddings)
+    if not batches:
+        raise ValueError("quantize_model: expected calibration to have batches, but got none")
+    count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
+    batches += kept
+    result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
+    result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
+    result.notes += () if note is None else (note,)
+    _Quantizer(plan, result, scale_dtype, progress).run(
+        Walk(model, batches, [site for site, _ in plan.layers], forward=forward, masks=masks)
+    )
+    return result
+
+
+# Batches
+
+
+def _batches(name: str, given: Any) -> list[Any]:
+    if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"quantize_model: expected {name} to be an iterable of batches, but got one {type(given).__name__} "
+            "(for one batch pass a list of it)"
+        )
+    return list(given)
+
+
+def _held_out(given: Any) -> tuple[float, list[Any]]:
+    """The part of the tokens that is held out, or the batches that are."""
+    if isinstance(given, bool) or (isinstance(given, (int, float)) and not 0 <= given <= MOST_HELD_OUT):
+        raise ValueError(
+            f"quantize_model: expected held_out to be batches or a number from 0 to {MOST_HELD_OUT}, but got {given!r}"
+        )
+    return (float(given), []) if isinstance(given, (int, float)) else (0.0, _batches("held_out", given))
+
+
+def _size(batch: Any) -> int:
+    """About how many tokens a batch has: enough to tell which batches are held out."""
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return int((mask != 0).sum())
+        values = list(batch.values())
+    else:
+        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
+    ids = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    return ids[0].numel() if ids else tensors[0].shape[0] if tensors else 1
+
+
+def _held_out_batches(sizes: Sequence[int], part: float) -> tuple[int, str | None]:
+    """How many of the last batches are held out, and a note where none is though it is asked for."""
+    total = sum(sizes)
+    if part == 0:
+        return 0, None
+    count = held = 0
+    while held < part * total:
+        count += 1
+        held += sizes[-count]
+    if held > MOST_HELD_OUT * total or count == len(sizes):
+        return 0, (
+            f"no batch is held out, so no layer is judged: of {len(sizes)} batches the last {count} would be "
+            f"{held / max(total, 1):.0%} of the tokens (smaller batches can be held out)"
+        )
+    return count, None
+
+
+# Hessians
+
+
+class _DeviceSums:
+    """X^T X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`.
+
+    Halves are made as there: a batch that is longer than all before is cut in two, any other goes to the half that has
+    fewer tokens.
+    """
+
+    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device, *, halves: bool) -> None:
+        self._sums = torch.zeros(2 if halves else 1, columns, columns, dtype=dtype, device=device)
+        self._tokens = [0] * len(self._sums)
+
+    def update(self, inputs: Tensor, mask: Tensor | None) -> None:
+        rows = inputs.flatten(0, -2) if mask is None else inputs[mask]
+        if not bool(rows.isfinite().all()):
+            raise ValueError("expected inputs to be finite, but got others")
+        parts = [(0, rows)]
+        if len(self._tokens) == 2:
+            half = len(rows) // 2
+            cut = len(rows) > max(sum(self._tokens), 1)
+            parts = [(0, rows[:half]), (1, rows[half:])] if cut else [(self._tokens.index(min(self._tokens)), rows)]
+        for number, part in parts:
+            wide = part.to(self._sums.dtype)
+            self._sums[number].addmm_(wide.T, wide)
+            self._tokens[number] += len(part)
+
+    def accumulator(self) -> HessianAccumulator:
+        sums = self._sums.cpu()
+        if len(self._tokens) == 2:
+            return HessianAccumulator.from_sums(sums, self._tokens)
+        return HessianAccumulator.from_sums(sums[0], self._tokens[0])
+
+
+def _accumulated(inputs: Sequence[Given], columns: int, dtype: torch.dtype, *, halves: bool) -> HessianAccumulator:
+    """The Hessian of what batches give to a layer."""
+    on_device: _DeviceSums | None = None
+    accumulator = HessianAccumulator(columns, dtype, halves=halves)
+    for given in inputs:
+        tokens = given.tokens()
+        if tokens.shape[-1] != columns:
+            raise ValueError(f"expected inputs of {columns} columns, but got shape {list(tokens.shape)}")
+        if not tokens.numel():
+            continue
+        try:
+            if tokens.device.type == "cpu":
+                accumulator.update(tokens, mask=given.mask)
+            else:
+                on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
+                on_device.update(tokens, given.mask)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"batch {given.batch}: {error}") from error
+    if on_device is not None:
+        accumulator.merge(on_device.accumulator())
+    return accumulator
+
+
+@dataclass
+class _Hessians:
+    """What a layer's tokens say: those of calibration, and those held out."""
+
+    calibration: HessianAccumulator
+    held_out: HessianAccumulator
+
+    @classmethod
+    def empty(cls, columns: int, dtype: torch.dtype) -> "_Hessians":
+        return cls(HessianAccumulator(columns, dtype, halves=True), HessianAccumulator(columns, dtype))
+
+    def merge(self, other: "_Hessians") -> None:
+        self.calibration.merge(other.calibration)
+        self.held_out.merge(other.held_out)
+
+
+# Layers
+
+
+_EXPERT = re.compile(r"(?P<module>(?:.*\.)?\w*experts?\.)\d+(?P<rest>\..+)")
+
+
+def siblings_of(site: Site) -> tuple[str, str] | None:
+    """Equal for the same layer of different experts: their module, and which of its layers; None for other layers.
+
+    Experts are the matrices of one fused parameter, or modules that are numbered below one whose name ends in "expert"
+    or "experts".
+    """
+    if isinstance(site, ExpertSite):
+        return site.parameter_name.rpartition(".")[0], site.attribute
+    match = _EXPERT.fullmatch(site.name)
+    return None if match is None else (match["module"], match["rest"])
+
+
+class _Quantizer:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        result: ModelResult,
+        scale_dtype: torch.dtype | None,
+        progress: Callable[[LayerResult, int, int], None] | None,
+    ) -> None:
+        self._options = {id(site): options for site, options in plan.layers}
+        self._families: dict[str, dict[str, list[Site]]] = {}  # by module of experts and layer
+        for site, _ in plan.layers:
+            if (family := siblings_of(site)) is not None:
+                self._families.setdefault(family[0], {}).setdefault(family[1], []).append(site)
+        self._result = result
+        self._scale_dtype = scale_dtype
+        self._progress = progress
+        self._seconds = dict.fromkeys(("hessians", "solver", "judging"), 0.0)
+        self._last: tuple[int, torch.dtype, _Hessians] | None = None
+        self._ridges: dict[Any, float] = {}  # found in the last Hessians: by grid
+        self._pools: dict[tuple[str, str], _Hessians] = {}
+        self._few: dict[int, int] = {}  # experts that wait for their siblings: tokens of their own
+        self._visited_families: dict[str, None] = {}
+
+    def run(self, walk: Walk) -> None:
+        start = time.perf_counter()
+        with walk:
+            for visit in walk:
+                self._leave_families(walk, visit.site)
+                self._visit(visit)
+            self._leave_families(walk, None)
+            self._unreached(walk.unreached)
+        for counts, text in (
+            (walk.late, "{} tokens came to it only after it was quantized, and are not in its Hessian"),
+            (walk.again, "{} tokens came to it again after it was quantized, as it is used more than once"),
+        ):
+            for name, tokens in counts.items():
+                self._note(name, text.format(tokens))
+        total = time.perf_counter() - start
+        self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
+
+    def _visit(self, visit: Visit) -> None:
+        site = visit.site
+        before = self._busy()
+        try:
+            hessians = self._hessians(visit)
+        except (ValueError, TypeError) as error:
+            raise self._failed(site, error) from error
+        options = self._options[id(site)]
+        family = siblings_of(site)
+        if family is not None:
+            self._visited_families[family[0]] = None
+            if any(self._options[id(one)].unseen == "siblings" for one in self._families[family[0]][family[1]]):
+                pool = self._pools.setdefault(family, _Hessians.empty(site.columns, hessians.calibration.dtype))
+                pool.merge(hessians)
+        tokens = hessians.calibration.tokens
+        if tokens >= options.tokens_needed(site.columns):
+            self._quantize(site, hessians, before)
+        elif family is not None and options.unseen != "rtn":  # until it is known what all its siblings saw
+            self._few[id(site)] = tokens
+        else:
+            self._refuse_without_siblings([(site, tokens)])
+            self._quantize(
+                site, hessians, before, self._too_few(site, tokens, "it is rounded to nearest"), nearest=True
+            )
+
+    def _hessians(self, visit: Visit) -> _Hessians:
+        """Of the tokens that batches give to a layer; those of the layer before, where it was given the same."""
+        site = visit.site
+        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+        if self._last is not None and self._last[:2] == (visit.inputs_id, dtype):
+            return self._last[2]
+        self._last = None  # before there are others
+        self._ridges.clear()
+        start = time.perf_counter()
+        first_held_out = self._result.batches
+        calibration = [given for given in visit.inputs if given.batch < first_held_out]
+        held_out = [given for given in visit.inputs if given.batch >= first_held_out]
+        hessians = _Hessians(
+            _accumulated(calibration, site.columns, dtype, halves=True),
+            _accumulated(held_out, site.columns, dtype, halves=False),
+        )
+        self._seconds["hessians"] += time.perf_counter() - start
+        self._last = (visit.inputs_id, dtype, hessians)
+        return hessians
+
+    def _leave_families(self, walk: Walk, site: Site | None) -> None:
+        """Deals with experts that saw too few tokens once the walk has left their module."""
+        here = None if site is None else siblings_of(site)
+        waiting = {family[0] for one in walk.waiting if (family := siblings_of(one)) is not None}
+        for module in [one for one in self._visited_families if one not in waiting and (not here or one != here[0])]:
+            del self._visited_families[module]
+            unreached = {id(one) for one in walk.unreached}
+            few: list[tuple[Site, int, _Hessians | None]] = []
+            for layer, sites in self._families[module].items():
+                pool = self._pools.pop((module, layer), None)
+                for one in sites:
+                    if id(one) in unreached:
+                        walk.leave_out(one)
+                        self._few[id(one)] = 0
+                    if id(one) in self._few:
+                        few.append((one, self._few.pop(id(one)), pool))
+            self._with_siblings(few)
+
+    def _with_siblings(self, few: Sequence[tuple[Site, int, _Hessians | None]]) -> None:
+        """Quantizes experts that saw too few tokens of their own: how many, and what their siblings saw."""
+        wrong = []
+        for site, tokens, pool in few:
+            pooled = 0 if pool is None else pool.calibration.tokens
+            options = self._options[id(site)]
+            if options.unseen == "error":
+                wrong.append((site, tokens, ""))
+            elif options.unseen == "siblings" and pooled < options.tokens_needed(site.columns):
+                wrong.append((site, tokens, f", and its siblings, all together, {pooled}"))
+        self._refuse(wrong)
+        for site, tokens, pool in few:
+            if self._options[id(site)].unseen == "siblings":
+                so = "it is quantized with those of all its siblings"
+                self._quantize(site, pool, self._busy(), self._too_few(site, tokens, so))
+            else:
+                self._quantize(site, None, self._busy(), self._too_few(site, tokens, "it is rounded to nearest"))
+
+    def _unreached(self, sites: Sequence[Site]) -> None:
+        """Deals with layers that no batch came to."""
+        self._refuse_without_siblings([(site, 0) for site in sites])
+        for site in sites:
+            self._quantize(site, None, self._busy(), self._too_few(site, 0, "it is rounded to nearest"))
+
+    def _too_few(self, site: Site, tokens: int, so: str) -> str:
+        return f"saw {tokens} of {self._options[id(site)].tokens_needed(site.columns)} tokens needed, so {so}"
+
+    def _refuse_without_siblings(self, layers: Sequence[tuple[Site, int]]) -> None:
+        """Says which layers saw too few tokens, but for those that are to be rounded to nearest then."""
+        asked = [(site, tokens, self._options[id(site)].unseen) for site, tokens in layers]
+        suffix = {"siblings": ", and has no siblings", "error": ""}
+        self._refuse([(site, tokens, suffix[unseen]) for site, tokens, unseen in asked if unseen in suffix])
+
+    def _refuse(self, layers: Sequence[tuple[Site, int, str]]) -> None:
+        """Layers, how many tokens each saw, and what else is to be said of it."""
+        if not layers:
+            return
+        listed = "; ".join(
+            f"{site.name} saw {tokens} of {self._options[id(site)].tokens_needed(site.columns)}{more}"
+            for site, tokens, more in layers
+        )
+        raise QuantizationError(
+            f"quantize_model: expected every layer to see as many tokens as it needs, but {listed} "
+            '(calibrate on more tokens, skip such layers, or choose unseen "rtn", or "siblings" for experts; a layer '
+            "that saw none may be one whose weight the model uses without calling it)",
+            [site.name for site, *_ in layers],
+            self._result,
+        )
+
+    def _busy(self) -> float:
+        return sum(self._seconds.values())
+
+    def _failed(self, site: Site, error: Exception) -> QuantizationError:
+        return QuantizationError(
+            f"quantize_model: layer {site.name!r} [{site.rows}, {site.columns}]: {error}", [site.name], self._result
+        )
+
+    def _quantize(
+        self, site: Site, hessians: _Hessians | None, before: float, *notes: str, nearest: bool = False
+    ) -> None:
+        """Quantizes a layer and replaces its weight."""
+        options = self._options[id(site)]
+        try:
+            layer = self._solved(site, options, hessians, [*notes], nearest=nearest or hessians is None)
+            site.write(dequantize(layer["quantized"], dtype=site.dtype))
+        except Exception as error:
+            raise self._failed(site, error) from error
+        done = LayerResult(name=site.name, site=site, options=options, seconds=self._busy() - before, **layer)
+        self._result.layers[site.name] = done
+        if self._progress is not None:
+            self._progress(done, len(self._result.layers), len(self._options))
+
+    def _solved(
+        self, site: Site, options: LayerOptions, hessians: _Hessians | None, notes: list[str], *, nearest: bool
+    ) -> dict[str, Any]:
+        """All that a :class:`LayerResult` says of the solver."""
+        weight = site.read()
+        start = time.perf_counter()
+        rounded = rtn(
+            weight,
+            bits=options.bits,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            full_range=options.full_range,
+            scale_dtype=self._scale_dtype,
+        )
+        quantized: QuantizedWeight = rounded
+        ridge: float | None = None
+        if hessians is not None and not nearest:
+            arguments = options.arguments(self._scale_dtype)
+            grid = (options.bits, options.group_size, options.symmetric)
+            shared = self._last is not None and self._last[2] is hessians
+            if options.ridge != "auto":
+                quantized, ridge = gptq(weight, hessians.calibration.hessian(), **arguments), float(options.ridge)
+            elif shared and grid in self._ridges:
+                ridge = self._ridges[grid]
+                quantized = gptq(weight, hessians.calibration.hessian(), ridge=ridge, **arguments)
+            else:
+                found = gptq_auto(weight, hessians.calibration, **arguments)
+                quantized, ridge = found, found.ridge
+                if shared:
+                    self._ridges[grid] = ridge
+                if found.failed:
+                    failed = ", ".join(f"{one:.2g}" for one in found.failed)
+                    notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {ridge:.2g}")
+        solved = time.perf_counter()
+        losses = _losses(weight, {"": quantized, "rtn_": rounded}, hessians)
+        ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
+        if ours is not None and its is not None and ours > its and hessians is not None:
+            notes.append(
+                f"keeps rounding to nearest: on {hessians.held_out.tokens} held-out tokens GPTQ loses {ours:.4g}, "
+                f"rounding to nearest {its:.4g}"
+            )
+            quantized, ridge = rounded, None
+            losses |= {"loss": losses["rtn_loss"], "held_out_loss": its}
+        self._seconds["solver"] += solved - start
+        self._seconds["judging"] += time.perf_counter() - solved
+        return {
+            "quantized": quantized,
+            "method": "rtn" if ridge is None else "gptq",
+            "tokens": 0 if hessians is None else hessians.calibration.tokens,
+            "held_out_tokens": 0 if hessians is None else hessians.held_out.tokens,
+            "ridge": ridge,
+            "notes": tuple(notes),
+            **losses,
+        }
+
+    def _note(self, name: str, note: str) -> None:
+        layer = self._result.layers[name]
+        self._result.layers[name] = LayerResult(**{**vars(layer), "notes": (*layer.notes, note)})
+
+
+def _losses(
+    weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None
+) -> dict[str, float | None]:
+    """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
+    rows = len(weight)
+    some = torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
+    values = {name: dequantize(quantized, dtype=weight.dtype)[some] for name, quantized in candidates.items()}
+    losses: dict[str, float | None] = {}
+    for part, prefix, fewest in (("calibration", "", 1), ("held_out", "held_out_", FEWEST_HELD_OUT)):
+        accumulator = None if hessians is None else getattr(hessians, part)
+        hessian = accumulator.hessian() if accumulator is not None and accumulator.tokens >= fewest else None
+        for name in candidates:
+            losses[f"{prefix}{name}loss"] = (
+                None
+                if hessian is None
+                else float(quantization_loss(weight[some], values[name], hessian).double().mean()) * rows
+            )
+    return losses
