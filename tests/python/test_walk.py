@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import threading
@@ -742,6 +743,35 @@ def test_each_batch_has_its_own_state_of_torch(outside: str) -> None:
         assert not alone[0][1][0]  # no gradients
     log(kinds, ended=None)  # ended where they wait, inside of their blocks
     assert state() == before
+
+
+def test_each_batch_has_its_own_context_variables() -> None:
+    """It sees those of the caller, and what it sets is its own."""
+    variable = contextvars.ContextVar("variable", default="none")
+
+    class Sets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.seen: list[tuple[str, str, str]] = []
+
+        def forward(self, x: Tensor, name: str) -> None:
+            before = variable.get()
+            token = variable.set(name)
+            self.first(x)
+            inside = variable.get()
+            variable.reset(token)
+            self.second(x)
+            self.seen.append((before, inside, variable.get()))
+
+    model = Sets()
+    token = variable.set("caller")
+    batches = [(torch.ones(1, 4), name) for name in "abc"]
+    with Walk(model, batches, find_sites(model).sites, ended=lambda *_: None) as walk:
+        for _ in walk:
+            assert variable.get() == "caller"
+    variable.reset(token)
+    assert model.seen == [("caller", name, "caller") for name in "abc"]
 
 
 def test_autocast_uses_weights_as_they_are_now() -> None:
