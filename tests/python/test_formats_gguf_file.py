@@ -188,7 +188,7 @@ def smollm() -> Path:
     return Path(str(path))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_metadata_and_tensors_are_those_of_llama_cpps_converter(smollm: Path) -> None:
     reader = gguf.GGUFReader(smollm)
     config = AutoConfig.from_pretrained(smollm.parent, gguf_file=smollm.name)
@@ -203,7 +203,7 @@ def test_metadata_and_tensors_are_those_of_llama_cpps_converter(smollm: Path) ->
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_vocabulary_is_that_of_llama_cpps_converter(smollm: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(smollm.parent), gguf_file=smollm.name)
     tokenizer.save_pretrained(tmp_path)

