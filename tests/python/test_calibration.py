@@ -863,7 +863,9 @@ BAD_BATCHES: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("batches", "kind", "message"), BAD_BATCHES, ids=lambda value: str(value).partition(" at 0x")[0][:50])
+@pytest.mark.parametrize(
+    ("batches", "kind", "message"), BAD_BATCHES, ids=lambda value: str(value).partition(" at 0x")[0][:50]
+)
 def test_bad_batches_are_named(batches: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as error:
         load_calibration(batches, PLAIN)

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,7 +204,10 @@ def test_embeddings_are_what_the_model_card_says(quality: ModuleType) -> None:
 
 def program(path: Path, body: str) -> Path:
     """A program that replaces the Python of the peers."""
-    path.write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
+    # A first line "#!<python>" would end at a space in its path.
+    code = path.with_suffix(".py")
+    code.write_text(f"import sys\n{body}\n")
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(code))} "$@"\n')
     path.chmod(0o755)
     return path
 
