@@ -60,8 +60,8 @@ struct Grid {
 /// ScaledWeight.
 Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::Tensor& units = {});
 
-/// Keeps the scales of `grid` from clipping the columns `dead` (int64 [D]) of `weight` [N, K] (ScaledWeight::values), on
-/// the CPU: no search sees in H what their weights will multiply.
+/// Keeps the scales of `grid` from clipping the columns `dead` (int64 [D]) of `weight` [N, K] (ScaledWeight::values),
+/// on the CPU: no search sees in H what their weights will multiply.
 void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& grid);
 
 /// The kernels' view of a grid; T is its compute dtype.

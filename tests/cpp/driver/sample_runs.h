@@ -61,10 +61,10 @@ inline std::vector<Run> sample_runs() {
 inline std::vector<Run> sample_runs_with_ridges() {
   std::vector<Run> runs = sample_runs();
   runs[0].comparison.ridge = 20.0;
-  runs[0].comparison.ridge_choice =
-      RidgeFigures{.choice = {.ridge = 2.0, .ridges = {1.0, 2.0, 1e6}, .held_out = {INFINITY, 0.75, 1.0}, .fallbacks = {20.0}},
-                   .half_tokens = {26, 24},
-                   .failed = {2.0}};
+  runs[0].comparison.ridge_choice = RidgeFigures{
+      .choice = {.ridge = 2.0, .ridges = {1.0, 2.0, 1e6}, .held_out = {INFINITY, 0.75, 1.0}, .fallbacks = {20.0}},
+      .half_tokens = {26, 24},
+      .failed = {2.0}};
   runs[1].comparison.ridge = 1e6;
   runs[1].comparison.ridge_choice =
       RidgeFigures{.choice = {.ridge = 1e6, .ridges = {1.0, 2.0, 1e6}, .held_out = {1.5, 1.25, 1.0}, .fallbacks = {}},

@@ -75,8 +75,7 @@ TEST(Table, ShowsWhatARidgeFromTheDataWasChosenFrom) {
               testing::ContainsRegex(" +2 +0.7500 +chosen +2 +1.2500\n +1e\\+06 +1.0000 +1e\\+06 +1.0000 +chosen"));
   EXPECT_THAT(text, HasSubstr("ridge of 'normal': 2, of least held-out loss (halves of 26 and 24 tokens).\n"
                               "H was not positive definite with it: 20 was used.\n"));
-  EXPECT_THAT(text,
-              HasSubstr("ridge of 'cauchy': 1e+06; held out (halves of 26 and 24 tokens), no smaller one beats "
+  EXPECT_THAT(text, HasSubstr("ridge of 'cauchy': 1e+06; held out (halves of 26 and 24 tokens), no smaller one beats "
                               "rounding to nearest.\nWith it H is nearly all ridge"));
 }
 
