@@ -9,8 +9,7 @@ release="$root/build/release"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1
 export PYTHONNOUSERSITE=1
 export MPLCONFIGDIR="$root/build/cache/matplotlib"
-# torch's compiler does not take a path with a space; its own default is below the folder for temporary files.
-[[ "$root" == *[[:space:]]* ]] || export TORCHINDUCTOR_CACHE_DIR="$root/build/cache/inductor"
+export TORCHINDUCTOR_CACHE_DIR="$root/build/cache/inductor"
 export HF_HOME="$root/build/cache/huggingface" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The tools of .venv come first; python3 is found again by scripts/setup through sys.base_prefix.
 export PATH="$venv/bin:$PATH"
