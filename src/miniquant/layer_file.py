@@ -24,7 +24,7 @@ from miniquant.grid import QuantizedWeight
 FORMAT = "miniquant.layer"
 VERSION = "1"
 _TENSORS = ("codes", "scales", "zero_points", "row_loss")
-_SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROW_LOSS_DTYPES = (torch.float32, torch.float64)
 
 
@@ -164,6 +164,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"load_layer: {path}: expected a safetensors file, but got: {error}") from error
 
 
+def dtype_names(*dtypes: torch.dtype) -> str:
+    """Dtypes as messages show them: "float32 or float16"."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
     """Checks that a quantized weight is consistent: dtypes, shapes, and codes in the range of its grid.
 
@@ -178,9 +183,9 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
 
     def expect(name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], tensor: Tensor) -> None:
         if tensor.dtype not in dtypes:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            got = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(f"{where}: expected {name} of {what} to be {names}, but got {got}")
+            raise TypeError(
+                f"{where}: expected {name} of {what} to be {dtype_names(*dtypes)}, but got {dtype_names(tensor.dtype)}"
+            )
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{where}: expected {name} of {what} to have shape {list(shape)}, but got shape {list(tensor.shape)}"
@@ -202,7 +207,7 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
     rows, columns = quantized.codes.shape
     groups = -(-columns // (columns if group_size == -1 else group_size)) if columns else 0
     expect("codes", (torch.int8,), (rows, columns), quantized.codes)
-    expect("scales", _SCALE_DTYPES, (rows, groups), quantized.scales)
+    expect("scales", SCALE_DTYPES, (rows, groups), quantized.scales)
     expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
     if isinstance(quantized, GptqResult):
         expect("row_loss", ROW_LOSS_DTYPES, (rows,), quantized.row_loss)

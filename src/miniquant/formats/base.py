@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from miniquant.grid import QuantizedWeight
-from miniquant.layer_file import check_quantized
-
-SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from miniquant.layer_file import SCALE_DTYPES, check_quantized, dtype_names
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,14 @@ class LayerGrid:
             )
 
     @property
+    def columns_per_group(self) -> int:
+        """Columns per scale: all of a row for a group_size of -1."""
+        return self.columns if self.group_size == -1 else self.group_size
+
+    @property
     def groups(self) -> int:
         """G: scales per row."""
-        return 1 if self.group_size == -1 else -(-self.columns // self.group_size)
+        return -(-self.columns // self.columns_per_group)
 
     @classmethod
     def of(cls, quantized: QuantizedWeight) -> "LayerGrid":
@@ -153,8 +156,9 @@ class Format(LayerFormat, Protocol):
         ...
 
     def files(self, layers: Mapping[str, LayerGrid], ignored: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        """Further JSON files of the folder, by name."""
-        ...
+        """Further JSON files of the folder, by name: none where config.json has all."""
+        del layers, ignored
+        return {}
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerGrid]:
         """The quantized layers of a checkpoint, each with its grid.
@@ -188,9 +192,36 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def dtype_names(*dtypes: torch.dtype) -> str:
-    """Dtypes as messages show them: "float32 or float16"."""
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def check_model_dtype(form: str, model_dtype: torch.dtype) -> None:
+    """Raises a ValueError for a dtype that no model to quantize has."""
+    if model_dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"{form}: expected the model's dtype to be {dtype_names(*SCALE_DTYPES)}, but got {model_dtype}"
+        )
+
+
+def check_whole_groups(form: str, name: str, grid: LayerGrid) -> None:
+    """Raises a ValueError where the last group of a layer would be shorter than the others."""
+    if grid.columns % grid.columns_per_group:
+        raise ValueError(
+            f"{form}: expected group_size of layer {name!r} to divide its {grid.columns} columns, but got "
+            f"{grid.group_size} (choose one that does or -1, or skip the layer)"
+        )
+
+
+def check_float16_scales(form: str, name: str, grid: LayerGrid) -> None:
+    """Raises a ValueError for a layer with scales of another dtype than the format stores."""
+    if grid.scale_dtype != torch.float16:
+        raise ValueError(
+            f"{form}: expected scales of layer {name!r} to be float16, but got {dtype_names(grid.scale_dtype)} (codes "
+            "are chosen for the dtype of the stored scales: quantize with scale_dtype=torch.float16)"
+        )
+
+
+def uneven_sizes(grid: LayerGrid, multiple: int) -> str:
+    """Those of a layer's sizes that are no multiple: "40 rows and 72 columns", or ""."""
+    sizes = ((grid.rows, "rows"), (grid.columns, "columns"))
+    return " and ".join(f"{value} {what}" for value, what in sizes if value % multiple)
 
 
 def checked_grid(form: str, name: str, quantized: QuantizedWeight) -> LayerGrid:

@@ -19,22 +19,24 @@ import torch
 from torch import Tensor
 
 from miniquant.formats.base import (
-    SCALE_DTYPES,
     ConfigObject,
+    Format,
     LayerGrid,
     check_finite,
     check_layers,
+    check_model_dtype,
+    check_whole_groups,
     checked_grid,
     compiled,
-    dtype_names,
     grid_of_layer,
     is_integer,
     layer_tensor,
     method_config,
+    uneven_sizes,
 )
 from miniquant.formats.names import name_patterns
 from miniquant.grid import QuantizedWeight
-from miniquant.layer_file import check_quantized
+from miniquant.layer_file import SCALE_DTYPES, check_quantized
 from miniquant.packing import pack_words, unpack_words
 
 METHOD = "compressed-tensors"
@@ -45,7 +47,7 @@ VLLM_CPU_MULTIPLE = 32
 PACKED = ".weight_packed"
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """A :class:`miniquant.formats.Format`; a layer has to be a ``torch.nn.Linear``: its readers look at no other.
 
     vLLM fuses layers (query, key and value; gate and up), and reads a fused layer with the grid of its first part:
@@ -57,19 +59,12 @@ class CompressedTensors:
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The model's own dtype."""
-        if model_dtype not in SCALE_DTYPES:
-            raise ValueError(
-                f"{METHOD}: expected the model's dtype to be {dtype_names(*SCALE_DTYPES)}, but got {model_dtype}"
-            )
+        check_model_dtype(METHOD, model_dtype)
         return model_dtype
 
     def check(self, name: str, grid: LayerGrid) -> list[str]:
         """Any layer of 2 to 8 bits whose columns are a whole number of groups."""
-        if grid.group_size != -1 and grid.columns % grid.group_size:
-            raise ValueError(
-                f"{METHOD}: expected group_size of layer {name!r} to divide its {grid.columns} columns, but got "
-                f"{grid.group_size} (choose one that does or -1, or skip the layer)"
-            )
+        check_whole_groups(METHOD, name, grid)
         warnings = []
         if grid.bits in CHANGED_WIDTHS:
             warnings.append(
@@ -83,15 +78,10 @@ class CompressedTensors:
                 f"{METHOD}: layer {name!r}: transformers 5.23 with compressed-tensors 0.20 loads asymmetric grids only "
                 "where all layers are alike, and with quantization_config=CompressedTensorsConfig(dequantize=True)"
             )
-        uneven = [
-            f"{value} {what}"
-            for value, what in ((grid.rows, "rows"), (grid.columns, "columns"))
-            if value % VLLM_CPU_MULTIPLE
-        ]
-        if uneven:
+        if uneven := uneven_sizes(grid, VLLM_CPU_MULTIPLE):
             warnings.append(
                 f"{METHOD}: layer {name!r}: vLLM's CPU kernels need rows and columns in multiples of "
-                f"{VLLM_CPU_MULTIPLE}, but it has {' and '.join(uneven)}"
+                f"{VLLM_CPU_MULTIPLE}, but it has {uneven}"
             )
         return warnings
 
@@ -155,14 +145,6 @@ class CompressedTensors:
             "ignore": list(ignored),
             "config_groups": groups,
         }
-
-    def files(
-        self,
-        layers: Mapping[str, LayerGrid],  # noqa: ARG002  (config.json has all)
-        ignored: Sequence[str] = (),  # noqa: ARG002
-    ) -> dict[str, dict[str, Any]]:
-        """None."""
-        return {}
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerGrid]:
         """Every layer that has a ``weight_packed``, with the first group that names it, else that of its class."""

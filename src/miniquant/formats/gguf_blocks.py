@@ -23,9 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniquant.formats.base import SCALE_DTYPES, LayerGrid, check_finite, checked_grid, dtype_names
+from miniquant.formats.base import (
+    LayerFormat,
+    LayerGrid,
+    check_finite,
+    check_float16_scales,
+    check_model_dtype,
+    checked_grid,
+)
 from miniquant.grid import QuantizedWeight
-from miniquant.layer_file import check_quantized
+from miniquant.layer_file import check_quantized, dtype_names
 
 NAME = "gguf"
 COLUMNS = 32  # of a block
@@ -68,7 +75,7 @@ TYPES: Mapping[str, BlockType] = {
 }
 
 
-class Gguf:
+class Gguf(LayerFormat):
     """A :class:`miniquant.formats.LayerFormat`: what a GGUF file can hold. :func:`write_gguf` writes the file.
 
     Args:
@@ -82,20 +89,13 @@ class Gguf:
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """float16, whatever the model has."""
-        if model_dtype not in SCALE_DTYPES:
-            raise ValueError(
-                f"{NAME}: expected the model's dtype to be {dtype_names(*SCALE_DTYPES)}, but got {model_dtype}"
-            )
+        check_model_dtype(NAME, model_dtype)
         return torch.float16
 
     def check(self, name: str, grid: LayerGrid) -> list[str]:
         """float16 scales, columns in multiples of 32, groups that are whole blocks, and no 8 asymmetric bits."""
         where = f"of layer {name!r}"
-        if grid.scale_dtype != torch.float16:
-            raise ValueError(
-                f"{NAME}: expected scales {where} to be float16, but got {dtype_names(grid.scale_dtype)} (codes are "
-                "chosen for the dtype of the stored scales: quantize with scale_dtype=torch.float16)"
-            )
+        check_float16_scales(NAME, name, grid)
         if grid.columns % COLUMNS:
             raise ValueError(
                 f"{NAME}: expected columns {where} to be a multiple of {COLUMNS}, but got {grid.columns} (skip the "
@@ -146,7 +146,7 @@ class Gguf:
         grid = checked_grid(NAME, name, quantized)
         self.check(name, grid)
         kind = self.type_of(name, grid)
-        repeats = (grid.columns if grid.group_size == -1 else grid.group_size) // COLUMNS
+        repeats = grid.columns_per_group // COLUMNS
         blocks = grid.columns // COLUMNS
 
         def of_blocks(values: Tensor) -> Tensor:

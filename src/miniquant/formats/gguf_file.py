@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniquant.formats.base import LayerGrid, checked_grid, dtype_names
+from miniquant.formats.base import LayerGrid, checked_grid
 from miniquant.formats.gguf_blocks import COLUMNS, NAME, TYPES, Gguf, gguf_package
 from miniquant.formats.gguf_models import (
     Metadata,
@@ -27,7 +27,7 @@ from miniquant.formats.gguf_models import (
 )
 from miniquant.formats.gguf_tokenizer import Vocabulary, read_json, read_list, read_vocabulary
 from miniquant.grid import QuantizedWeight
-from miniquant.layer_file import replacing
+from miniquant.layer_file import dtype_names, replacing
 
 OtherType = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {"F32": "ALL_F32", **{name: f"MOSTLY_{name}" for name in ("F16", "BF16", *TYPES)}}

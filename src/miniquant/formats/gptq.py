@@ -22,18 +22,21 @@ import torch
 from torch import Tensor
 
 from miniquant.formats.base import (
-    SCALE_DTYPES,
     ConfigObject,
+    Format,
     LayerGrid,
     check_finite,
+    check_float16_scales,
     check_layers,
+    check_model_dtype,
+    check_whole_groups,
     checked_grid,
     compiled,
-    dtype_names,
     grid_of_layer,
     is_integer,
     layer_tensor,
     method_config,
+    uneven_sizes,
 )
 from miniquant.formats.names import name_patterns
 from miniquant.grid import QuantizedWeight
@@ -55,7 +58,7 @@ class Kind(NamedTuple):
     sym: bool
 
 
-class Gptq:
+class Gptq(Format):
     """A :class:`miniquant.formats.Format`.
 
     Args:
@@ -72,10 +75,7 @@ class Gptq:
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """float16, whatever the model has."""
-        if model_dtype not in SCALE_DTYPES:
-            raise ValueError(
-                f"{self.name}: expected the model's dtype to be {dtype_names(*SCALE_DTYPES)}, but got {model_dtype}"
-            )
+        check_model_dtype(self.name, model_dtype)
         return torch.float16
 
     def check(self, name: str, grid: LayerGrid) -> list[str]:
@@ -86,16 +86,8 @@ class Gptq:
                 f"{self.name}: expected bits {where} to be 2, 3, 4 or 8, but got {grid.bits} (the format "
                 "compressed-tensors has 2 to 8)"
             )
-        if grid.scale_dtype != torch.float16:
-            raise ValueError(
-                f"{self.name}: expected scales {where} to be float16, but got {dtype_names(grid.scale_dtype)} (codes "
-                "are chosen for the dtype of the stored scales: quantize with scale_dtype=torch.float16)"
-            )
-        if grid.group_size != -1 and grid.columns % grid.group_size:
-            raise ValueError(
-                f"{self.name}: expected group_size {where} to divide its {grid.columns} columns, but got "
-                f"{grid.group_size} (choose one that does or -1, or skip the layer)"
-            )
+        check_float16_scales(self.name, name, grid)
+        check_whole_groups(self.name, name, grid)
         whole = WORD_BITS if grid.bits == 3 else WORD_BITS // grid.bits
         for what, value in (("rows", grid.rows), ("columns", grid.columns)):
             if value % whole:
@@ -104,15 +96,10 @@ class Gptq:
                     f"{value} (skip the layer, or choose the format compressed-tensors)"
                 )
         warnings = []
-        uneven = [
-            f"{value} {what}"
-            for value, what in ((grid.rows, "rows"), (grid.columns, "columns"))
-            if value % KERNEL_MULTIPLE
-        ]
-        if uneven:
+        if uneven := uneven_sizes(grid, KERNEL_MULTIPLE):
             warnings.append(
                 f"{self.name}: layer {name!r}: most kernels that read the format need rows and columns in multiples of "
-                f"{KERNEL_MULTIPLE}, but it has {' and '.join(uneven)}"
+                f"{KERNEL_MULTIPLE}, but it has {uneven}"
             )
         if self.version == 1 and not grid.symmetric:
             warnings.append(
@@ -133,12 +120,11 @@ class Gptq:
                     "version 1 of the format cannot hold, but got it (choose gptq_v2)"
                 )
             zero_points = zero_points - 1
-        columns_per_group = grid.columns if grid.group_size == -1 else grid.group_size
         return {
             f"{name}.qweight": pack_words(quantized.codes, grid.bits).t().contiguous(),
             f"{name}.qzeros": pack_words(zero_points, grid.bits),
             f"{name}.scales": quantized.scales.detach().t().contiguous(),
-            f"{name}.g_idx": _group_index(grid.columns, columns_per_group),
+            f"{name}.g_idx": _group_index(grid),
         }
 
     def config(
@@ -216,7 +202,7 @@ class Gptq:
         scales = layer_tensor(self.name, name, tensors, "scales", (torch.float16,), (groups, rows))
         check_finite(self.name, name, "scales", scales)
         index = layer_tensor(self.name, name, tensors, "g_idx", integers, (columns,))
-        if not torch.equal(index, _group_index(columns, columns if grid.group_size == -1 else grid.group_size)):
+        if not torch.equal(index, _group_index(grid)):
             raise ValueError(
                 f"{self.name}: expected tensor '{name}.g_idx' to be the groups of columns in their order, but got "
                 "another order (desc_act), which has no place in a grid of consecutive columns"
@@ -275,6 +261,6 @@ def _is_head(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "lm_head"
 
 
-def _group_index(columns: int, group_size: int) -> Tensor:
+def _group_index(grid: LayerGrid) -> Tensor:
     """int32 [K]: the group of each column."""
-    return torch.arange(columns, dtype=torch.int32) // group_size
+    return torch.arange(grid.columns, dtype=torch.int32) // grid.columns_per_group

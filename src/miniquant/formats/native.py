@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from miniquant.formats.base import (
-    SCALE_DTYPES,
     ConfigObject,
+    Format,
     LayerGrid,
     check_finite,
     check_layers,
+    check_model_dtype,
     checked_grid,
-    dtype_names,
     grid_of_layer,
     is_integer,
     layer_tensor,
@@ -32,7 +32,7 @@ from miniquant.formats.base import (
 )
 from miniquant.gptq import GptqResult
 from miniquant.grid import QuantizedWeight
-from miniquant.layer_file import ROW_LOSS_DTYPES, check_quantized
+from miniquant.layer_file import ROW_LOSS_DTYPES, SCALE_DTYPES, check_quantized, dtype_names
 from miniquant.packing import pack, unpack
 
 METHOD = "miniquant"
@@ -40,7 +40,7 @@ VERSION = 1
 _DTYPES = {dtype_names(dtype): dtype for dtype in SCALE_DTYPES}
 
 
-class Native:
+class Native(Format):
     """A :class:`miniquant.formats.Format`."""
 
     name = METHOD
@@ -48,10 +48,7 @@ class Native:
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The model's own dtype; scales of any other are stored as they are."""
-        if model_dtype not in SCALE_DTYPES:
-            raise ValueError(
-                f"{METHOD}: expected the model's dtype to be {dtype_names(*SCALE_DTYPES)}, but got {model_dtype}"
-            )
+        check_model_dtype(METHOD, model_dtype)
         return model_dtype
 
     def check(self, name: str, grid: LayerGrid) -> list[str]:  # noqa: ARG002  (every grid has its place)
@@ -96,14 +93,6 @@ class Native:
                 for name, grid in layers.items()
             },
         }
-
-    def files(
-        self,
-        layers: Mapping[str, LayerGrid],  # noqa: ARG002  (config.json has all)
-        ignored: Sequence[str] = (),  # noqa: ARG002
-    ) -> dict[str, dict[str, Any]]:
-        """None."""
-        return {}
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerGrid]:
         """The layers that the configuration lists; each has to have its tensors."""
