@@ -1,13 +1,26 @@
-"""Modes of torch that belong to a thread, for coroutines that take turns on one."""
+"""Modes of torch: those of a thread, for coroutines that take turns on one, and a model's evaluation mode."""
 # ruff: noqa: SLF001  (there is no public way to the stacks of modes)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import overrides
+from torch import nn, overrides
 from torch.utils import _python_dispatch as dispatch
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while (no dropout, no statistics); each module then has the mode that it had."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 def _autocast_devices() -> tuple[str, ...]:

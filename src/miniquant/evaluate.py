@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniquant._torch_state import evaluation_mode
 from miniquant.calibration import Batch, given_batch
 
 _CHUNK = 1 << 24  # logits that are worked on at once
@@ -128,7 +129,7 @@ class Reference:
         Raises:
             ValueError, TypeError: as :func:`evaluate`; also where they need more than ``max_bytes``.
         """
-        with contextlib.nullcontext() if self.model is None else _evaluation_mode(self.model):
+        with contextlib.nullcontext() if self.model is None else evaluation_mode(self.model):
             for where, batch in _checked("Reference", batches):
                 self.logits(batch, where)
                 if _digest(batch) not in self._kept:
@@ -186,7 +187,7 @@ def evaluate(
     with contextlib.ExitStack() as modes:
         for module in (model, None if against is None else against.model):
             if module is not None:
-                modes.enter_context(_evaluation_mode(module))
+                modes.enter_context(evaluation_mode(module))
         for where, batch in _checked("evaluate", batches):
             expected = None if against is None else against.logits(batch, where)
             got = _logits(model, batch, f"{where}: the model")
@@ -242,7 +243,7 @@ def compare_embeddings(
     _check_module("compare_embeddings", "model", model)
     _check_module("compare_embeddings", "reference", reference)
     cosines: list[float] = []
-    with _evaluation_mode(model), _evaluation_mode(reference):
+    with evaluation_mode(model), evaluation_mode(reference):
         for where, batch in _checked("compare_embeddings", batches):
             got = _embeddings(model, batch, f"{where}: the model")
             expected = _embeddings(reference, batch, f"{where}: the reference")
@@ -379,15 +380,3 @@ def _digest(batch: Batch) -> bytes:
         if isinstance(value, Tensor):
             digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module then has the mode that it had."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

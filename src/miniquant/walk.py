@@ -46,7 +46,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from miniquant._torch_state import TorchState
+from miniquant._torch_state import TorchState, evaluation_mode
 from miniquant.modules import ExpertSite, Site, watch
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -200,7 +200,7 @@ class Walk:
         if self._stack is not None:
             raise RuntimeError("Walk: expected to be entered once, but got entered again")
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(evaluation_mode(self._model))
             stack.enter_context(_without_cache(self._model))
             stack.enter_context(_not_compiled())
             device = _device(self._model)
@@ -572,18 +572,6 @@ def _encoder(model: nn.Module) -> nn.Module | None:
         return None
     encoder = getter()
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode: no dropout, no statistics."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
