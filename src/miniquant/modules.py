@@ -460,7 +460,15 @@ _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul_
 _PLAIN = frozenset({"shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_cuda", "is_meta"})
 
 
-class _Experts:
+class _StandIn:
+    """Stands for a tensor of which torch's functions see only how it is used."""
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """Python asks here where x @ weight was refused, and would hide why."""
+        return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
+
+
+class _Experts(_StandIn):
     """Stands for a parameter of fused experts: tells which expert's matrix is used, with which inputs."""
 
     def __init__(
@@ -510,10 +518,6 @@ class _Experts:
         """Whether matrices are [K, N]."""
         return next(iter(self._of_expert.values())).transposed
 
-    def __rmatmul__(self, other: Tensor) -> Tensor:
-        """Python asks here where x @ weight was refused, and would hide why."""
-        return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -529,7 +533,7 @@ class _Experts:
         raise self._refuse(getattr(func, "__name__", str(func)))
 
 
-class _Expert:
+class _Expert(_StandIn):
     """Stands for the matrix of one expert, transposed or as stored."""
 
     def __init__(self, experts: _Experts, expert: int, *, transposed: bool) -> None:
@@ -556,10 +560,6 @@ class _Expert:
     def transpose(self, first: int, second: int) -> "_Expert":
         """The matrix with two dimensions swapped."""
         return self if first % 2 == second % 2 else self.t()
-
-    def __rmatmul__(self, other: Tensor) -> Tensor:
-        """Python asks here where x @ weight was refused, and would hide why."""
-        return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
 
     @classmethod
     def __torch_function__(

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -625,7 +625,7 @@ class _Quantizer:
 
     def _note(self, name: str, note: str) -> None:
         layer = self._result.layers[name]
-        self._result.layers[name] = LayerResult(**{**vars(layer), "notes": (*layer.notes, note)})
+        self._result.layers[name] = replace(layer, notes=(*layer.notes, note))
 
 
 def _losses(
