@@ -305,8 +305,8 @@ def _held_out_batches(sizes: Sequence[int], part: float) -> tuple[int, str | Non
 class _DeviceSums:
     """X^T X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`.
 
-    Halves are made as there: a batch that is longer than all before is cut in two, any other goes to the half that has
-    fewer tokens.
+    Halves are made as there: a batch that is longer than all before is cut so that both have as many tokens, any other
+    goes to the half that has fewer.
     """
 
     def __init__(self, columns: int, dtype: torch.dtype, device: torch.device, *, halves: bool) -> None:
@@ -317,11 +317,10 @@ class _DeviceSums:
         rows = inputs.flatten(0, -2) if mask is None else inputs[mask]
         if not bool(rows.isfinite().all()):
             raise ValueError("expected inputs to be finite, but got others")
-        parts = [(0, rows)]
-        if len(self._tokens) == 2:
-            half = len(rows) // 2
-            cut = len(rows) > max(sum(self._tokens), 1)
-            parts = [(0, rows[:half]), (1, rows[half:])] if cut else [(self._tokens.index(min(self._tokens)), rows)]
+        lighter, cut = self._tokens.index(min(self._tokens)), len(rows)
+        if len(self._tokens) == 2 and cut > sum(self._tokens):
+            cut = (cut + max(self._tokens) - min(self._tokens) + 1) // 2
+        parts = [(lighter, rows[:cut]), (1 - lighter, rows[cut:])] if cut < len(rows) else [(lighter, rows)]
         for number, part in parts:
             wide = part.to(self._sums.dtype)
             self._sums[number].addmm_(wide.T, wide)

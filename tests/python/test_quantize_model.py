@@ -631,6 +631,21 @@ def test_what_progress_raises_ends_the_run() -> None:
     assert not [hook for module in model.modules() for hook in module._forward_pre_hooks]
 
 
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 40), (5, 3, 20, 64, 7, 200), (64, 65)], ids=str)
+def test_halves_on_a_device_are_those_of_the_accumulator(lengths: tuple[int, ...]) -> None:
+    on_device = _DeviceSums(8, torch.float64, torch.device("cpu"), halves=True)
+    expected = HessianAccumulator(8, torch.float64, halves=True)
+    for number, length in enumerate(lengths):
+        batch = torch.randn(length, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        on_device.update(batch, None)
+        expected.update(batch)
+    found = on_device.accumulator()
+    assert [found.half_tokens(half) for half in range(2)] == [expected.half_tokens(half) for half in range(2)]
+    for half in range(2):
+        if expected.half_tokens(half):
+            torch.testing.assert_close(found.half(half), expected.half(half))
+
+
 def test_sums_on_a_device_are_those_of_the_accumulator() -> None:
     masks = [None, torch.arange(64) % 3 > 0, *[None] * 6]
     for halves in (False, True):
