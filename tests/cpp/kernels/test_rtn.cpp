@@ -36,6 +36,34 @@ template <typename T>
 class Rtn : public ::testing::Test {};
 TYPED_TEST_SUITE(Rtn, ElementTypes, ElementTypeNames);
 
+TYPED_TEST(Rtn, LargestMagnitudesAreThoseOfAScalarLoop) {
+  using T = TypeParam;
+  constexpr std::int64_t kRows = 3;
+  std::mt19937_64 generator(3);
+  for (const std::int64_t columns : {0, 1, 7, 8, 15, 16, 17, 64, 70}) {
+    // The largest of row 0 is positive, that of row 1 negative, at each column in turn; row 2 is left as it is.
+    for (std::int64_t at = 0; at < std::max<std::int64_t>(columns, 1); ++at) {
+      std::vector<T> values = normal<T>(generator, kRows * columns, 1.0);
+      if (columns > 0) {
+        values[static_cast<std::size_t>(at)] = T(100);
+        values[static_cast<std::size_t>(columns + at)] = T(-100);
+      }
+      const GuardedBuffer<T> weight(values);
+      for_each_instruction_set<T>([&](const auto& kernel) {
+        GuardedBuffer<T> largest(kRows);
+        kernel.largest_magnitudes(weight.data(), columns, 0, kRows, largest.data());
+        for (std::int64_t row = 0; row < kRows; ++row) {
+          T expected = T(0);
+          for (std::int64_t i = 0; i < columns; ++i) {
+            expected = std::max(expected, std::abs(weight.data()[row * columns + i]));
+          }
+          EXPECT_EQ(largest.data()[row], expected) << row << " of " << columns << " columns, at " << at;
+        }
+      });
+    }
+  }
+}
+
 TYPED_TEST(Rtn, ScalesAndCodesAreThoseOfAScalarLoop) {
   using T = TypeParam;
   std::mt19937_64 generator(1);
