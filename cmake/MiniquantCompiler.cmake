@@ -19,6 +19,8 @@ target_compile_options(miniquant_compiler INTERFACE -Wall -Wextra -Wshadow -Wcon
 if(MINIQUANT_WERROR)
   target_compile_options(miniquant_compiler INTERFACE -Werror)
 endif()
+# TensorOperators.h includes the headers of the operators that it calls, not those of all operators.
+target_compile_definitions(miniquant_compiler INTERFACE AT_PER_OPERATOR_HEADERS)
 if(MINIQUANT_SANITIZE)
   # libtorch carries no type information for the vptr check.
   set(_sanitize -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
