@@ -132,7 +132,9 @@ def installed_wheel(python: Path, wheel: Path) -> bool:
     )
     if subprocess.run([python, "-c", code, requirement(wheel)], check=False).returncode != 0:
         return False
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+    pip = (python, "-m", "pip", "install", "--quiet")
+    run(*pip, "--no-deps", "--force-reinstall", wheel)
+    run(*pip, wheel)  # what it depends on besides torch
     return True
 
 

@@ -30,15 +30,17 @@ at::Tensor quadratic_forms(const at::Tensor& error, const at::Tensor& triangle) 
   return form;
 }
 
-at::Tensor wide_quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
-  const Damping damping = damping_of(hessian, 0.0);
+LossMeasure::LossMeasure(const at::Tensor& hessian)
+    : damping_(damping_of(hessian, 0.0)), triangle_(lower_triangle(hessian, damping_.factor, at::kDouble)) {}
+
+at::Tensor LossMeasure::operator()(const at::Tensor& weight, const at::Tensor& dequantized) const {
   const ScaledWeight error = scaled_weight(weight.to(at::kDouble) - dequantized.to(at::kDouble), std::nullopt);
-  const at::Tensor form = quadratic_forms(error.values, lower_triangle(hessian, damping.factor, at::kDouble));
-  return in_true_units(form.to(compute_dtype(weight.scalar_type())).to(at::kDouble), error, damping);
+  const at::Tensor form = quadratic_forms(error.values, triangle_);
+  return in_true_units(form.to(compute_dtype(weight.scalar_type())).to(at::kDouble), error, damping_);
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
-  return wide_quantization_loss(weight, dequantized, hessian).to(compute_dtype(weight.scalar_type()));
+  return LossMeasure(hessian)(weight, dequantized).to(compute_dtype(weight.scalar_type()));
 }
 
 }  // namespace miniquant::algorithms

@@ -2,13 +2,15 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "algorithms/gptq.h"
 #include "algorithms/grid.h"
@@ -34,21 +36,43 @@ constexpr double kPowerOfTokens = 0.7;
 /// A ridge to start from: the best one for the layers of an encoder (docs/algorithm.md, "The ridge from the data").
 double usual_ridge(int64_t tokens) { return std::pow(128.0 / static_cast<double>(tokens), kPowerOfTokens); }
 
-double held_out_loss(const at::Tensor& weight, const at::Tensor& calibration, const at::Tensor& held_out,
-                     const GptqOptions& options) {
-  try {
-    const GptqResult result = algorithms::gptq(weight, calibration, options);
-    const at::Tensor values =
-        algorithms::dequantize(result.codes, result.scales, result.zero_points, options.group_size);
-    return wide_quantization_loss(weight, values, held_out).sum().item<double>();
-  } catch (const c10::LinAlgError&) {
-    return std::numeric_limits<double>::infinity();
+/// Quantizes with the Hessian of one half of the tokens and measures with that of the other, both ways round.
+class Halves {
+ public:
+  Halves(at::Tensor weight, const at::Tensor& first, const at::Tensor& second)
+      : weight_(std::move(weight)), hessians_{first, second}, losses_{LossMeasure(first), LossMeasure(second)} {}
+
+  /// The sum of both losses of GPTQ; infinity where a Hessian is not positive definite with this ridge.
+  [[nodiscard]] double loss(const GptqOptions& options) const {
+    try {
+      return loss_of(algorithms::gptq(weight_, hessians_[0], options), losses_[1]) +
+             loss_of(algorithms::gptq(weight_, hessians_[1], options), losses_[0]);
+    } catch (const c10::LinAlgError&) {
+      return std::numeric_limits<double>::infinity();
+    }
   }
-}
+
+  /// The same of rounding to nearest.
+  [[nodiscard]] double loss_of_nearest(const GridOptions& grid) const {
+    const QuantizedWeight nearest = algorithms::rtn(weight_, grid);
+    return loss_of(nearest, losses_[0]) + loss_of(nearest, losses_[1]);
+  }
+
+ private:
+  [[nodiscard]] double loss_of(const QuantizedWeight& quantized, const LossMeasure& measure) const {
+    const at::Tensor values =
+        algorithms::dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size);
+    return measure(weight_, values).sum().item<double>();
+  }
+
+  at::Tensor weight_;
+  std::array<at::Tensor, 2> hessians_;
+  std::array<LossMeasure, 2> losses_;
+};
 
 }  // namespace
 
-at::Tensor judged_ridges(int64_t tokens, int64_t columns) {
+JudgedRidges judged_ridges(int64_t tokens, int64_t columns) {
   // With the last ridge H is in effect a multiple of the identity, so GPTQ rounds to nearest.
   constexpr double kRoundsToNearest = 1e6;
   const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
@@ -57,21 +81,39 @@ at::Tensor judged_ridges(int64_t tokens, int64_t columns) {
     // If a half does not determine H, no ridge below the usual one is tried. Tokens of one text resemble one another,
     // so two small halves agree with each other better than with future tokens, and smaller ridges look better than
     // they are.
-    return at::tensor({usual, 3 * usual, 10 * usual, 30 * usual, 100 * usual, kRoundsToNearest}, options);
+    return {at::tensor({usual, 3 * usual, 10 * usual, 30 * usual, 100 * usual, kRoundsToNearest}, options), 0};
   }
-  return at::tensor({usual / 10, usual / 3, usual, 3 * usual, 10 * usual, kRoundsToNearest}, options);
+  return {at::tensor({usual / 10, usual / 3, usual, 3 * usual, 10 * usual, kRoundsToNearest}, options), 2};
 }
 
 at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
-                        const at::Tensor& ridges, const GridOptions& grid) {
-  const at::Tensor rows = some_rows(weight).to(compute_dtype(weight.scalar_type()));
-  at::Tensor losses = at::empty({kJudgedRidges}, ridges.options());
-  GptqOptions options{grid};
+                        const JudgedRidges& judged, const GridOptions& grid) {
+  const Halves halves(some_rows(weight).to(compute_dtype(weight.scalar_type())), first, second);
   const double of_half_the_tokens = std::pow(2.0, kPowerOfTokens);
-  for (int64_t i = 0; i < kJudgedRidges; ++i) {
-    options.ridge = ridges.const_data_ptr<double>()[i] * of_half_the_tokens;
-    losses.mutable_data_ptr<double>()[i] =
-        held_out_loss(rows, first, second, options) + held_out_loss(rows, second, first, options);
+  at::Tensor losses = at::full({kJudgedRidges}, kNotTried, judged.ridges.options());
+  auto* const loss = losses.mutable_data_ptr<double>();
+  const auto judge = [&](int64_t i) {
+    GptqOptions options{grid};
+    options.ridge = judged.ridges.const_data_ptr<double>()[i] * of_half_the_tokens;
+    loss[i] = halves.loss(options);
+  };
+  // The loss falls to one minimum and rises after it, but for noise far below what a ridge is worth.
+  constexpr int64_t kNearest = kJudgedRidges - 1;
+  loss[kNearest] = halves.loss_of_nearest(grid);
+  judge(judged.usual);
+  int64_t best = judged.usual;
+  const auto walk = [&](int64_t step, int64_t end) {
+    for (int64_t i = best + step; i != end; i += step) {
+      judge(i);
+      if (loss[i] >= loss[best] && std::isfinite(loss[best])) {
+        return;
+      }
+      best = i;
+    }
+  };
+  walk(1, kNearest);
+  if (best == judged.usual) {
+    walk(-1, -1);
   }
   return losses;
 }

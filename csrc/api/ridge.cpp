@@ -7,6 +7,7 @@
 #include <cmath>
 #include <utility>
 
+#include "algorithms/ridge.h"
 #include "ops/results.h"
 
 namespace miniquant {
@@ -29,9 +30,10 @@ RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& acc
   const auto [ridge, ridges, losses, fallbacks] =
       op.call(weight, accumulator.half(0), accumulator.half(1), std::lround(accumulator.effective_tokens()), grid.bits,
               grid.group_size, grid.symmetric);
+  const at::Tensor tried = losses != algorithms::kNotTried;
   const at::Tensor nearest = losses.select(0, -1);
-  return {ridge.item<double>(), to_vector(ridges), to_vector(losses / nearest.masked_fill(nearest == 0, 1)),
-          to_vector(fallbacks)};
+  return {ridge.item<double>(), to_vector(ridges.masked_select(tried)),
+          to_vector((losses / nearest.masked_fill(nearest == 0, 1)).masked_select(tried)), to_vector(fallbacks)};
 }
 
 AutoGptqResult gptq_auto(const at::Tensor& weight, const HessianAccumulator& accumulator, const GptqOptions& options) {

@@ -159,14 +159,20 @@ void add_figures(Grid& grid) {
   });
 }
 
-// Adds the ridges that were tried; every run with a ridge from the data tried the same number.
+// Adds the ridges that were tried. A run that tried fewer ends earlier.
 void add_ridges(Grid& grid, const std::vector<Run>& runs) {
   if (!runs.front().comparison.ridge_choice) return;
   grid.blank();
   grid.line("ridge, from the data", [](const Run&) { return Cells{"ridge", "held out", ""}; });
-  for (std::size_t i = 0; i < runs.front().comparison.ridge_choice->choice.ridges.size(); ++i) {
+  const auto choice_of = [](const Run& run) -> const RidgeChoice& {
+    return run.comparison.ridge_choice.value().choice;
+  };
+  std::size_t most = 0;
+  for (const Run& run : runs) most = std::max(most, choice_of(run).ridges.size());
+  for (std::size_t i = 0; i < most; ++i) {
     grid.line("", [&](const Run& run) {
-      const RidgeChoice& choice = run.comparison.ridge_choice.value().choice;
+      const RidgeChoice& choice = choice_of(run);
+      if (i >= choice.ridges.size()) return Cells{};
       const double ridge = choice.ridges.at(i);
       return Cells{short_figure(ridge), held_out_text(choice.held_out.at(i)), ridge == choice.ridge ? "chosen" : ""};
     });

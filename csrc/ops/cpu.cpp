@@ -1,6 +1,7 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "algorithms/gptq.h"
@@ -59,14 +60,14 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
       weight, first, second, tokens, {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax", {}});
   check_on_cpu("choose_ridge", "weight", weight);
   check_choose_ridge_values(weight, first, second);
-  const at::Tensor ridges = algorithms::judged_ridges(tokens, weight.size(1));
-  const at::Tensor losses = algorithms::judge_ridges(weight, first, second, ridges, options);
-  TORCH_CHECK_LINALG(
-      losses.isfinite().any().item<bool>(),
-      "choose_ridge: expected first and second to be positive definite with one of the ridges judged, but "
-      "they are not with any from ",
-      ridges[0].item<double>(), " to ", ridges[-1].item<double>());
-  const at::Tensor ridge = ridges.index({losses.argmin()}).clone();
+  const algorithms::JudgedRidges judged = algorithms::judged_ridges(tokens, weight.size(1));
+  const at::Tensor& ridges = judged.ridges;
+  const at::Tensor losses = algorithms::judge_ridges(weight, first, second, judged, options);
+  const at::Tensor ridge =
+      ridges
+          .index(
+              {losses.masked_fill(losses == algorithms::kNotTried, std::numeric_limits<double>::infinity()).argmin()})
+          .clone();
   return {ridge, ridges, losses, algorithms::fallbacks_of(ridge)};
 }
 

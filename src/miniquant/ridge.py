@@ -19,9 +19,9 @@ class RidgeChoice(NamedTuple):
 
     Attributes:
         ridge: relative to the Hessian's mean diagonal, as ``ridge`` of :func:`miniquant.gptq`.
-        ridges: all ridges that were tried, ascending; with the last one GPTQ rounds to nearest.
+        ridges: all ridges that were tried, ascending; the last one stands for rounding to nearest.
         held_out: the held-out loss of each ridge, relative to that of the last: below 1 if GPTQ is better than rounding
-            to nearest.
+            to nearest. Infinite if the Hessian of a half is not positive definite with it.
         fallbacks: larger ridges, to try in turn if the Hessian is not positive definite with ``ridge``.
     """
 
@@ -45,6 +45,9 @@ class AutoGptqResult(GptqResult):
     ridge: float
     failed: tuple[float, ...]
 
+
+# The loss that stands for a ridge that was not tried, in the operator's result.
+_NOT_TRIED = -1
 
 _OPTIONS = tuple(
     name
@@ -74,8 +77,8 @@ def choose_ridge(
     Some rows of the weight are quantized with the Hessian of one half of the tokens, and their loss is measured with
     the Hessian of the other half; then the other way round. The ridge of least loss is chosen. If a half has fewer
     tokens than columns, ridges below (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data",
-    says why. With token weights the effective number of tokens is used. The choice costs twelve factorizations of H,
-    and at most twelve sweeps over 128 rows.
+    says why. With token weights the effective number of tokens is used. The choice costs four to ten factorizations
+    of H, and as many sweeps over at most 128 rows.
 
     Args:
         weight: [N, K].
@@ -99,8 +102,9 @@ def choose_ridge(
         symmetric=symmetric,
     )
     nearest = float(losses[-1]) or 1.0
-    held_out = (losses / nearest).tolist()
-    return RidgeChoice(float(ridge), tuple(ridges.tolist()), tuple(held_out), tuple(fallbacks.tolist()))
+    tried = losses != _NOT_TRIED
+    held_out = (losses[tried] / nearest).tolist()
+    return RidgeChoice(float(ridge), tuple(ridges[tried].tolist()), tuple(held_out), tuple(fallbacks.tolist()))
 
 
 def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:

@@ -118,10 +118,10 @@ def test_the_choice_is_what_was_judged_best() -> None:
     weight, accumulator = weight_of(), accumulate(correlated(300, 1))
     choice = miniquant.choose_ridge(weight, accumulator)
     assert choice.ridges == tuple(sorted(choice.ridges))
-    assert choice.ridges[2] == pytest.approx((128 / 300) ** 0.7)
+    assert pytest.approx((128 / 300) ** 0.7) in choice.ridges
     assert len(choice.held_out) == len(choice.ridges)
     assert choice.held_out[-1] == 1.0
-    assert choice.ridge == choice.ridges[min(range(6), key=choice.held_out.__getitem__)]
+    assert choice.ridge == choice.ridges[choice.held_out.index(min(choice.held_out))]
     # The chosen ridge's loss by hand: quantize with one half, measure with the other. All 40 rows are used.
     halves = [accumulator.half(0), accumulator.half(1)]
 
@@ -159,7 +159,8 @@ def test_a_larger_ridge_is_tried_and_reported() -> None:
     accumulator = indefinite(-0.2)
     weight = weight_of(3, 2)
     choice = miniquant.choose_ridge(weight, accumulator)
-    assert math.isinf(choice.held_out[0]), "with the least ridge there is no factor"
+    assert math.isinf(choice.held_out[0]), "with the usual ridge there is no factor"
+    assert choice.ridges[0] == pytest.approx((128 / 400_000) ** 0.7)
     automatic = miniquant.gptq_auto(weight, accumulator)
     assert automatic.ridge > 0.2
     assert automatic.row_loss.isfinite().all()
@@ -182,7 +183,7 @@ def test_few_tokens_are_not_trusted_below_the_usual_ridge() -> None:
     weight = weight_of()
     few, enough = (miniquant.choose_ridge(weight, accumulate(correlated(n, 1))) for n in (2 * COLUMNS - 1, 2 * COLUMNS))
     assert few.ridges[0] == pytest.approx((128 / (2 * COLUMNS - 1)) ** 0.7)
-    assert enough.ridges[0] == pytest.approx((128 / (2 * COLUMNS)) ** 0.7 / 10)
+    assert enough.ridges[0] < 0.5 * (128 / (2 * COLUMNS)) ** 0.7
 
 
 def test_opcheck() -> None:
@@ -233,4 +234,4 @@ def test_weights_of_tokens_reach_the_choice() -> None:
     inputs = correlated(300, 1)
     accumulator = HessianAccumulator(COLUMNS, dtype=torch.float64, halves=True)
     accumulator.update(inputs, token_weights=torch.cat([torch.ones(250), torch.full((50,), 1e-6)]))
-    assert miniquant.choose_ridge(weight_of(4), accumulator).ridges[2] == pytest.approx((128 / 250) ** 0.7)
+    assert pytest.approx((128 / 250) ** 0.7) in miniquant.choose_ridge(weight_of(4), accumulator).ridges

@@ -10,8 +10,9 @@ namespace miniquant {
 /// A ridge chosen from the data, and the figures it was chosen by.
 struct RidgeChoice {
   double ridge;                ///< relative to the Hessian's mean diagonal, as GptqOptions::ridge
-  std::vector<double> ridges;  ///< the ridges tried, ascending; with the last GPTQ rounds to nearest
-  /// The held-out loss of each, relative to that of the last: below 1 where GPTQ beats rounding to nearest.
+  std::vector<double> ridges;  ///< the ridges tried, ascending; the last stands for rounding to nearest
+  /// The held-out loss of each, relative to that of the last: below 1 where GPTQ beats rounding to nearest. Infinite
+  /// where the Hessian of a half is not positive definite.
   std::vector<double> held_out;
   std::vector<double> fallbacks;  ///< larger ridges, to try in turn where H is not positive definite with `ridge`
 };
@@ -23,8 +24,8 @@ struct RidgeChoice {
 ///
 /// accumulator: with Halves::kApart and at least one token in each half.
 /// grid: only bits, group_size and symmetric are used, as the trials use the plain grid; given scales are rejected.
-/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs twelve factorizations of H, and at most twelve
-/// sweeps over 128 rows.
+/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs four to ten factorizations of H, and as many sweeps
+/// over at most 128 rows.
 MINIQUANT_API RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GridOptions& grid = {});
 
