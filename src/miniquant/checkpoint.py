@@ -33,6 +33,7 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 # No JSON file of a model is larger, and safetensors allows no larger header.
 LARGEST_JSON = 100_000_000
+_PIECE = 1 << 22  # bytes that are copied or compared at once
 # Objects within objects: no file of a model comes near, and what takes more apart may run out of stack.
 DEEPEST_JSON = 64
 
@@ -328,6 +329,22 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     if stored.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise ValueError(f"{where}: expected bytes of 0 and 1 for dtype bool, but got others")
     return tensor
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit, compared piece by piece."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.offset)
+        other.seek(second.offset)
+        left = first.nbytes
+        while left:
+            piece = one.read(min(left, _PIECE))
+            if not piece or piece != other.read(len(piece)):
+                return False
+            left -= len(piece)
+    return True
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -747,7 +764,7 @@ class CheckpointWriter:
             for size in sorted(shard.spools, reverse=True):
                 spool = shard.spools.pop(size)
                 spool.seek(0)
-                shutil.copyfileobj(spool, stream, 1 << 22)
+                shutil.copyfileobj(spool, stream, _PIECE)
                 spool.close()
                 self._spool(shard.number, size).unlink()
 

@@ -281,6 +281,9 @@ class Walk:
                 group = [run for run in group if not run.visited >= self._handed_out]
         for run in group:
             run.advance()
+        while held := [run for run in self._runs if run.held]:
+            for run in held:
+                run.advance()
 
     def _visit_of(self, site: Site, group: list[tuple["_Run", Tensor]]) -> Visit:
         inputs = [Given(run.number, source, run.mask(site, source), site) for run, source in group]
@@ -321,6 +324,13 @@ class Walk:
         self._runs.clear()
 
 
+def wait_for_others() -> None:
+    """In a batch's forward pass: first lets every other batch of the walk run as far as it can. Elsewhere, nothing."""
+    run = greenlet.getcurrent()
+    if isinstance(run, _Run) and run.order is None:
+        run.hold()
+
+
 class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
     """A batch, running the model."""
 
@@ -337,6 +347,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         self.walk = walk
         self.number = number
         self.at: tuple[Site, Tensor] | None = None  # where it waits, with which input
+        self.held = False  # whether it waits for no site, but until the others have run
         self.last: Site | None = None
         self.visited: set[int] = set()
         self.masks = masks
@@ -351,7 +362,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def run(self) -> None:
         """The forward pass: what the greenlet does when it is first switched to."""
-        output = self.walk._forward(self.walk._model, _to(self._batch, self._device))  # noqa: SLF001  (a part of it)
+        output = self.walk._forward(self.walk._model, to_device(self._batch, self._device))  # noqa: SLF001  (a part of it)
         if self.walk._ended is not None and self.order is None:  # noqa: SLF001
             self.walk._ended(self.number, output)  # noqa: SLF001
 
@@ -399,6 +410,14 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         """In the greenlet: goes back to whoever switched to it, until it is switched to again."""
         self.at = (site, source)
         del source
+        self._switch_back()
+
+    def hold(self) -> None:
+        """In the greenlet: the same, without a site to wait at."""
+        self.held = True
+        self._switch_back()
+
+    def _switch_back(self) -> None:
         parent = self.parent
         assert parent is not None  # noqa: S101  (set by advance)
         parent.switch()
@@ -407,7 +426,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         """Runs on to the next site, or to the end."""
         if self.dead:
             return
-        self.at = None
+        self.at, self.held = None, False
         try:
             self._switch(self.switch)
         except Exception as error:
@@ -420,12 +439,12 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def end(self) -> None:
         """Ends the forward pass where it waits."""
-        self.at = None
+        self.at, self.held = None, False
         for _ in range(100):  # code that catches every exception may come to another site, where it is ended again
             if not bool(self) or self.dead:
                 break
             self._switch(lambda: self.throw(greenlet.GreenletExit))
-            self.at = None
+            self.at, self.held = None, False
 
     def _switch(self, switch: Callable[[], object]) -> None:
         """Switches to the batch with its state of torch, and back with the caller's."""
@@ -552,16 +571,16 @@ def _device(model: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 and "meta" not in {device.type for device in devices} else None
 
 
-def _to(batch: Any, device: torch.device | None) -> Any:
+def to_device(batch: Any, device: torch.device | None) -> Any:
     """A batch with its tensors on a device."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
