@@ -122,6 +122,7 @@ class Walk:
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
+        going_on: called each time before a batch goes on; what it raises ends the walk.
 
     Raises:
         TypeError, ValueError: for a bad argument.
@@ -143,6 +144,7 @@ class Walk:
         masks: Sequence[Tensor | None] | None = None,
         look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
+        going_on: Callable[[], None] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Walk: expected model to be a torch.nn.Module, but got {type(model).__name__}")
@@ -166,6 +168,7 @@ class Walk:
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = _call if forward is None else forward
         self._ended = ended
+        self._going_on = going_on
         self._stack: ExitStack | None = None
         self._runs: list[_Run] = []
         self._reached: set[int] = set()  # sites that are done, or done without
@@ -280,6 +283,8 @@ class Walk:
             if self._ended is None and not self.unreached:  # nothing is to come but what is late
                 group = [run for run in group if not run.visited >= self._handed_out]
         for run in group:
+            if self._going_on is not None:
+                self._going_on()
             run.advance()
         while held := [run for run in self._runs if run.held]:
             for run in held:
