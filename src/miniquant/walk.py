@@ -282,13 +282,12 @@ class Walk:
             group = [run for run in self._runs if run.at is not None and run.at[0] is before.site]
             if self._ended is None and not self.unreached:  # nothing is to come but what is late
                 group = [run for run in group if not run.visited >= self._handed_out]
-        for run in group:
-            if self._going_on is not None:
-                self._going_on()
-            run.advance()
-        while held := [run for run in self._runs if run.held]:
-            for run in held:
+        while group:
+            for run in group:
+                if self._going_on is not None:
+                    self._going_on()
                 run.advance()
+            group = [run for run in self._runs if run.held]
 
     def _visit_of(self, site: Site, group: list[tuple["_Run", Tensor]]) -> Visit:
         inputs = [Given(run.number, source, run.mask(site, source), site) for run, source in group]
