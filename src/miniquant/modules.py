@@ -34,6 +34,16 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 Reached = Callable[["Site", Tensor], None]
 
 
+def listed_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
+    """A module's parameter, of which only its shape and the like are asked: it may be one without memory."""
+    return module._parameters.get(attribute)  # noqa: SLF001  (experts' attributes are shadowed)
+
+
+def used_parameter(module: nn.Module, attribute: str) -> Any:
+    """A module's parameter whose values are asked for: a model in memory by parts (lazy.py) reads it now."""
+    return module._parameters[attribute]  # noqa: SLF001  (as above)
+
+
 class Site(ABC):
     """A weight that can be quantized.
 
@@ -58,7 +68,7 @@ class Site(ABC):
     @property
     def parameter(self) -> nn.Parameter:
         """What holds the matrix, as the module has it at this moment."""
-        parameter = self.modules[0]._parameters[self.attribute]  # noqa: SLF001  (experts' attributes are shadowed)
+        parameter = listed_parameter(self.modules[0], self.attribute)
         if parameter is None:
             raise ValueError(f"Site: expected {self.name!r} to have a parameter {self.attribute!r}, but got None")
         return parameter
@@ -85,6 +95,7 @@ class Site(ABC):
 
     def read(self) -> Tensor:
         """A copy of the weight on the CPU, [N, K], contiguous."""
+        used_parameter(self.modules[0], self.attribute)
         return self.matrix.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def write(self, values: Tensor) -> None:
@@ -96,6 +107,7 @@ class Site(ABC):
         Raises:
             ValueError: for another shape, or where the parameter has no memory (device "meta").
         """
+        used_parameter(self.modules[0], self.attribute)
         matrix = self.matrix
         if values.shape != matrix.shape:
             raise ValueError(
@@ -152,7 +164,7 @@ class ConvolutionSite(Site):
 
     def write(self, values: Tensor) -> None:
         """As of any site; a weight in another memory layout (channels last) has no [N, K] view."""
-        parameter = self.parameter
+        parameter = used_parameter(self.modules[0], self.attribute)
         if not parameter.is_contiguous() and values.shape == self.matrix.shape:
             with torch.inference_mode(parameter.is_inference()), torch.no_grad():
                 parameter.copy_(values.reshape(parameter.shape))
@@ -417,10 +429,9 @@ def watch(sites: Sequence[Site], reached: Reached) -> Iterator[None]:
                     stack.callback(handle.remove)
         for (module, attribute), of_expert in experts.items():
             stack.enter_context(_eager_experts(module))
-            parameter = module._parameters[attribute]  # noqa: SLF001
             # An instance attribute goes before the parameter of that name, which stays where it is.
             name = next(iter(of_expert.values())).parameter_name
-            module.__dict__[attribute] = _Experts(parameter, name, of_expert, reached)
+            module.__dict__[attribute] = _Experts(module, attribute, name, of_expert, reached)
             stack.callback(module.__dict__.pop, attribute, None)
         yield
 
@@ -472,14 +483,20 @@ class _Experts(_StandIn):
     """Stands for a parameter of fused experts: tells which expert's matrix is used, with which inputs."""
 
     def __init__(
-        self, parameter: Tensor | None, name: str, of_expert: Mapping[int, ExpertSite], reached: Reached
+        self, module: nn.Module, attribute: str, name: str, of_expert: Mapping[int, ExpertSite], reached: Reached
     ) -> None:
-        if parameter is None:
-            raise ValueError(f"watch: expected {name} to be a parameter, but got None")
-        self._parameter = parameter
+        self._module = module
+        self._attribute = attribute
         self._name = name
         self._of_expert = of_expert
         self._reached = reached
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter = listed_parameter(self._module, self._attribute)
+        if parameter is None:
+            raise ValueError(f"watch: expected {self._name} to be a parameter, but got None")
+        return parameter
 
     def _refuse(self, use: str) -> TypeError:
         return TypeError(
@@ -512,7 +529,8 @@ class _Experts(_StandIn):
         site = self._of_expert.get(expert)
         if site is not None:
             self._reached(site, source)
-        return self._parameter[expert]
+        matrix: Tensor = used_parameter(self._module, self._attribute)[expert]
+        return matrix
 
     def stored_transposed(self) -> bool:
         """Whether matrices are [K, N]."""
@@ -529,7 +547,7 @@ class _Experts(_StandIn):
                 raise self._refuse(f"{func.__name__} of an input of shape {list(args[0].shape)}")
             for expert in range(len(self)):
                 self.use(expert, args[0][expert])
-            return func(args[0], self._parameter)
+            return func(args[0], used_parameter(self._module, self._attribute))
         raise self._refuse(getattr(func, "__name__", str(func)))
 
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class LayerResult:
         name: of the layer.
         site: the weight in the model.
         options: what the recipe says of it.
-        quantized: the weight on its grid; the model holds its values.
+        quantized: the weight on its grid; the model holds its values. Where a store keeps it, its tensors are on the
+            device "meta": shapes and dtypes without memory.
         method: "rtn" where it is rounded to nearest; a note says why.
         tokens: of calibration.
         held_out_tokens: that were only used to judge.
@@ -53,6 +54,7 @@ class LayerResult:
         held_out_loss, held_out_rtn_loss: the same on held-out tokens.
         seconds: that its Hessians, the solver and judging took.
         notes: what a person should know, a sentence each.
+        restored: whether the store had it, of an earlier run.
     """
 
     name: str
@@ -69,6 +71,7 @@ class LayerResult:
     held_out_rtn_loss: float | None
     seconds: float
     notes: tuple[str, ...]
+    restored: bool = False
 
 
 @dataclass(eq=False)
@@ -80,7 +83,8 @@ class ModelResult:
         left_alone: weights that were not quantized, with the reason.
         batches: of calibration.
         held_out_batches: the last ones, that were only used to judge.
-        seconds: of the whole run, and of its parts: "hessians", "solver", "judging" and "forward", which is all else.
+        seconds: of the whole run, and of its parts: "hessians", "solver", "judging" and "forward", which is all else;
+            what restored layers took in an earlier run is not in them.
         notes: on the run as a whole.
     """
 
@@ -104,6 +108,46 @@ class QuantizationError(RuntimeError):
         super().__init__(message)
         self.layers = tuple(layers)
         self.result = result
+
+
+class Stopped(RuntimeError):  # noqa: N818  (somebody asked for it)
+    """A run ended at a layer's boundary because it was asked to.
+
+    Attributes:
+        result: what was done before; these layers' weights are replaced in the model.
+    """
+
+    def __init__(self, message: str, result: ModelResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedLayer:
+    """All that a run has to know of a layer that an earlier one finished, to go on to the same bytes.
+
+    Attributes:
+        result: of the layer.
+        found_ridge: that a layer on the same inputs with the same grid takes; None where there is none.
+        waited: whether it kept its weight while the walk was among its siblings.
+    """
+
+    result: LayerResult
+    found_ridge: float | None
+    waited: bool
+
+
+class LayerStore(Protocol):
+    """Keeps finished layers, on a disk for instance, in place of the run's memory."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a layer of this name is kept."""
+
+    def load(self, site: Site, options: LayerOptions) -> FinishedLayer:
+        """A layer that is kept, with its weight in memory."""
+
+    def save(self, layer: FinishedLayer) -> None:
+        """Keeps a layer. What it raises ends the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +227,8 @@ def quantize_model(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     masks: Sequence[Tensor | None] | None = None,
     progress: Callable[[LayerResult, int, int], None] | None = None,
+    store: LayerStore | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ModelResult:
     """Quantizes the weights of a model in place, each on the inputs that the quantized layers before it give.
 
@@ -202,6 +248,9 @@ def quantize_model(
     "siblings" it stays as it is while the walk is among its siblings (other experts of the same module), and is then
     quantized with the Hessian of all their tokens.
 
+    A layer that `store` has is not quantized: its weight is replaced by the values that are kept. With the same model,
+    calibration and options, on the same machine, the layers after it become what they would have been.
+
     Args:
         model: any module on memory; its weights are replaced.
         calibration: of :func:`miniquant.load_calibration`; or batches: keyword arguments of the model's forward (a
@@ -218,10 +267,13 @@ def quantize_model(
         masks: for each batch None or a mask [B, T], in place of the batch's own; held-out batches that are given come
             last.
         progress: called as ``progress(layer, number, of)`` after each layer.
+        store: given every layer when it is finished; the result then holds no codes.
+        stop: asked before each batch that goes on and before each layer is solved; the run ends where it says True.
 
     Raises:
         ValueError, TypeError: for a bad argument, before the walk starts.
         QuantizationError: where a layer fails or sees too few tokens; it names the layer, and has what was done before.
+        Stopped: where `stop` said True.
         miniquant.walk.WalkError: where the model fails on a batch; it names the batch and the last layer.
 
     Example:
@@ -241,9 +293,9 @@ def quantize_model(
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
     result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
     result.notes += () if note is None else (note,)
-    _Quantizer(plan, result, scale_dtype, progress).run(
-        Walk(model, batches, [site for site, _ in plan.layers], forward=forward, masks=masks)
-    )
+    quantizer = _Quantizer(plan, result, scale_dtype, progress, store, stop)
+    sites = [site for site, _ in plan.layers]
+    quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, going_on=quantizer.check_stop))
     return result
 
 
@@ -399,6 +451,8 @@ class _Quantizer:
         result: ModelResult,
         scale_dtype: torch.dtype | None,
         progress: Callable[[LayerResult, int, int], None] | None,
+        store: LayerStore | None,
+        stop: Callable[[], bool] | None,
     ) -> None:
         self._options = {id(site): options for site, options in plan.layers}
         self._families: dict[str, dict[str, list[Site]]] = {}  # by module of experts and layer
@@ -408,9 +462,12 @@ class _Quantizer:
         self._result = result
         self._scale_dtype = scale_dtype
         self._progress = progress
+        self._store = store
+        self._stop = stop
         self._seconds = dict.fromkeys(("hessians", "solver", "judging"), 0.0)
-        self._last: tuple[int, torch.dtype, _Hessians] | None = None
-        self._ridges: dict[Any, float] = {}  # found in the last Hessians: by grid
+        self._inputs: tuple[int, torch.dtype] | None = None  # of the layer at hand
+        self._last: _Hessians | None = None  # of these inputs
+        self._ridges: dict[Any, float] = {}  # found in them: by grid
         self._pools: dict[tuple[str, str], _Hessians] = {}
         self._few: dict[int, int] = {}  # experts that wait for their siblings: tokens of their own
         self._visited_families: dict[str, None] = {}
@@ -432,20 +489,40 @@ class _Quantizer:
         total = time.perf_counter() - start
         self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
 
+    def check_stop(self) -> None:
+        """Ends the run where it is asked to.
+
+        Raises:
+            Stopped: then.
+        """
+        if self._stop is not None and self._stop():
+            done, of = len(self._result.layers), len(self._options)
+            raise Stopped(f"quantize_model: stopped after {done} of {of} layers", self._result)
+
     def _visit(self, visit: Visit) -> None:
         site = visit.site
         before = self._busy()
-        try:
-            hessians = self._hessians(visit)
-        except (ValueError, TypeError) as error:
-            raise self._failed(site, error) from error
-        options = self._options[id(site)]
         family = siblings_of(site)
         if family is not None:
             self._visited_families[family[0]] = None
-            if any(self._options[id(one)].unseen == "siblings" for one in self._families[family[0]][family[1]]):
+        finished = self._finished(site)
+        pools = family is not None and self._pool_is_needed(family)
+        self._come_to(visit)
+        if finished is None or pools:
+            try:
+                hessians = self._hessians(visit)
+            except (ValueError, TypeError) as error:
+                raise self._failed(site, error) from error
+            if family is not None and pools:
                 pool = self._pools.setdefault(family, _Hessians.empty(site.columns, hessians.calibration.dtype))
                 pool.merge(hessians)
+        if finished is not None:
+            if finished.waited:
+                self._few[id(site)] = 0
+            else:
+                self._restore(finished)
+            return
+        options = self._options[id(site)]
         tokens = hessians.calibration.tokens
         if tokens >= options.tokens_needed(site.columns):
             self._quantize(site, hessians, before)
@@ -457,24 +534,46 @@ class _Quantizer:
                 site, hessians, before, self._too_few(site, tokens, "it is rounded to nearest"), nearest=True
             )
 
+    def _finished(self, site: Site) -> FinishedLayer | None:
+        """A layer that the store has."""
+        if self._store is None or not self._is_kept(site):
+            return None
+        return self._store.load(site, self._options[id(site)])
+
+    def _is_kept(self, site: Site) -> bool:
+        return self._store is not None and site.name in self._store
+
+    def _pool_is_needed(self, family: tuple[str, str]) -> bool:
+        """Whether an expert may yet be quantized with the tokens of all its siblings."""
+        return any(
+            self._options[id(one)].unseen == "siblings" and not self._is_kept(one)
+            for one in self._families[family[0]][family[1]]
+        )
+
+    def _come_to(self, visit: Visit) -> None:
+        """Forgets Hessians and ridges of other inputs than those of the layer at hand."""
+        dtype = torch.float64 if visit.site.dtype == torch.float64 else torch.float32
+        if self._inputs != (visit.inputs_id, dtype):
+            self._inputs = visit.inputs_id, dtype
+            self._last = None
+            self._ridges.clear()
+
     def _hessians(self, visit: Visit) -> _Hessians:
         """Of the tokens that batches give to a layer; those of the layer before, where it was given the same."""
-        site = visit.site
-        dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-        if self._last is not None and self._last[:2] == (visit.inputs_id, dtype):
-            return self._last[2]
-        self._last = None  # before there are others
-        self._ridges.clear()
+        if self._last is not None:
+            return self._last
+        assert self._inputs is not None  # noqa: S101  (set by _come_to)
+        columns, dtype = visit.site.columns, self._inputs[1]
         start = time.perf_counter()
         first_held_out = self._result.batches
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
         hessians = _Hessians(
-            _accumulated(calibration, site.columns, dtype, halves=True),
-            _accumulated(held_out, site.columns, dtype, halves=False),
+            _accumulated(calibration, columns, dtype, halves=True),
+            _accumulated(held_out, columns, dtype, halves=False),
         )
         self._seconds["hessians"] += time.perf_counter() - start
-        self._last = (visit.inputs_id, dtype, hessians)
+        self._last = hessians
         return hessians
 
     def _leave_families(self, walk: Walk, site: Site | None) -> None:
@@ -499,6 +598,8 @@ class _Quantizer:
         """Quantizes experts that saw too few tokens of their own: how many, and what their siblings saw."""
         wrong = []
         for site, tokens, pool in few:
+            if self._is_kept(site):
+                continue
             pooled = 0 if pool is None else pool.calibration.tokens
             options = self._options[id(site)]
             if options.unseen == "error":
@@ -507,17 +608,25 @@ class _Quantizer:
                 wrong.append((site, tokens, f", and its siblings, all together, {pooled}"))
         self._refuse(wrong)
         for site, tokens, pool in few:
-            if self._options[id(site)].unseen == "siblings":
+            finished = self._finished(site)
+            if finished is not None:
+                self._restore(finished)
+            elif self._options[id(site)].unseen == "siblings":
                 so = "it is quantized with those of all its siblings"
-                self._quantize(site, pool, self._busy(), self._too_few(site, tokens, so))
+                self._quantize(site, pool, self._busy(), self._too_few(site, tokens, so), waited=True)
             else:
-                self._quantize(site, None, self._busy(), self._too_few(site, tokens, "it is rounded to nearest"))
+                so = "it is rounded to nearest"
+                self._quantize(site, None, self._busy(), self._too_few(site, tokens, so), waited=True)
 
     def _unreached(self, sites: Sequence[Site]) -> None:
         """Deals with layers that no batch came to."""
-        self._refuse_without_siblings([(site, 0) for site in sites])
+        self._refuse_without_siblings([(site, 0) for site in sites if not self._is_kept(site)])
         for site in sites:
-            self._quantize(site, None, self._busy(), self._too_few(site, 0, "it is rounded to nearest"))
+            finished = self._finished(site)
+            if finished is not None:
+                self._restore(finished)
+            else:
+                self._quantize(site, None, self._busy(), self._too_few(site, 0, "it is rounded to nearest"))
 
     def _too_few(self, site: Site, tokens: int, so: str) -> str:
         return f"saw {tokens} of {self._options[id(site)].tokens_needed(site.columns)} tokens needed, so {so}"
@@ -553,9 +662,16 @@ class _Quantizer:
         )
 
     def _quantize(
-        self, site: Site, hessians: _Hessians | None, before: float, *notes: str, nearest: bool = False
+        self,
+        site: Site,
+        hessians: _Hessians | None,
+        before: float,
+        *notes: str,
+        nearest: bool = False,
+        waited: bool = False,
     ) -> None:
-        """Quantizes a layer and replaces its weight."""
+        """Quantizes a layer, replaces its weight and has it kept."""
+        self.check_stop()
         options = self._options[id(site)]
         try:
             layer = self._solved(site, options, hessians, [*notes], nearest=nearest or hessians is None)
@@ -563,7 +679,27 @@ class _Quantizer:
         except Exception as error:
             raise self._failed(site, error) from error
         done = LayerResult(name=site.name, site=site, options=options, seconds=self._busy() - before, **layer)
-        self._result.layers[site.name] = done
+        if self._store is not None:
+            shared = hessians is not None and hessians is self._last
+            self._store.save(FinishedLayer(done, self._ridges.get(_grid(options)) if shared else None, waited))
+        self._add(done)
+
+    def _restore(self, finished: FinishedLayer) -> None:
+        """Replaces a layer's weight by the one that is kept."""
+        done = finished.result
+        try:
+            done.site.write(dequantize(done.quantized, dtype=done.site.dtype))
+        except Exception as error:
+            raise self._failed(done.site, error) from error
+        if finished.found_ridge is not None:
+            self._ridges[_grid(done.options)] = finished.found_ridge
+        self._add(replace(done, restored=True))
+
+    def _add(self, done: LayerResult) -> None:
+        """Adds a layer to the result, without its codes where they are kept."""
+        if self._store is not None:
+            done = replace(done, quantized=_without_memory(done.quantized))
+        self._result.layers[done.name] = done
         if self._progress is not None:
             self._progress(done, len(self._result.layers), len(self._options))
 
@@ -585,8 +721,8 @@ class _Quantizer:
         ridge: float | None = None
         if hessians is not None and not nearest:
             arguments = options.arguments(self._scale_dtype)
-            grid = (options.bits, options.group_size, options.symmetric)
-            shared = self._last is not None and self._last[2] is hessians
+            grid = _grid(options)
+            shared = self._last is hessians
             if options.ridge != "auto":
                 quantized, ridge = gptq(weight, hessians.calibration.hessian(), **arguments), float(options.ridge)
             elif shared and grid in self._ridges:
@@ -625,6 +761,20 @@ class _Quantizer:
     def _note(self, name: str, note: str) -> None:
         layer = self._result.layers[name]
         self._result.layers[name] = replace(layer, notes=(*layer.notes, note))
+
+
+def _grid(options: LayerOptions) -> tuple[int, int, bool]:
+    """What a ridge depends on beside the Hessian and the weight."""
+    return options.bits, options.group_size, options.symmetric
+
+
+def _without_memory(quantized: QuantizedWeight) -> QuantizedWeight:
+    """The same on the device "meta"."""
+    codes, scales, zero_points = (
+        tensor.to("meta") for tensor in (quantized.codes, quantized.scales, quantized.zero_points)
+    )
+    grid = (quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range)
+    return QuantizedWeight(codes, scales, zero_points, *grid)
 
 
 def _losses(

@@ -122,6 +122,7 @@ class Walk:
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
+        going_on: called each time before a batch goes on; what it raises ends the walk.
 
     Raises:
         TypeError, ValueError: for a bad argument.
@@ -143,6 +144,7 @@ class Walk:
         masks: Sequence[Tensor | None] | None = None,
         look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
+        going_on: Callable[[], None] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Walk: expected model to be a torch.nn.Module, but got {type(model).__name__}")
@@ -166,6 +168,7 @@ class Walk:
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = _call if forward is None else forward
         self._ended = ended
+        self._going_on = going_on
         self._stack: ExitStack | None = None
         self._runs: list[_Run] = []
         self._reached: set[int] = set()  # sites that are done, or done without
@@ -279,8 +282,12 @@ class Walk:
             group = [run for run in self._runs if run.at is not None and run.at[0] is before.site]
             if self._ended is None and not self.unreached:  # nothing is to come but what is late
                 group = [run for run in group if not run.visited >= self._handed_out]
-        for run in group:
-            run.advance()
+        while group:
+            for run in group:
+                if self._going_on is not None:
+                    self._going_on()
+                run.advance()
+            group = [run for run in self._runs if run.held]
 
     def _visit_of(self, site: Site, group: list[tuple["_Run", Tensor]]) -> Visit:
         inputs = [Given(run.number, source, run.mask(site, source), site) for run, source in group]
@@ -321,6 +328,13 @@ class Walk:
         self._runs.clear()
 
 
+def wait_for_others() -> None:
+    """In a batch's forward pass: first lets every other batch of the walk run as far as it can. Elsewhere, nothing."""
+    run = greenlet.getcurrent()
+    if isinstance(run, _Run) and run.order is None:
+        run.hold()
+
+
 class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
     """A batch, running the model."""
 
@@ -337,6 +351,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         self.walk = walk
         self.number = number
         self.at: tuple[Site, Tensor] | None = None  # where it waits, with which input
+        self.held = False  # whether it waits for no site, but until the others have run
         self.last: Site | None = None
         self.visited: set[int] = set()
         self.masks = masks
@@ -351,7 +366,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def run(self) -> None:
         """The forward pass: what the greenlet does when it is first switched to."""
-        output = self.walk._forward(self.walk._model, _to(self._batch, self._device))  # noqa: SLF001  (a part of it)
+        output = self.walk._forward(self.walk._model, to_device(self._batch, self._device))  # noqa: SLF001  (a part of it)
         if self.walk._ended is not None and self.order is None:  # noqa: SLF001
             self.walk._ended(self.number, output)  # noqa: SLF001
 
@@ -399,6 +414,14 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         """In the greenlet: goes back to whoever switched to it, until it is switched to again."""
         self.at = (site, source)
         del source
+        self._switch_back()
+
+    def hold(self) -> None:
+        """In the greenlet: the same, without a site to wait at."""
+        self.held = True
+        self._switch_back()
+
+    def _switch_back(self) -> None:
         parent = self.parent
         assert parent is not None  # noqa: S101  (set by advance)
         parent.switch()
@@ -407,7 +430,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         """Runs on to the next site, or to the end."""
         if self.dead:
             return
-        self.at = None
+        self.at, self.held = None, False
         try:
             self._switch(self.switch)
         except Exception as error:
@@ -420,12 +443,12 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def end(self) -> None:
         """Ends the forward pass where it waits."""
-        self.at = None
+        self.at, self.held = None, False
         for _ in range(100):  # code that catches every exception may come to another site, where it is ended again
             if not bool(self) or self.dead:
                 break
             self._switch(lambda: self.throw(greenlet.GreenletExit))
-            self.at = None
+            self.at, self.held = None, False
 
     def _switch(self, switch: Callable[[], object]) -> None:
         """Switches to the batch with its state of torch, and back with the caller's."""
@@ -552,16 +575,16 @@ def _device(model: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 and "meta" not in {device.type for device in devices} else None
 
 
-def _to(batch: Any, device: torch.device | None) -> Any:
+def to_device(batch: Any, device: torch.device | None) -> Any:
     """A batch with its tensors on a device."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
