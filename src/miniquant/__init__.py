@@ -43,6 +43,7 @@ from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
+from miniquant.linear import QuantizedLinear  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "LayerResult",
     "ModelResult",
     "QuantizationError",
+    "QuantizedLinear",
     "QuantizedWeight",
     "Recipe",
     "Reference",
