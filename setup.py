@@ -17,7 +17,14 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # That the package needs beside torch.
-LIBRARIES = ["greenlet>=3", "jsonschema>=4.18", "safetensors>=0.4", "tomli>=2; python_version < '3.11'"]
+LIBRARIES = [
+    "greenlet>=3",
+    "jsonschema>=4.18",
+    "rich>=13.7",
+    "safetensors>=0.4",
+    "tomli>=2; python_version < '3.11'",
+    "typer>=0.12",
+]
 TORCH_RULES = ROOT / "cmake" / "MiniquantTorch.cmake"
 
 
