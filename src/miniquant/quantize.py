@@ -773,8 +773,18 @@ def _without_memory(quantized: QuantizedWeight) -> QuantizedWeight:
     codes, scales, zero_points = (
         tensor.to("meta") for tensor in (quantized.codes, quantized.scales, quantized.zero_points)
     )
-    grid = (quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range)
-    return QuantizedWeight(codes, scales, zero_points, *grid)
+    return QuantizedWeight(codes, scales, zero_points, *_kind(quantized))
+
+
+def _kind(quantized: QuantizedWeight) -> tuple[int, int, bool, bool]:
+    """The grid of a quantized weight, as its constructor takes it."""
+    return quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range
+
+
+def _rows_of(quantized: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """Some rows of a quantized weight."""
+    codes, scales, zero_points = (tensor[rows] for tensor in (quantized.codes, quantized.scales, quantized.zero_points))
+    return QuantizedWeight(codes, scales, zero_points, *_kind(quantized))
 
 
 def _losses(
@@ -783,15 +793,14 @@ def _losses(
     """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
     rows = len(weight)
     some = torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
-    values = {name: dequantize(quantized, dtype=weight.dtype)[some] for name, quantized in candidates.items()}
+    values = torch.cat([dequantize(_rows_of(one, some), dtype=weight.dtype) for one in candidates.values()])
+    originals = weight[some].repeat(len(candidates), 1)
     losses: dict[str, float | None] = {}
     for part, prefix, fewest in (("calibration", "", 1), ("held_out", "held_out_", FEWEST_HELD_OUT)):
         accumulator = None if hessians is None else getattr(hessians, part)
-        hessian = accumulator.hessian() if accumulator is not None and accumulator.tokens >= fewest else None
-        for name in candidates:
-            losses[f"{prefix}{name}loss"] = (
-                None
-                if hessian is None
-                else float(quantization_loss(weight[some], values[name], hessian).double().mean()) * rows
-            )
+        measured: Sequence[float | None] = [None] * len(candidates)
+        if accumulator is not None and accumulator.tokens >= fewest:
+            of_rows = quantization_loss(originals, values, accumulator.hessian()).double()
+            measured = (of_rows.view(len(candidates), -1).mean(1) * rows).tolist()
+        losses |= {f"{prefix}{name}loss": loss for name, loss in zip(candidates, measured, strict=True)}
     return losses
