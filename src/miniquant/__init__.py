@@ -45,18 +45,23 @@ from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.linear import QuantizedLinear  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
+from miniquant.output import GgufOptions  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
-from miniquant.quantize import LayerResult, ModelResult, QuantizationError, quantize_model  # noqa: E402
+from miniquant.quantize import LayerResult, ModelResult, QuantizationError, Stopped, quantize_model  # noqa: E402
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
+from miniquant.run import Converted, FolderResult, convert_folder, quantize_folder  # noqa: E402
 
 __version__ = str(torch.ops.miniquant.version())
 
 __all__ = [
     "AutoGptqResult",
     "Calibration",
+    "Converted",
     "EmbeddingScores",
+    "FolderResult",
+    "GgufOptions",
     "GptqResult",
     "HessianAccumulator",
     "LanguageScores",
@@ -71,8 +76,10 @@ __all__ = [
     "RidgeChoice",
     "Rule",
     "SavedLayer",
+    "Stopped",
     "choose_ridge",
     "compare_embeddings",
+    "convert_folder",
     "dequantize",
     "evaluate",
     "gptq",
@@ -86,6 +93,7 @@ __all__ = [
     "pack_int4",
     "preset",
     "quantization_loss",
+    "quantize_folder",
     "quantize_model",
     "rtn",
     "save_layer",

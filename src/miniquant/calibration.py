@@ -216,6 +216,13 @@ def _paths(source: Any) -> dict[str, Path]:
     return paths
 
 
+def needs_tokenizer(source: Source | None) -> bool:
+    """Whether :func:`load_calibration` reads texts of a source: all but batches and files of tensors."""
+    if source is None:
+        return True
+    return _is_paths(source) and any(path.suffix.lower() not in TENSOR_SUFFIXES for path in _paths(source).values())
+
+
 def _is_paths(source: object) -> bool:
     """Whether a source is a path or several."""
     if isinstance(source, str | os.PathLike):

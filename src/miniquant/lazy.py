@@ -51,6 +51,7 @@ class LazyModel:
         dtype: of the model; None: what the config says.
         device: where the model runs. Batches are taken there.
         trust_remote_code: whether code of the folder may run, which some architectures are defined by.
+        keep: whether what was read stays in memory, for who has enough of it and wants nothing read twice.
 
     Raises:
         FileNotFoundError, ValueError, OSError: for a folder that is none of a model, or a damaged one; for one that is
@@ -74,6 +75,7 @@ class LazyModel:
         device: torch.device | str = "cpu",
         *,
         trust_remote_code: bool = False,
+        keep: bool = False,
     ) -> None:
         self.checkpoint = Checkpoint(folder)
         if (quantized := self.checkpoint.config.get("quantization_config")) is not None:
@@ -87,6 +89,7 @@ class LazyModel:
         self.unused = sources.unused
         self.restore: Callable[[str], None] | None = None
         self._device = torch.device(device)
+        self._keep = keep
         self._sources = sources.conversions
         self._parts = _parts_of(self.model, sources.conversions)
         self._of_name = {name: part for part in self._parts for name in part.names}
@@ -108,6 +111,17 @@ class LazyModel:
         if parameter_name not in self._of_name:
             raise KeyError(f"LazyModel: expected the name of a parameter, but got {parameter_name!r}")
         return self._of_name[parameter_name].conversion.sources
+
+    def read(self, parameter_name: str) -> Tensor:
+        """The values that the checkpoint has for a parameter, on the CPU, in memory of their own.
+
+        Raises:
+            KeyError: as of :meth:`source_names`.
+            ValueError, OSError: where they cannot be read.
+        """
+        self.source_names(parameter_name)
+        part = self._of_name[parameter_name]
+        return part.conversion.read()[part.source]
 
     def unit_bytes(self) -> dict[str, int]:
         """Bytes of each part that is read at once: of blocks by name, and of modules outside of blocks."""
@@ -220,6 +234,8 @@ class LazyModel:
 
     def _drop_idle(self, *, but: list["_Part"]) -> None:
         """Drops what no batch is in."""
+        if self._keep:
+            return
         for part in [one for one in self._loaded if not one.in_use() and one not in but]:
             self._drop(part)
 

@@ -74,9 +74,13 @@ class Site(ABC):
         return parameter
 
     @property
-    @abstractmethod
     def matrix(self) -> Tensor:
         """The weight as [N, K], a view of the parameter."""
+        return self.of_parameter(self.parameter)
+
+    @abstractmethod
+    def of_parameter(self, values: Tensor) -> Tensor:
+        """The weight as [N, K], a view of values that are laid out as the parameter is."""
 
     @property
     def rows(self) -> int:
@@ -139,28 +143,25 @@ class Site(ABC):
 class LinearSite(Site):
     """The weight [N, K] of a ``torch.nn.Linear``."""
 
-    @property
-    def matrix(self) -> Tensor:
+    def of_parameter(self, values: Tensor) -> Tensor:
         """[N, K]."""
-        return self.parameter
+        return values
 
 
 class TransposedSite(Site):
     """The weight [K, N] of transformers' ``Conv1D``."""
 
-    @property
-    def matrix(self) -> Tensor:
+    def of_parameter(self, values: Tensor) -> Tensor:
         """[N, K]."""
-        return self.parameter.T
+        return values.T
 
 
 class ConvolutionSite(Site):
     """The weight [N, C, *kernel] of a convolution with one group; K = C * kernel elements."""
 
-    @property
-    def matrix(self) -> Tensor:
+    def of_parameter(self, values: Tensor) -> Tensor:
         """[N, K]."""
-        return self.parameter.flatten(1)
+        return values.flatten(1)
 
     def write(self, values: Tensor) -> None:
         """As of any site; a weight in another memory layout (channels last) has no [N, K] view."""
@@ -203,10 +204,9 @@ class ExpertSite(Site):
         self.expert = expert
         self.transposed = transposed
 
-    @property
-    def matrix(self) -> Tensor:
+    def of_parameter(self, values: Tensor) -> Tensor:
         """[N, K]."""
-        matrix = self.parameter[self.expert]
+        matrix = values[self.expert]
         return matrix.T if self.transposed else matrix
 
 

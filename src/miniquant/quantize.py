@@ -280,12 +280,54 @@ def quantize_model(
         >>> result = quantize_model(model, batches, LayerOptions(bits=4, group_size=128, preset="fast"))
         >>> result.layers["model.layers.0.mlp.down_proj"].held_out_loss
     """
-    recipe = as_recipe(recipe)
+    return quantize_planned(
+        model,
+        calibration,
+        plan_model(model, as_recipe(recipe), output_embeddings=output_embeddings),
+        held_out=held_out,
+        scale_dtype=scale_dtype,
+        forward=forward,
+        masks=masks,
+        progress=progress,
+        store=store,
+        stop=stop,
+    )
+
+
+def quantize_planned(
+    model: nn.Module,
+    calibration: Calibration | Iterable[Any],
+    plan: Plan,
+    *,
+    held_out: float | Iterable[Any] | None = None,
+    scale_dtype: torch.dtype | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    weights: Callable[[Site], Tensor] | None = None,
+    progress: Callable[[LayerResult, int, int], None] | None = None,
+    store: LayerStore | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> ModelResult:
+    """:func:`quantize_model` with a plan that is made already.
+
+    Args:
+        model: as there, with all other arguments that are not said here.
+        calibration: as there.
+        plan: of :func:`plan_model`, for this model, or with fewer layers.
+        held_out: as there.
+        scale_dtype: as there.
+        forward: as there.
+        masks: as there.
+        weights: gives the weight [N, K] that is quantized, where the model holds it with fewer bits than there are;
+            None is the model's own.
+        progress: as there.
+        store: as there.
+        stop: as there.
+    """
     if isinstance(calibration, Calibration):
         held_out = (calibration.held_out or None) if held_out is None else held_out
     batches = _batches("calibration", calibration.batches if isinstance(calibration, Calibration) else calibration)
-    part, kept = _held_out(HELD_OUT if held_out is None else held_out)
-    plan = plan_model(model, recipe, output_embeddings=output_embeddings)
+    part, kept = held_out_of(HELD_OUT if held_out is None else held_out)
     if not batches:
         raise ValueError("quantize_model: expected calibration to have batches, but got none")
     count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
@@ -293,7 +335,7 @@ def quantize_model(
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
     result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
     result.notes += () if note is None else (note,)
-    quantizer = _Quantizer(plan, result, scale_dtype, progress, store, stop)
+    quantizer = _Quantizer(plan, result, scale_dtype, weights, progress, store, stop)
     sites = [site for site, _ in plan.layers]
     quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, going_on=quantizer.check_stop))
     return result
@@ -311,8 +353,12 @@ def _batches(name: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _held_out(given: Any) -> tuple[float, list[Any]]:
-    """The part of the tokens that is held out, or the batches that are."""
+def held_out_of(given: Any) -> tuple[float, list[Any]]:
+    """The part of the tokens that is held out, or the batches that are.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+    """
     if isinstance(given, bool) or (isinstance(given, (int, float)) and not 0 <= given <= MOST_HELD_OUT):
         raise ValueError(
             f"quantize_model: expected held_out to be batches or a number from 0 to {MOST_HELD_OUT}, but got {given!r}"
@@ -450,6 +496,7 @@ class _Quantizer:
         plan: Plan,
         result: ModelResult,
         scale_dtype: torch.dtype | None,
+        weights: Callable[[Site], Tensor] | None,
         progress: Callable[[LayerResult, int, int], None] | None,
         store: LayerStore | None,
         stop: Callable[[], bool] | None,
@@ -461,6 +508,7 @@ class _Quantizer:
                 self._families.setdefault(family[0], {}).setdefault(family[1], []).append(site)
         self._result = result
         self._scale_dtype = scale_dtype
+        self._weights = weights
         self._progress = progress
         self._store = store
         self._stop = stop
@@ -707,7 +755,7 @@ class _Quantizer:
         self, site: Site, options: LayerOptions, hessians: _Hessians | None, notes: list[str], *, nearest: bool
     ) -> dict[str, Any]:
         """All that a :class:`LayerResult` says of the solver."""
-        weight = site.read()
+        weight = site.read() if self._weights is None else self._weights(site)
         start = time.perf_counter()
         rounded = rtn(
             weight,
@@ -737,7 +785,7 @@ class _Quantizer:
                     failed = ", ".join(f"{one:.2g}" for one in found.failed)
                     notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {ridge:.2g}")
         solved = time.perf_counter()
-        losses = _losses(weight, {"": quantized, "rtn_": rounded}, hessians)
+        losses = _losses(weight, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
         ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
         if ours is not None and its is not None and ours > its and hessians is not None:
             notes.append(
@@ -788,12 +836,12 @@ def _rows_of(quantized: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
 
 
 def _losses(
-    weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None
+    weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None, dtype: torch.dtype
 ) -> dict[str, float | None]:
     """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
     rows = len(weight)
     some = torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
-    values = torch.cat([dequantize(_rows_of(one, some), dtype=weight.dtype) for one in candidates.values()])
+    values = torch.cat([dequantize(_rows_of(one, some), dtype=dtype) for one in candidates.values()]).to(weight.dtype)
     originals = weight[some].repeat(len(candidates), 1)
     losses: dict[str, float | None] = {}
     for part, prefix, fewest in (("calibration", "", 1), ("held_out", "held_out_", FEWEST_HELD_OUT)):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
+import random
+import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import resumable_run
 import small_models
-from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, quantize_model
+from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
 from miniquant.modules import find_sites
 from miniquant.quantize import FinishedLayer, LayerResult, Stopped
+from miniquant.run import quantize_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
+from test_run import gguf_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -216,3 +228,307 @@ def test_a_store_holds_layers_one_at_a_time() -> None:
     assert store.bytes == sum(layer.site.rows * layer.site.columns for layer in result.layers.values())
     tensors: list[Tensor] = [tensor for layer in result.layers.values() for tensor in layer.quantized.tensors]
     assert all(tensor.is_meta for tensor in tensors)
+
+
+# From a folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resumable_run.save(tmp_path_factory.mktemp("resume") / "float")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    """What a run writes that nothing interrupts."""
+    output = source.with_name("whole")
+    resumable_run.run(source, output)
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a model, but for the report, which has times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
+
+
+def nothing_is_left(output: Path) -> bool:
+    return [path.name for path in output.parent.iterdir() if path.name != output.name] == []
+
+
+def stop_after(layers: int) -> Callable[[], bool]:
+    """Stops a run when so many layers are there, counted by their files."""
+    done: list[int] = []
+
+    def progress(*_: Any) -> None:
+        done.append(1)
+
+    def stop() -> bool:
+        return len(done) >= layers
+
+    stop.progress = progress  # type: ignore[attr-defined]
+    return stop
+
+
+def interrupted(source: Path, output: Path, layers: int, **options: Any) -> None:
+    stop: Any = stop_after(layers)
+    with pytest.raises(Stopped) as caught:
+        resumable_run.run(source, output, stop=stop, progress=stop.progress, **options)
+    assert str(caught.value).startswith(f"quantize_folder: stopped; {layers} of 24 layers are kept in {output}.partial")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("layers", [1, 3, 7, 12, 23])
+def test_a_stopped_run_goes_on_to_the_same_bytes(layers: int, source: Path, whole: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "out", layers)
+    with pytest.raises(FileExistsError, match=f"with {layers} finished layers .go on with resume=True, or forget it"):
+        resumable_run.run(source, tmp_path / "out")
+    result = resumable_run.run(source, tmp_path / "out", resume=True)
+    assert sum(layer.restored for layer in result.result.layers.values()) == layers
+    assert f"{layers} of 24 layers are from a run that had ended before" in result.notes
+    assert contents(tmp_path / "out") == contents(whole)
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.nightly)])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
+    moments: int, source: Path, whole: Path, tmp_path: Path
+) -> None:
+    start = time.perf_counter()
+    process = resumable_run.started(resumable_run.run, source, tmp_path / "first")
+    process.join()
+    seconds = time.perf_counter() - start
+    assert process.exitcode == 0
+    assert contents(tmp_path / "first") == contents(whole)
+    draw = random.Random(moments)  # noqa: S311
+    kept = []
+    for moment in range(moments):
+        output = tmp_path / str(moment) / "out"
+        output.parent.mkdir()
+        # In the last moments the files are written.
+        time.sleep(0)
+        process = resumable_run.started(resumable_run.run, source, output)
+        process.join(seconds * draw.uniform(0.2, 1))
+        process.kill()
+        process.join()
+        layers = output.with_name("out.partial") / "layers"
+        kept.append(len(list(layers.glob("0*.safetensors"))) if layers.exists() else None)
+        if kept[-1] is not None or not output.exists():
+            resumable_run.run(source, output, resume=True)
+        assert contents(output) == contents(whole), (moment, kept)
+        assert nothing_is_left(output)
+    print(f"finished layers when the run was killed: {kept}")
+
+
+@pytest.mark.parametrize("largest", [500, 3_000, 20_000])
+def test_a_full_disk_keeps_what_is_done(largest: int, source: Path, whole: Path, tmp_path: Path) -> None:
+    """Writes fail at the start, at a large layer, or when the model's file is written."""
+    output = tmp_path / "out"
+    process = resumable_run.started(resumable_run.run_with_small_files, source, output, largest)
+    process.join()
+    assert process.exitcode == 0
+    message = (tmp_path / "error.txt").read_text()
+    (tmp_path / "error.txt").unlink()
+    assert not output.exists()
+    if largest == 500:
+        assert "cannot keep what is asked: File too large" in message
+        assert not output.with_name("out.partial").exists()
+        return
+    done = len(list((tmp_path / "out.partial" / "layers").iterdir()))
+    assert "File too large" in message
+    assert (done == 24) == (largest == 20_000)
+    assert f"{done} of 24 layers are kept in {output}.partial: go on with resume=True" in message
+    resumable_run.run(source, output, resume=True)
+    assert contents(output) == contents(whole)
+    assert nothing_is_left(output)
+
+
+def test_no_space_left_in_the_middle_of_a_run(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_bytes(self: Path, data: bytes) -> int:
+        if len(list(self.parent.glob("0*.safetensors"))) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, data)
+
+    original = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(
+        OSError, match=r"cannot keep layer .model\.layers\.0.*: No space left on device .5 of 24 layers"
+    ) as e:
+        resumable_run.run(source, tmp_path / "out")
+    assert e.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    resumable_run.run(source, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_another_run_is_refused_saying_what_differs(source: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    interrupted(source, output, 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    batches = [{"input_ids": small_models.ids(2, 9, seed)} for seed in range(6)]
+    recipe = Recipe(replace(resumable_run.RECIPE.defaults, bits=3), resumable_run.RECIPE.rules)
+    for where, changes, message in (
+        (source, {"recipe": recipe}, "recipe: defaults.bits: 3, in the other 4"),
+        (source, {"recipe": Recipe(recipe.defaults)}, "recipe: rule 1.pattern: not stated, in the other"),
+        (other, {}, "source.values: "),
+        (source, {"calibration": load_calibration(batches, tokens=99)}, "calibration.sha256: "),
+        (source, {"calibration": load_calibration(batches, tokens=99)}, "calibration.tokens: 108, before 1"),
+        (source, {"held_out": 0.2}, "calibration.held_out: 0.2, before null"),
+        (source, {"format": "miniquant"}, 'format: "miniquant", before "compressed-tensors"'),
+        (source, {"dtype": torch.bfloat16}, 'dtype: "bfloat16", before "float32"'),
+    ):
+        with pytest.raises(
+            ValueError, match="expected the run to resume to be of the same recipe, source and"
+        ) as caught:
+            resumable_run.run(where, output, resume=True, **changes)
+        assert message in str(caught.value)
+        assert {path: path.read_bytes() for path in before} == before
+    resumable_run.run(source, output, resume=True, dtype=None)  # as the run before
+    assert contents(output) == contents(whole)
+
+
+def test_an_unfinished_run_is_forgotten_where_that_is_said(source: Path, whole: Path, tmp_path: Path) -> None:
+    recipe = Recipe(replace(resumable_run.RECIPE.defaults, bits=3), resumable_run.RECIPE.rules)
+    interrupted(source, tmp_path / "out", 3, recipe=recipe)
+    result = resumable_run.run(source, tmp_path / "out", overwrite=True)
+    assert not any(layer.restored for layer in result.result.layers.values())
+    assert contents(tmp_path / "out") == contents(whole)
+    result = resumable_run.run(source, tmp_path / "new", resume=True)  # there is none: from the start
+    assert not any(layer.restored for layer in result.result.layers.values())
+
+
+def test_files_of_layers_that_are_lost_or_damaged(source: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    interrupted(source, output, 12)
+    layers = tmp_path / "out.partial" / "layers"
+    files = sorted(layers.iterdir())
+    assert len(files) == 12
+    files[1].unlink()
+    (layers / ".00023.safetensors.0123").write_bytes(b"what a process was writing that was killed")
+    contents_before = files[4].read_bytes()
+    for damaged, why in (
+        (b"", "at least 8 bytes"),
+        (contents_before[:-9], "expected a file of"),
+        (files[5].read_bytes(), "another file"),
+        (contents_before.replace(b"waited", b"wanted"), "with 'waited' in its metadata"),
+        (contents_before.replace(b"miniquant.finished", b"miniquant.finishes"), "another file"),
+    ):
+        files[4].write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"00\d+\.safetensors: expected layer 'model\..*") as caught:
+            resumable_run.run(source, output, resume=True)
+        assert str(files[4]) in str(caught.value)
+        assert why in str(caught.value)
+        assert "(remove the file, and resume=True quantizes the layer again)" in str(caught.value)
+    files[4].unlink()
+    result = resumable_run.run(source, output, resume=True)
+    assert sum(layer.restored for layer in result.result.layers.values()) >= 10
+    assert contents(output) == contents(whole)
+    assert nothing_is_left(output)
+
+
+def test_a_damaged_file_of_the_run_is_named(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "out", 1)
+    run_file = tmp_path / "out.partial" / "run.json"
+    for text in ("{", "[]", '{"a": ' * 99):
+        run_file.write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json: expected"):
+            resumable_run.run(source, tmp_path / "out", resume=True)
+
+
+def test_a_run_that_was_killed_when_all_was_written(source: Path, whole: Path, tmp_path: Path) -> None:
+    """The output is there, and the layers are not forgotten yet."""
+    output = tmp_path / "out"
+    interrupted(source, output, 23)
+    shutil.copytree(whole, output)
+    with pytest.raises(FileExistsError):
+        resumable_run.run(source, output)
+    resumable_run.run(source, output, resume=True)
+    assert contents(output) == contents(whole)
+    assert nothing_is_left(output)
+    interrupted(source, tmp_path / "new", 23)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"of": "another model"}')
+    with pytest.raises(FileExistsError, match="expected folder to be new or empty"):
+        resumable_run.run(source, tmp_path / "new", resume=True)
+
+
+def test_two_runs_to_one_folder(source: Path, tmp_path: Path) -> None:
+    def progress(layer: LayerResult, number: int, of: int) -> None:
+        if number == 1:
+            with pytest.raises(BlockingIOError, match="expected to be alone with"):
+                resumable_run.run(source, tmp_path / "out", resume=True)
+
+    resumable_run.run(source, tmp_path / "out", progress=progress)
+
+
+def test_an_interrupt_keeps_what_is_done(source: Path, whole: Path, tmp_path: Path) -> None:
+    """As Ctrl-C raises it, in the middle of a forward pass."""
+
+    def progress(layer: LayerResult, number: int, of: int) -> None:
+        if number == 9:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            resumable_run.run(source, tmp_path / "out", progress=progress)
+        assert time.perf_counter() - start < 60
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    result = resumable_run.run(source, tmp_path / "out", resume=True)
+    assert sum(layer.restored for layer in result.result.layers.values()) >= 9
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_an_event_stops_a_run(source: Path, tmp_path: Path) -> None:
+    event = threading.Event()
+    with pytest.raises(Stopped, match="2 of 24 layers are kept"):
+        resumable_run.run(
+            source, tmp_path / "out", stop=event, progress=lambda _, number, __: event.set() if number == 2 else None
+        )
+
+
+def test_other_versions_are_noted(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "out", 2)
+    run_file = tmp_path / "out.partial" / "run.json"
+    asked = json.loads(run_file.read_text())
+    asked["software"]["threads"] = 7
+    run_file.write_text(json.dumps(asked))
+    result = resumable_run.run(source, tmp_path / "out", resume=True)
+    assert "layers may differ from those of one run: software.threads: 1, before 7" in result.notes
+
+
+def test_a_gguf_file_after_a_stop(tmp_path: Path) -> None:
+    folder = gguf_model(tmp_path / "float")
+    batches = [{"input_ids": small_models.ids(2, 24, seed, below=290)} for seed in range(6)]
+    given: dict[str, Any] = {
+        "recipe": LayerOptions(preset="fast", group_size=32),
+        "calibration": load_calibration(batches, tokens=10**6),
+        "dtype": torch.float32,
+        "format": "gguf",
+    }
+    quantize_folder(folder, tmp_path / "whole", **given)
+    stop: Any = stop_after(5)
+    with pytest.raises(Stopped):
+        quantize_folder(folder, tmp_path / "out", stop=stop, progress=stop.progress, **given)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")  # as of a run that was killed at its end
+    (tmp_path / "out.partial" / ".model.gguf.01234567").write_bytes(b"part of a file")
+    quantize_folder(folder, tmp_path / "out", resume=True, **given)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(FileExistsError):
+        quantize_folder(folder, tmp_path / "out", **given)
+    quantize_folder(folder, tmp_path / "out", overwrite=True, **given)
+    (tmp_path / "out" / "precious.txt").write_text("text")
+    with pytest.raises(FileExistsError):
+        quantize_folder(folder, tmp_path / "out", overwrite=True, **given)

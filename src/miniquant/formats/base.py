@@ -118,6 +118,10 @@ class LayerFormat(Protocol):
         """
         ...
 
+    def nbytes(self, name: str, grid: LayerGrid) -> int:
+        """Bytes that a layer takes which ``check`` accepts, before its codes exist."""
+        ...
+
 
 class Format(LayerFormat, Protocol):
     """A format of a folder with config.json and safetensors files.

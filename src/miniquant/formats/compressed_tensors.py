@@ -85,6 +85,13 @@ class CompressedTensors(Format):
             )
         return warnings
 
+    def nbytes(self, name: str, grid: LayerGrid) -> int:  # noqa: ARG002  (as for any format)
+        """Of the packed codes and zero points, the scales and the shape."""
+        words = grid.rows * -(-grid.columns * grid.bits // 32)
+        if not grid.symmetric:
+            words += grid.groups * -(-grid.rows * grid.bits // 32)
+        return 4 * words + grid.rows * grid.groups * grid.scale_dtype.itemsize + 2 * 8
+
     def tensors(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
         """``weight_packed``, ``weight_scale``, ``weight_shape`` and for an asymmetric grid ``weight_zero_point``."""
         grid = checked_grid(METHOD, name, quantized)

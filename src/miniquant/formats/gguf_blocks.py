@@ -116,6 +116,10 @@ class Gguf(LayerFormat):
             )
         return warnings
 
+    def nbytes(self, name: str, grid: LayerGrid) -> int:
+        """Of the blocks."""
+        return grid.rows * grid.columns // COLUMNS * self.type_of(name, grid).nbytes
+
     def type_of(self, name: str, grid: LayerGrid) -> BlockType:
         """The smallest type that holds the integers of a grid.
 

@@ -108,6 +108,12 @@ class Gptq(Format):
             )
         return warnings
 
+    def nbytes(self, name: str, grid: LayerGrid) -> int:  # noqa: ARG002  (as for any format)
+        """Of the packed codes and zero points, the scales and the group of each column."""
+        codes = grid.columns * grid.bits // 8 * grid.rows
+        zero_points = grid.groups * (grid.rows * grid.bits // 8)
+        return codes + zero_points + grid.groups * grid.rows * grid.scale_dtype.itemsize + 4 * grid.columns
+
     def tensors(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
         """``qweight``, ``qzeros``, ``scales`` and ``g_idx``."""
         grid = checked_grid(self.name, name, quantized)

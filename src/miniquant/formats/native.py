@@ -55,6 +55,12 @@ class Native(Format):
         """Any layer."""
         return []
 
+    def nbytes(self, name: str, grid: LayerGrid) -> int:  # noqa: ARG002  (as for any format)
+        """Of codes, scales, zero points and the loss of each row, which a layer that is rounded to nearest has not."""
+        row_loss = max(grid.scale_dtype.itemsize, 4)
+        of_group = grid.scale_dtype.itemsize + (not grid.symmetric)
+        return grid.rows * (-(-grid.columns * grid.bits // 8) + grid.groups * of_group + row_loss)
+
     def tensors(self, name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
         """``codes``, ``scales`` and, where there are such, ``zero_points`` and ``row_loss``."""
         grid = checked_grid(METHOD, name, quantized)

@@ -1,0 +1,892 @@
+"""From a model's folder to a folder or file that engines load: quantized, resumed where a run ended, or converted.
+
+Everything is checked before the first forward pass: recipe, format, tokenizer of a GGUF file, room on the disk. What is
+done is kept in ``<output>.partial`` (:mod:`miniquant.state`), a file for each layer, until the output is there, whole,
+beside it. So a run may end in any way, by Ctrl-C, kill -9 or a full disk, and with ``resume=True`` goes on from the
+last finished layer to the same bytes.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
+from miniquant.calibration import Source as CalibrationSource
+from miniquant.checkpoint import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    CheckpointWriter,
+    check_output_folder,
+    read_json,
+)
+from miniquant.formats import (
+    Format,
+    Gguf,
+    LayerFormat,
+    LayerGrid,
+    Native,
+    format_named,
+    format_of,
+    layer_format,
+    with_scale_dtype,
+)
+from miniquant.formats.gguf_file import GgufPlan, OtherType, plan_gguf, write_gguf
+from miniquant.formats.gguf_models import ModelConfig, architecture_of
+from miniquant.grid import QuantizedWeight, dequantize
+from miniquant.layer_file import SCALE_DTYPES, dtype_names
+from miniquant.lazy import LazyModel
+from miniquant.modules import Site
+from miniquant.output import (
+    LINEAR,
+    LINEAR_ONLY,
+    Contents,
+    FileLayer,
+    GgufOptions,
+    OutputPlan,
+    Source,
+    check_layers,
+    condensed,
+    plan_output,
+    stored_weight,
+    write_folder,
+)
+from miniquant.quantize import (
+    HELD_OUT,
+    LayerResult,
+    ModelResult,
+    Stopped,
+    as_recipe,
+    held_out_of,
+    plan_model,
+    quantize_planned,
+)
+from miniquant.recipe import FormatName, LayerOptions, Recipe
+from miniquant.state import (
+    GGUF_FILE,
+    RUN,
+    RunState,
+    check_state_folder,
+    differences,
+    kept_layers,
+    read_asked,
+    state_folder,
+)
+
+_GGUF_NAMES = {GGUF_FILE, "report.json", "report.html"}
+# bfloat16 is chosen where a product takes at most this part of the time that it takes in float32.
+_FASTER = 0.8
+_VERSION = 1
+_SAMPLE = 4096  # bytes of each tensor that tell one source from another
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class FolderResult:
+    """A quantized model on the disk.
+
+    Attributes:
+        result: of the layers; their weights are in the files.
+        folder: that was written.
+        format: of the files.
+        dtype: in which the model ran.
+        bytes_before: of the source's files of weights.
+        bytes_after: of the files of weights that were written.
+        notes: on the run: what readers of the format will not do, what a resumed run took from the one before.
+    """
+
+    result: ModelResult
+    folder: Path
+    format: str
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+    notes: tuple[str, ...]
+
+
+def quantize_folder(
+    model_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    recipe: Recipe | LayerOptions | Mapping[str, Any] | None = None,
+    *,
+    format: FormatName | None = None,  # noqa: A002  (what users call it)
+    calibration: CalibrationSource | Calibration | None = None,
+    tokens: int = 32768,
+    sequence_length: int = 2048,
+    held_out: float | None = None,
+    output_embeddings: bool = False,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    lazy: bool = True,
+    trust_remote_code: bool = False,
+    gguf: GgufOptions | None = None,
+    progress: Callable[[LayerResult, int, int], None] | None = None,
+    stop: threading.Event | Callable[[], bool] | None = None,
+) -> FolderResult:
+    """Quantizes the model of a folder and writes it in a format that engines load.
+
+    Layers that the format cannot hold are left as they are and listed with the reason (:mod:`miniquant.output`).
+
+    Args:
+        model_dir: a folder as transformers saves it, with safetensors files.
+        output_dir: path of the folder to write, that does not exist or is empty. A GGUF file is ``model.gguf`` in it.
+        recipe: as of :func:`miniquant.quantize_model`.
+        format: "compressed-tensors", "gptq", "gptq_v2", "gguf" or "miniquant"; None is the recipe's, or else
+            "compressed-tensors".
+        calibration: a source of :func:`miniquant.load_calibration`, or what it gave; None is the text that ships with
+            the package.
+        tokens: of such a source, for calibration.
+        sequence_length: of such a source; at most what the model takes.
+        held_out: the part of the tokens that is only used to judge, beside those for calibration; None is 0.05, or what
+            a calibration has.
+        output_embeddings: whether the layer that gives the logits is quantized.
+        dtype: in which the model runs; "auto" or None is what is fast here, float32 or bfloat16. Weights are quantized
+            as they are stored.
+        device: on which it runs.
+        resume: whether to go on where a run to the same folder ended, if one did.
+        overwrite: whether a model's folder that is there is replaced, and an unfinished run to it forgotten.
+        max_shard_bytes: of a file of weights.
+        lazy: whether a block is in memory at a time; otherwise the whole model is.
+        trust_remote_code: whether code from the folder may run, and is copied.
+        gguf: of a GGUF file.
+        progress: called as ``progress(layer, number, of)`` after each layer.
+        stop: an event, or a function that says True: ends the run at the boundary of a layer, with what is done kept.
+
+    Raises:
+        ValueError, TypeError: for a bad argument, a model or recipe that does not fit the format, and a run to resume
+            of which something else was asked; before the first forward pass.
+        FileExistsError: where the output or an unfinished run is there.
+        OSError: where a file cannot be read or written; what is done is kept.
+        miniquant.quantize.Stopped: where `stop` said so.
+        miniquant.QuantizationError, miniquant.walk.WalkError: as of :func:`miniquant.quantize_model`.
+        ImportError: without the packages transformers, or gguf where it is needed.
+
+    Example:
+        >>> quantize_folder("SmolLM2-135M", "SmolLM2-135M-4bit", LayerOptions(bits=4, group_size=64))
+    """
+    plan = plan_folder(
+        model_dir,
+        output_dir,
+        recipe,
+        format=format,
+        calibration=calibration,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        held_out=held_out,
+        output_embeddings=output_embeddings,
+        dtype=dtype,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+        gguf=gguf,
+    )
+    for note in plan.notes:
+        logger.warning("%s", note)
+    return plan.run(progress, stop.is_set if isinstance(stop, threading.Event) else stop)
+
+
+def plan_folder(
+    model_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    recipe: Recipe | LayerOptions | Mapping[str, Any] | None = None,
+    *,
+    format: FormatName | None = None,  # noqa: A002  (as of quantize_folder)
+    calibration: CalibrationSource | Calibration | None = None,
+    tokens: int = 32768,
+    sequence_length: int = 2048,
+    held_out: float | None = None,
+    output_embeddings: bool = False,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    lazy: bool = True,
+    trust_remote_code: bool = False,
+    gguf: GgufOptions | None = None,
+) -> "FolderPlan":
+    """All checks of :func:`quantize_folder`, whose arguments these are, and what it would do. Nothing is written."""
+    recipe = as_recipe(recipe)
+    form, options = _form(format or recipe.format or "compressed-tensors", gguf)
+    part, _ = held_out_of(HELD_OUT if held_out is None else held_out)
+    checkpoint, output = Checkpoint(model_dir), Path(output_dir)
+    _check_float(checkpoint)
+    _check_apart(checkpoint.folder, output)
+    before = _unfinished(output, resume=resume, overwrite=overwrite)
+    if before is None:
+        _check_output(output, form, overwrite=overwrite)
+    chosen = _dtype(dtype, checkpoint, torch.device(device), before)
+    source = LazyModel(checkpoint.folder, chosen, device, trust_remote_code=trust_remote_code, keep=not lazy)
+    layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
+    planned = plan_output(source, layers, recipe, form, options)
+    if not isinstance(calibration, Calibration):
+        calibration = _calibration(
+            calibration, source, tokens, sequence_length, part, trust_remote_code=trust_remote_code
+        )
+        held_out = None if calibration.held_out else part
+    asked = {
+        "version": _VERSION,
+        "format": form.name,
+        "gguf": vars(options) if isinstance(form, Gguf) else None,
+        "recipe": replace(recipe, format=None).to_dict(),
+        "output_embeddings": output_embeddings,
+        "dtype": dtype_names(chosen),
+        "device": torch.device(device).type,
+        "source": _fingerprint(checkpoint),
+        "calibration": _identity(calibration, held_out),
+        "software": _software(),
+    }
+    notes = (*planned.warnings, *_check_same(output, before, asked))
+    plan = FolderPlan(
+        source, output, form, planned, recipe, calibration, held_out, chosen, asked, before is not None, notes,
+        max_shard_bytes, overwrite, trust_remote_code,
+    )  # fmt: skip
+    plan.check_room()
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class FolderPlan:
+    """A run of :func:`quantize_folder` that is checked, and not started.
+
+    Attributes:
+        source: the model, of which nothing is in memory yet.
+        output: path of the folder to write.
+        form: of the files.
+        planned: what is quantized, and what the files will have.
+        recipe: that was asked for.
+        calibration: batches of tokens.
+        held_out: the part of these that is held out; None: what the calibration has.
+        dtype: in which the model will run.
+        asked: what tells this run from another.
+        resumed: whether it goes on with finished layers of an earlier one.
+        notes: what readers of the format will not do, and what may change bytes of a resumed run.
+        max_shard_bytes: of a file of weights.
+        overwrite: whether a model's folder that is there is replaced.
+        trust_remote_code: whether Python files are copied.
+    """
+
+    source: LazyModel
+    output: Path
+    form: LayerFormat
+    planned: OutputPlan
+    recipe: Recipe
+    calibration: Calibration
+    held_out: float | None
+    dtype: torch.dtype
+    asked: Mapping[str, Any]
+    resumed: bool
+    notes: tuple[str, ...]
+    max_shard_bytes: int
+    overwrite: bool
+    trust_remote_code: bool
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the source's tensors."""
+        return sum(tensor.nbytes for tensor in self.source.checkpoint.tensors.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the output's tensors, about."""
+        return self.planned.contents.nbytes(self.form)
+
+    def state(self) -> RunState:
+        """What is kept of the run on the disk until it is finished."""
+        return RunState(state_folder(self.output), [site.name for site, _ in self.planned.plan.layers])
+
+    def check_room(self) -> None:
+        """Refuses to start where the disk has no room for finished layers and for the output.
+
+        Raises:
+            OSError: then.
+        """
+        kept = kept_layers(state_folder(self.output)) if self.resumed else set()
+        numbers = {site.name: number for number, (site, _) in enumerate(self.planned.plan.layers)}
+        native = Native()
+        layers = sum(
+            native.nbytes(name, grid)
+            for name, grid in self.planned.contents.grids.items()
+            if numbers[self.planned.layers[name].site] not in kept
+        )
+        needed = layers + self.bytes_after
+        if not isinstance(self.form, Gguf):
+            needed += min(self.bytes_after, self.max_shard_bytes)  # a shard is joined from parts
+        place = next(parent for parent in (self.output.resolve(), *self.output.resolve().parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"quantize_folder: expected {needed / 1e9:.2f} GB of free space, {layers / 1e9:.2f} of them for "
+                f"finished layers until the end, but got {free / 1e9:.2f} GB",
+                str(place),
+            )
+
+    def run(
+        self,
+        progress: Callable[[LayerResult, int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> FolderResult:
+        """Quantizes and writes; as of :func:`quantize_folder`."""
+        planned, source = self.planned, self.source
+        notes = list(self.notes)
+        with self.state() as state:
+            if self.resumed:
+                notes.append(f"{len(state)} of {len(planned.plan.layers)} layers are from a run that had ended before")
+            else:
+                state.begin(self.asked)
+            source.restore = _restoring(planned, state)
+            with _saying_what_is_kept(state, planned):
+                with source:
+                    result = quantize_planned(
+                        source.model,
+                        self.calibration,
+                        planned.plan,
+                        held_out=self.held_out,
+                        scale_dtype=planned.scale_dtype,
+                        weights=_stored_weights(planned, source.checkpoint, self.dtype),
+                        progress=progress,
+                        store=state,
+                        stop=stop,
+                    )
+                files = _Files(self.output, source.checkpoint, planned, self.form, state)
+                size = files.write(self.max_shard_bytes, overwrite=self.overwrite, code=self.trust_remote_code)
+            state.finish()
+        return FolderResult(
+            result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(dict.fromkeys(notes))
+        )
+
+
+# What is asked
+
+
+def _form(name: str, gguf: GgufOptions | None) -> tuple[LayerFormat, GgufOptions]:
+    """The format, and what a GGUF file is told."""
+    form = layer_format(name)
+    if not isinstance(form, Gguf):
+        if gguf is not None:
+            raise ValueError(f"quantize_folder: expected gguf with the format gguf only, but got it with {name!r}")
+        return form, GgufOptions()
+    options = gguf or GgufOptions()
+    return Gguf(exact=options.exact), options
+
+
+def _check_float(checkpoint: Checkpoint) -> None:
+    """Refuses a model that is quantized already."""
+    config = checkpoint.config.get("quantization_config")
+    if config is not None:
+        method = config.get("quant_method") if isinstance(config, Mapping) else None
+        raise ValueError(
+            f"quantize_folder: {checkpoint.folder / CONFIG}: expected a model that is not quantized, but got "
+            f"quantization_config of {method!r} (convert_folder takes it to another format)"
+        )
+
+
+def _check_apart(source: Path, output: Path) -> None:
+    """Refuses an output that is the source, or lies in it, or has it in it."""
+    one, two = source.resolve(), output.resolve()
+    if one == two or one in two.parents or two in one.parents:
+        raise ValueError(f"quantize_folder: expected an output apart from the model {source}, but got {output}")
+
+
+def _unfinished(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """What was asked of the run to go on with; None where the run starts anew."""
+    folder = state_folder(output)
+    check_state_folder(folder)
+    asked = read_asked(folder)
+    if asked is None or resume:
+        return asked
+    done = len(kept_layers(folder))
+    if done and not overwrite:
+        raise FileExistsError(
+            f"quantize_folder: expected no unfinished run to {output}, but got {folder} with {done} finished layers "
+            "(go on with resume=True, or forget it with overwrite=True)"
+        )
+    return None
+
+
+def _check_output(output: Path, form: LayerFormat, *, overwrite: bool) -> None:
+    """Whether the output may be written."""
+    if isinstance(form, Gguf) and overwrite and _holds_a_gguf_file(output):
+        return
+    check_output_folder(output, overwrite=overwrite)
+
+
+def _holds_a_gguf_file(output: Path) -> bool:
+    """Whether a folder has what is written with a GGUF file, and nothing else."""
+    return output.is_dir() and {path.name for path in output.iterdir()} <= _GGUF_NAMES
+
+
+def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> list[str]:
+    """Refuses to go on with a run of which something else was asked.
+
+    Returns:
+        Notes: what may change bytes, as other versions of libraries do.
+    """
+    if before is None:
+        return []
+    lines = differences(
+        {key: value for key, value in before.items() if key != "software"},
+        {key: value for key, value in asked.items() if key != "software"},
+    )
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise ValueError(
+            f"quantize_folder: {state_folder(output) / RUN}: expected the run to resume to be of the same recipe, "
+            f"source and calibration, but got (ask for the same, or start anew with overwrite=True):{listed}"
+        )
+    software = differences({"software": before.get("software")}, {"software": asked["software"]})
+    return [f"layers may differ from those of one run: {line}" for line in software]
+
+
+def _software() -> dict[str, Any]:
+    """What decides bits beside what is asked."""
+    import transformers  # noqa: PLC0415  (as in _opened)
+
+    return {
+        "miniquant": str(torch.ops.miniquant.version()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells one source from another: headers of its files, and the first values of every tensor."""
+    values = hashlib.sha256()
+    for file in checkpoint.files:
+        with file.open("rb", buffering=0) as stream:
+            for tensor in checkpoint.tensors.values():
+                if tensor.file == file:
+                    stream.seek(tensor.offset)
+                    values.update(stream.read(min(tensor.nbytes, _SAMPLE)))
+    return {"headers": checkpoint.fingerprint(), "values": values.hexdigest()}
+
+
+def _identity(calibration: Calibration, held_out: float | None) -> dict[str, Any]:
+    """What tells one calibration from another."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for name in value:
+                digest.update(f"{name}:".encode())
+                add(value[name])
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                add(one)
+        else:
+            digest.update(repr(value).encode())
+
+    add(calibration.batches)
+    add(calibration.held_out)
+    return {
+        "sha256": digest.hexdigest(),
+        "tokens": calibration.tokens,
+        "held_out_tokens": calibration.held_out_tokens,
+        "held_out": held_out,
+    }
+
+
+# The dtype in which the model runs
+
+
+def _dtype(
+    asked: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device, before: Mapping[str, Any] | None
+) -> torch.dtype:
+    """What is asked for; that of the run to go on with; or what is fast."""
+    named = {dtype_names(dtype): dtype for dtype in SCALE_DTYPES}
+    if asked not in (None, "auto"):
+        if asked not in SCALE_DTYPES:
+            raise ValueError(
+                f"quantize_folder: expected dtype to be {dtype_names(*SCALE_DTYPES)} or 'auto', but got {asked!r}"
+            )
+        return asked
+    if before is not None and before.get("dtype") in named:
+        return named[before["dtype"]]
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return torch.float64 if torch.float64 in stored else fast_dtype(device)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """float32, or bfloat16 where products take less time in it on a device, which is measured."""
+    seconds = {dtype: _seconds_of_product(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    chosen = torch.bfloat16 if seconds[torch.bfloat16] <= _FASTER * seconds[torch.float32] else torch.float32
+    logger.info(
+        "the model runs in %s: a product takes %.2f ms in float32, %.2f ms in bfloat16",
+        *(dtype_names(chosen), 1e3 * seconds[torch.float32], 1e3 * seconds[torch.bfloat16]),
+    )
+    return chosen
+
+
+def _seconds_of_product(dtype: torch.dtype, device: torch.device) -> float:
+    """Of a product as a Linear has it: the least of five, after a first one."""
+    inputs = torch.ones(512, 1024, dtype=dtype, device=device)
+    weight = torch.ones(1024, 1024, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        float(nn.functional.linear(inputs, weight)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _stored_weights(planned: OutputPlan, checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[Site], Tensor] | None:
+    """Reads weights as they are stored, where the model holds them with fewer bits; None where it does not."""
+    layers: dict[str, list[FileLayer]] = {}
+    for layer in planned.layers.values():
+        layers.setdefault(layer.site, []).append(layer)
+
+    def is_wider(site: str) -> bool:
+        stored = checkpoint.tensors[layers[site][0].source].dtype
+        return torch.promote_types(stored, dtype) != dtype
+
+    if not any(map(is_wider, layers)):
+        return None
+
+    def read(site: Site) -> Tensor:
+        if not is_wider(site.name) or layers[site.name][0].expert is not None:
+            return site.read()
+        return stored_weight(site, layers[site.name], checkpoint).float()
+
+    return read
+
+
+# The model and its calibration
+
+
+def _restoring(planned: OutputPlan, state: RunState) -> Callable[[str], None]:
+    """Writes finished layers to a parameter that is read once more."""
+    sites: dict[str, list[Site]] = {}
+    for site, _ in planned.plan.layers:
+        sites.setdefault(site.parameter_name, []).append(site)
+
+    def restore(parameter_name: str) -> None:
+        for site in sites.get(parameter_name, ()):
+            if site.name in state:
+                site.write(dequantize(state.quantized(site.name), dtype=site.dtype))
+
+    return restore
+
+
+def _calibration(
+    given: CalibrationSource | None,
+    source: Source,
+    tokens: int,
+    sequence_length: int,
+    part: float,
+    *,
+    trust_remote_code: bool,
+) -> Calibration:
+    """Batches of tokens, with those to judge by beside them."""
+    config: Any = getattr(source.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    notes: tuple[str, ...] = ()
+    if isinstance(longest, int) and 0 < longest < sequence_length:
+        notes = (f"windows have {longest} tokens, as many as the model takes, instead of {sequence_length}",)
+        sequence_length = longest
+    vocabulary = getattr(text, "vocab_size", None)
+    found = load_calibration(
+        given,
+        _tokenizer(source.checkpoint.folder, given, trust_remote_code=trust_remote_code),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        held_out_tokens=math.ceil(part * tokens),
+        vocabulary=vocabulary if isinstance(vocabulary, int) else None,
+    )
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def _tokenizer(folder: Path, given: CalibrationSource | None, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder; None where no text is read."""
+    if not needs_tokenizer(given):
+        return None
+    from transformers import AutoTokenizer  # noqa: PLC0415  (as in _opened)
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"quantize_folder: {folder}: expected a tokenizer for calibration with texts, but got: {error} "
+            "(calibrate on a tensor file of token ids)"
+        ) from error
+
+
+# What is written
+
+
+@contextmanager
+def _saying_what_is_kept(state: RunState, planned: OutputPlan) -> Iterator[None]:
+    """What ends a run says how to go on."""
+    try:
+        yield
+    except (OSError, Stopped, KeyboardInterrupt) as error:
+        said = f"{len(state)} of {len(planned.plan.layers)} layers are kept in {state.folder}: go on with resume=True"
+        if isinstance(error, Stopped):
+            raise Stopped(f"quantize_folder: stopped; {said}", error.result) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, f"{error.strerror} ({said})", error.filename) from error
+        logger.warning("%s: %s", type(error).__name__, said)
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """The output of a run whose layers are done."""
+
+    output: Path
+    checkpoint: Checkpoint
+    planned: OutputPlan
+    form: LayerFormat
+    state: RunState
+
+    def write(self, max_shard_bytes: int, *, overwrite: bool, code: bool) -> int:
+        """Writes the output, which appears whole; gives the bytes of its weights."""
+        if isinstance(self.form, Gguf):
+            return self._write_gguf(overwrite=overwrite)
+        form = format_named(self.form.name)
+        ours = self._is_ours(form)
+        with CheckpointWriter(self.output, max_shard_bytes=max_shard_bytes, overwrite=overwrite or ours) as writer:
+            write_folder(writer, form, self.planned.contents, self._layer, self._tensor, code=code)
+            return writer.tensor_bytes
+
+    def _is_ours(self, form: Format) -> bool:
+        """Whether the output is there already, of a run that was killed before it could forget its layers."""
+        config = self.output / CONFIG
+        return config.is_file() and read_json(config) == json.loads(json.dumps(self.planned.contents.config(form)))
+
+    def _write_gguf(self, *, overwrite: bool) -> int:
+        if not _holds_a_gguf_file(self.output):
+            check_output_folder(self.output, overwrite=overwrite)
+        assert self.planned.gguf is not None  # noqa: S101  (of this format)
+        new = self.state.folder / GGUF_FILE
+        write_gguf(new, self.planned.gguf, self._tensor, self._layer)
+        self.output.mkdir(parents=True, exist_ok=True)
+        new.replace(self.output / GGUF_FILE)
+        return (self.output / GGUF_FILE).stat().st_size
+
+    def _layer(self, name: str) -> QuantizedWeight:
+        layer = self.planned.layers[name]
+        return layer.of(self.state.quantized(layer.site))
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor that is copied; an embedding with the values of the output embeddings that it is tied to."""
+        if name not in self.planned.tied:
+            return self.checkpoint.read(name)
+        return dequantize(self.state.quantized(self.planned.tied[name]), dtype=self.checkpoint.tensors[name].dtype)
+
+
+# From one format to another
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model that was taken from one format to another.
+
+    Attributes:
+        folder: that was written.
+        before: the format of the source.
+        after: the format of the output.
+        layers: how many.
+        bytes_before: of the source's tensors.
+        bytes_after: of those that were written.
+        notes: what readers of the format will not do.
+    """
+
+    folder: Path
+    before: str
+    after: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    notes: tuple[str, ...]
+
+
+_SUFFIXES = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "gptq_v2": ("qweight", "qzeros", "scales", "g_idx"),
+    "miniquant": ("codes", "scales", "zero_points", "row_loss"),
+}
+
+
+def convert_folder(
+    source_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    format: FormatName,  # noqa: A002  (as of quantize_folder)
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    pre: str | None = None,
+    code: bool = False,
+) -> Converted:
+    """Takes a quantized model from one format to another; every weight keeps its value, or it is refused.
+
+    What only our own format has (the loss of each row, options, ``full_range``) is lost on the way to another. In a
+    GGUF file other matrices keep their dtype, and asymmetric layers of 4 and 5 bits take a wider type that holds them
+    exactly. A GGUF file is no source: it has no folder's tokenizer and configuration.
+
+    Args:
+        source_dir: a folder in one of the formats, that is not a GGUF file's.
+        output_dir: path of the folder to write, that does not exist or is empty. A GGUF file is ``model.gguf`` in it.
+        format: of the output.
+        overwrite: whether a model's folder that is there is replaced.
+        max_shard_bytes: of a file of weights.
+        pre: of a GGUF file: llama.cpp's name for how the tokenizer splits texts, where it is not known here.
+        code: whether Python files of the source are copied.
+
+    Raises:
+        ValueError: where the source is damaged or not quantized, and where the format cannot hold a layer as it is; the
+            message names it. Nothing is left of the output then.
+        FileExistsError: where the output is there.
+        OSError: where a file cannot be read or written.
+        ImportError: without the package gguf, where it is needed.
+    """
+    form, source, output = layer_format(format), Path(source_dir), Path(output_dir)
+    if source.is_file() or ((source / GGUF_FILE).is_file() and not (source / CONFIG).is_file()):
+        raise ValueError(
+            f"convert_folder: expected a folder in one of the formats {', '.join(_SUFFIXES)}, but got {source} "
+            "(a GGUF file is not converted back: quantize to the format miniquant first, and convert that)"
+        )
+    checkpoint = Checkpoint(source)
+    _check_apart(source, output)
+    _check_output(output, form, overwrite=overwrite)
+    config = checkpoint.config.get("quantization_config")
+    if config is None:
+        raise ValueError(
+            f"convert_folder: {source / CONFIG}: expected quantization_config, but got none (quantize_folder makes a "
+            "quantized model of a float one)"
+        )
+    before = format_of(config)
+    found = before.layers(config, checkpoint.values(before.value_suffixes))
+    if isinstance(before, Native):
+        _check_kinds(before, config, form)
+    own = {
+        name: [tensor for suffix in _SUFFIXES[before.name] if (tensor := f"{name}.{suffix}") in checkpoint.tensors]
+        for name in found
+    }
+    of_layers = frozenset(tensor for tensors in own.values() for tensor in tensors)
+    model_dtype = _model_dtype(checkpoint, of_layers)
+    grids = {
+        name: grid if form.name == "miniquant" else replace(grid, scale_dtype=form.scale_dtype(model_dtype))
+        for name, grid in found.items()
+    }
+    form = Gguf(exact=True) if isinstance(form, Gguf) else form
+    notes = check_layers(form, grids)
+
+    def read_layer(name: str) -> QuantizedWeight:
+        tensors = {tensor: checkpoint.read(tensor) for tensor in own[name]}
+        return with_scale_dtype(name, before.read(name, tensors, found[name]), grids[name].scale_dtype)
+
+    if isinstance(form, Gguf):
+        planned = _planned_gguf(checkpoint, grids, of_layers, pre)
+        notes = condensed(planned.warnings, grids)
+        output.mkdir(parents=True, exist_ok=True)
+        write_gguf(output / GGUF_FILE, planned, checkpoint.read, read_layer)
+        size = (output / GGUF_FILE).stat().st_size
+    else:
+        target = format_named(form.name)
+        options = before.options(config) if isinstance(before, Native) else {}
+        contents = Contents(
+            checkpoint,
+            grids,
+            {tensors[0]: [name] for name, tensors in own.items()},
+            of_layers,
+            _ignored(checkpoint, config, of_layers, grids),
+            options=options if target.name == "miniquant" else {},
+        )
+        with CheckpointWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+            write_folder(writer, target, contents, read_layer, checkpoint.read, code=code)
+            size = writer.tensor_bytes
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return Converted(output, before.name, form.name, len(grids), stored, size, tuple(notes))
+
+
+def _check_kinds(form: Native, config: Mapping[str, Any], target: LayerFormat) -> None:
+    """Refuses layers that are no Linear, where the target has no place for them."""
+    if target.name not in LINEAR_ONLY:
+        return
+    for name, options in form.options(config).items():
+        kind = options.get("module")
+        if kind != LINEAR:
+            said = "does not say what its module is" if kind is None else f"is a {kind}"
+            raise ValueError(
+                f"convert_folder: expected layers that the format {target.name} can hold, which are torch.nn.Linear, "
+                f"but got {name!r}, which {said} (quantize the float model again, for that format)"
+            )
+
+
+def _model_dtype(checkpoint: Checkpoint, own: Container[str]) -> torch.dtype:
+    """The dtype of a quantized model: what its config says, or else most of its float tensors have."""
+    named = {dtype_names(dtype): dtype for dtype in SCALE_DTYPES}
+    said = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if said in named:
+        return named[said]
+    others = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in SCALE_DTYPES]
+    counts = Counter(tensor.dtype for tensor in others if tensor.name not in own)
+    counts = counts or Counter(tensor.dtype for tensor in others)
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def _ignored(
+    checkpoint: Checkpoint, config: Mapping[str, Any], own: Container[str], layers: Container[str]
+) -> list[str]:
+    """Linears that are not quantized: what the source says, or where it has patterns only, every other matrix."""
+    said = config.get("ignored", config.get("ignore"))
+    if isinstance(said, list) and all(isinstance(name, str) and not name.startswith("re:") for name in said):
+        return list(said)
+    matrices = [
+        name.removesuffix(".weight")
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and name not in own
+    ]
+    return [name for name in dict.fromkeys((*matrices, "lm_head")) if name not in layers]
+
+
+def _planned_gguf(
+    checkpoint: Checkpoint, grids: Mapping[str, LayerGrid], own: Container[str], pre: str | None
+) -> GgufPlan:
+    """The GGUF file of a quantized folder, in which nothing is rounded."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    transposed = architecture_of(ModelConfig(config)).transposed
+    shapes: dict[str, tuple[int, ...]] = {
+        name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in own
+    }
+    for name, grid in grids.items():
+        shape = (grid.rows, grid.columns)
+        shapes[f"{name}.weight"] = shape[::-1] if transposed and name.endswith(transposed) else shape
+    matrices = {
+        checkpoint.tensors[name].dtype
+        for name, shape in shapes.items()
+        if name in checkpoint.tensors and len(shape) > 1
+    }
+    others: dict[torch.dtype, OtherType] = {torch.float16: "F16", torch.bfloat16: "BF16"}
+    other = others.get(matrices.pop(), "F32") if len(matrices) == 1 else "F32"
+    return plan_gguf(config, shapes, grids, folder=checkpoint.folder, other=other, exact=True, pre=pre)
