@@ -44,6 +44,7 @@ from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.linear import QuantizedLinear  # noqa: E402
+from miniquant.loading import contents_of, load  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
@@ -73,6 +74,7 @@ __all__ = [
     "SavedLayer",
     "choose_ridge",
     "compare_embeddings",
+    "contents_of",
     "dequantize",
     "evaluate",
     "gptq",
@@ -80,6 +82,7 @@ __all__ = [
     "gptq_reference",
     "hessian_update_",
     "instruction_set",
+    "load",
     "load_calibration",
     "load_layer",
     "pack",
