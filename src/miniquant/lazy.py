@@ -225,7 +225,7 @@ class LazyModel:
         for part in idle:
             self._drop(part)
         if idle:
-            _give_back_memory()
+            give_back_memory()
 
     def _drop(self, part: "_Part") -> None:
         part.remove()
@@ -252,7 +252,7 @@ class LazyModel:
         return to_device(args, self._device), to_device(kwargs, self._device)
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Has the allocator return what is free to the system.
 
     glibc's keeps freed tensors of up to 32 MB between others: what the process takes would grow with every block,

@@ -11,13 +11,11 @@ Memory: while a model is loaded, beside what it has in the end, the stored tenso
 several become one) and at most 6 bytes for each of its weights, and up to 40 MB that the allocator keeps for a while.
 """
 
-import ctypes
 import itertools
 import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from miniquant.formats.gguf_blocks import TYPES
 from miniquant.formats.gguf_reader import GgufTensor, read_gguf
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import dtype_names
+from miniquant.lazy import give_back_memory
 from miniquant.linear import QuantizedConvolution, QuantizedExperts, QuantizedLinear
 from miniquant.modules import ConvolutionSite, ExpertSite, Site, TransposedSite, find_sites
 
@@ -42,7 +41,7 @@ REPORT = "report.json"
 GGUF_FILE = "model.gguf"
 _WEIGHT = ".weight"
 _SHOWN = 3  # names that a message lists
-_RETURNED_AFTER = 1 << 23  # bytes of float weights
+_GIVEN_BACK_AFTER = 1 << 23  # bytes of float weights
 
 logger = logging.getLogger(__name__)
 
@@ -311,9 +310,10 @@ class _Loader:
                 for target, make in makers.items():
                     self._replace(target, make)
                 made += conversion.nbytes
-                if made > _RETURNED_AFTER:
-                    made = _return_memory()
-        _return_memory()
+                if made > _GIVEN_BACK_AFTER:
+                    give_back_memory()
+                    made = 0
+        give_back_memory()
         left = [name for name, parameter in self._model.named_parameters() if parameter.is_meta]
         if left:
             raise ValueError(f"load: {self._checkpoint.folder}: expected a tensor for {left[0]!r}, but got none")
@@ -444,18 +444,6 @@ class _Loader:
                 for name, child in parent._modules.items():  # noqa: SLF001
                     if child is module:
                         parent._modules[name] = new  # noqa: SLF001
-
-
-def _return_memory() -> int:
-    """Gives memory back to the system that was freed and that the C library (glibc) would keep; returns 0.
-
-    Layers are small beside what it takes to make them, and are made in between: most of what is freed stays otherwise.
-    """
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-    return 0
 
 
 def _kind(grid: LayerGrid) -> tuple[Any, ...]:
