@@ -44,6 +44,7 @@ from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.linear import QuantizedLinear  # noqa: E402
+from miniquant.loading import contents_of, load  # noqa: E402
 from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.output import GgufOptions  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
@@ -79,6 +80,7 @@ __all__ = [
     "Stopped",
     "choose_ridge",
     "compare_embeddings",
+    "contents_of",
     "convert_folder",
     "dequantize",
     "evaluate",
@@ -87,6 +89,7 @@ __all__ = [
     "gptq_reference",
     "hessian_update_",
     "instruction_set",
+    "load",
     "load_calibration",
     "load_layer",
     "pack",

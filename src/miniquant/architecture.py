@@ -8,7 +8,7 @@ that is asked for.
 import copy
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -228,7 +228,7 @@ def find_sources(model: nn.Module, checkpoint: Checkpoint) -> Sources:
     places: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     conversions: dict[str, Conversion] = {}
     unused = []
-    for group in _grouped(model, checkpoint, places):
+    for group in grouped(model, checkpoint.tensors, places):
         if group.target in places:
             conversions |= _conversion(where, model, checkpoint, places, group)
         else:
@@ -249,7 +249,7 @@ def find_sources(model: nn.Module, checkpoint: Checkpoint) -> Sources:
 
 
 @dataclass
-class _Group:
+class Group:
     """Tensors that become the same parameters: the first of these, and transformers' converter where there is one."""
 
     target: str
@@ -258,30 +258,36 @@ class _Group:
     patterns: list[str] = field(default_factory=list)  # of the converter, for each source
 
 
-def _grouped(model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor]) -> list[_Group]:
-    """Tensors by what they become.
+def grouped(model: nn.Module, tensors: Iterable[str], places: Mapping[str, Tensor]) -> list[Group]:
+    """Tensors by what they become, a group for each first parameter.
+
+    Args:
+        model: of :func:`build_model`.
+        tensors: names.
+        places: the model's parameters and buffers by name; what no rule leads to one of them is a group of a name that
+            is none.
 
     This is the first half of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``; versions of
     transformers without it rename no more than the base model's prefix.
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Group] = {}
     try:
         rules = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     except ImportError:
-        for name in checkpoint.tensors:
+        for name in tensors:
             target = _with_prefix(name, prefix, places)
-            groups.setdefault(target, _Group(target)).sources.append(name)
+            groups.setdefault(target, Group(target)).sources.append(name)
         return list(groups.values())
     renamings = [rule for rule in mapping if isinstance(rule, rules.WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, rules.WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    for name in sorted(checkpoint.tensors, key=rules.dot_natural_key):
+    for name in sorted(tensors, key=rules.dot_natural_key):
         target, pattern = rules.rename_source_key(name, renamings, converters, prefix, places)
         if target not in places and name in places:
             target, pattern = rules.rename_source_key(name, [], [], prefix, places)
-        group = groups.setdefault(target, _Group(target))
+        group = groups.setdefault(target, Group(target))
         group.sources.append(name)
         if pattern is not None:
             group.converter = of_pattern[pattern]
@@ -297,7 +303,7 @@ def _with_prefix(name: str, prefix: str, places: Mapping[str, Tensor]) -> str:
 
 
 def _conversion(
-    where: str, model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor], group: _Group
+    where: str, model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor], group: Group
 ) -> dict[str, Conversion]:
     """What a group of tensors becomes, tried on tensors without values; by name of each parameter."""
     made = f"{where}: expected {_named(group.sources)} to become {group.target}"
@@ -335,7 +341,7 @@ def _named(names: list[str]) -> str:
     return f"tensor {names[0]!r}" if len(names) == 1 else f"{len(names)} tensors from {names[0]!r} to {names[-1]!r}"
 
 
-def _converting(model: nn.Module, group: _Group) -> Callable[[Callable[[str], Tensor]], Mapping[str, Tensor]]:
+def _converting(model: nn.Module, group: Group) -> Callable[[Callable[[str], Tensor]], Mapping[str, Tensor]]:
     """The converter of transformers, as a function of what reads a tensor."""
 
     def convert(read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:

@@ -14,8 +14,9 @@ other input the weight is dequantized, a million elements at a time, multiplied 
 also in bfloat16; with few tokens it is slow, since every call dequantizes the whole weight.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -186,6 +187,12 @@ class QuantizedLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
         return layer
 
+    def twin(self, bias: Tensor | None = None) -> "QuantizedLinear":
+        """A layer with the same weight, in the same memory, and a bias of its own."""
+        other = copy.copy(self)
+        other._parameters = {"bias": None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)}  # noqa: SLF001
+        return other
+
     def quantized(self) -> QuantizedWeight:
         """The weight as it was given: codes, scales and zero points, bit for bit, on the layer's device."""
         codes = torch.cat([codes for _, codes in self._codes()])
@@ -199,7 +206,11 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[N, K], in the layer's dtype: made anew at each access, and not kept."""
-        return torch.cat([weight.T for _, weight in self._values(self.dtype)])
+        return self.dequantized(self.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The values [N, K] of the weight in a dtype: those of :func:`miniquant.dequantize`."""
+        return torch.cat([weight.T for _, weight in self._values(dtype)])
 
     @property
     def kernel(self) -> bool:
@@ -519,3 +530,178 @@ def _from_kernel(packed: Tensor, rows: int, columns: int, layout: _Layout) -> Te
             halves = blocks.view(-1, columns, block // 2).transpose(0, 1)
             parts.append(torch.stack([halves & 15, halves >> 4], 3 if pairs else 2).view(columns, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class QuantizedConvolution(QuantizedLinear):
+    """A convolution with one group whose weight is quantized: it is dequantized at every call, and dropped.
+
+    Its state dict is that of a :class:`QuantizedLinear` with K = channels * kernel elements.
+    """
+
+    # What the convolution had, which models look at.
+    _ATTRIBUTES = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    @classmethod
+    def in_place_of(cls, convolution: nn.Module, quantized: QuantizedWeight) -> "QuantizedConvolution":
+        """A module that does what a convolution does, with a quantized weight [N, K] and its bias.
+
+        Raises:
+            ValueError, TypeError: for a weight of another size.
+        """
+        weight, bias = convolution._parameters["weight"], convolution._parameters["bias"]  # noqa: SLF001
+        assert weight is not None  # noqa: S101  (a convolution has one)
+        if tuple(quantized.codes.shape) != tuple(weight.flatten(1).shape):
+            raise ValueError(
+                f"QuantizedConvolution: expected quantized to have shape {list(weight.flatten(1).shape)}, but got "
+                f"shape {list(quantized.codes.shape)}"
+            )
+        layer = cls.from_quantized(quantized, bias, dtype=weight.dtype, kernel=False)
+        assert isinstance(layer, QuantizedConvolution)  # noqa: S101
+        layer._take_geometry(convolution, tuple(weight.shape[1:]))  # noqa: SLF001  (its own)
+        return layer
+
+    def _take_geometry(self, convolution: nn.Module, kernel_shape: tuple[int, ...]) -> None:
+        for name in self._ATTRIBUTES:
+            setattr(self, name, getattr(convolution, name))
+        self._kernel_shape = kernel_shape
+        geometry = copy.copy(convolution)
+        geometry._parameters = {"weight": None, "bias": None}  # noqa: SLF001
+        self.__dict__["_geometry"] = geometry  # no submodule: it has no tensors
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, channels, *kernel], in the layer's dtype: made anew at each access, and not kept."""
+        return self._shaped(self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that convolutions have)
+        """The convolution of an input, in its dtype."""
+        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+            input = input.to(torch.get_autocast_dtype(input.device.type))  # noqa: A001
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        geometry: Any = self.__dict__["_geometry"]
+        outputs: Tensor = geometry._conv_forward(input, self._shaped(input.dtype), bias)  # noqa: SLF001  (its own product)
+        return outputs
+
+    def _shaped(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype).reshape(self.out_features, *self._kernel_shape)
+
+
+class QuantizedExperts(nn.ModuleList):
+    """Stands for a parameter [E, N, K] or [E, K, N] of fused experts: ``experts[e]`` is the matrix of one.
+
+    It can be used as ``linear(x, experts[e])`` where matrices are [N, K], and as ``x @ experts[e]`` where they are
+    [K, N], transposed or not; anything else dequantizes the matrix first. Implementations that take all experts at once
+    (transformers' "grouped_mm") cannot use it: a model's own loop can (its ``experts_implementation`` "eager").
+
+    Args:
+        experts: a layer without bias for each expert, all of one size.
+        transposed: whether the parameter has matrices as [K, N].
+    """
+
+    def __init__(self, experts: Iterable[QuantizedLinear], *, transposed: bool) -> None:
+        super().__init__(experts)
+        self.transposed = transposed
+
+    def __getitem__(self, index: object) -> "ExpertMatrix":  # type: ignore[override]  # a matrix, as of a parameter
+        if isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point() and index.dim() == 0:
+            index = int(index)
+        if not isinstance(index, int) or isinstance(index, bool):
+            kind = f"a tensor of shape {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(
+                f"QuantizedExperts: expected the index of one expert, but got {kind} (experts_implementation 'eager' "
+                "takes one at a time)"
+            )
+        layer = super().__getitem__(index)
+        assert isinstance(layer, QuantizedLinear)  # noqa: S101
+        return ExpertMatrix(layer, transposed=self.transposed)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+        return torch.Size((len(self), *self[0].shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the codes."""
+        return self[0].device
+
+
+class ExpertMatrix:
+    """The quantized matrix of an expert, as functions of torch take a tensor."""
+
+    def __init__(self, layer: QuantizedLinear, *, transposed: bool) -> None:
+        self._layer = layer
+        self._transposed = transposed
+
+    def dequantized(self) -> Tensor:
+        """The values, in the layer's dtype."""
+        weight = self._layer.weight
+        return weight.T if self._transposed else weight
+
+    def t(self) -> "ExpertMatrix":
+        """The matrix transposed."""
+        return ExpertMatrix(self._layer, transposed=not self._transposed)
+
+    T = property(t)
+    mT = property(t)  # noqa: N815  (as of a tensor)
+
+    def transpose(self, first: int, second: int) -> "ExpertMatrix":
+        """The matrix with two dimensions swapped."""
+        return self if first % 2 == second % 2 else self.t()
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K], or [K, N]."""
+        shape = (self._layer.out_features, self._layer.in_features)
+        return torch.Size(shape[::-1] if self._transposed else shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the codes."""
+        return self._layer.codes.device
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """Python asks here where ``x @ matrix`` was refused, and would hide why."""
+        return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) >= 2 and isinstance(args[1], cls) and isinstance(args[0], Tensor) and args[0].dim() > 0:
+            outputs = args[1].product(func, args[0], *args[2:], **kwargs)
+            if outputs is not None:
+                return outputs
+        plain = [one.dequantized() if isinstance(one, cls) else one for one in args]
+        return func(*plain, **{key: one.dequantized() if isinstance(one, cls) else one for key, one in kwargs.items()})
+
+    def product(self, func: Any, inputs: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """What a function makes of inputs and this matrix; None where it is not the layer's product."""
+        is_linear = func is functional.linear and not self._transposed
+        if not is_linear and (func not in _PRODUCTS or not self._transposed):
+            return None
+        outputs: Tensor = self._layer(inputs)
+        return outputs if bias is None else outputs + bias
+
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
