@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 # No JSON file of a model is larger, and safetensors allows no larger header.
 LARGEST_JSON = 100_000_000
+_LARGE = 1 << 20  # bytes of a tensor that has pages of its own
 _PIECE = 1 << 22  # bytes that are copied or compared at once
 # Objects within objects: no file of a model comes near, and what takes more apart may run out of stack.
 DEEPEST_JSON = 64
@@ -312,7 +314,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         OSError: where it cannot be read.
     """
     where = f"read_tensor: {stored.file}: tensor {stored.name!r}"
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = empty_tensor(stored.shape, stored.dtype)
     if stored.nbytes:
         view = memory_of(tensor)
         with stored.file.open("rb", buffering=0) as stream:
@@ -329,6 +331,20 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     if stored.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise ValueError(f"{where}: expected bytes of 0 and 1 for dtype bool, but got others")
     return tensor
+
+
+def empty_tensor(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor on the CPU, not initialized, whose memory goes back to the system when it is freed.
+
+    The allocator of the C library keeps what is freed between other tensors: where weights come and go, a process would
+    take more and more. Small tensors are left to it.
+    """
+    shape = tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:

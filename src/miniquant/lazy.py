@@ -27,6 +27,7 @@ Memory
 A model is read once by a walk. Outside of one, each pass reads it anew.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -220,8 +221,11 @@ class LazyModel:
 
     def _drop_idle(self, *, but: list["_Part"]) -> None:
         """Drops what no batch is in."""
-        for part in [one for one in self._loaded if not one.in_use() and one not in but]:
+        idle = [one for one in self._loaded if not one.in_use() and one not in but]
+        for part in idle:
             self._drop(part)
+        if idle:
+            _give_back_memory()
 
     def _drop(self, part: "_Part") -> None:
         part.remove()
@@ -246,6 +250,17 @@ class LazyModel:
 
     def _take_batch(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return to_device(args, self._device), to_device(kwargs, self._device)
+
+
+def _give_back_memory() -> None:
+    """Has the allocator return what is free to the system.
+
+    glibc's keeps freed tensors of up to 32 MB between others: what the process takes would grow with every block,
+    though no more is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _Part:
