@@ -211,7 +211,8 @@ def test_wheel_works_outside_the_clone(root: Path, build_dir: Path, tmp_path: Pa
     package = root / "src" / "miniquant"
     modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     assert {"__init__.py", "_library.py", "gptq.py", "formats/gptq.py"} <= modules
-    files = ("py.typed", "recipe.schema.json", "data/calibration.txt", "lib/build.json", "lib/libminiquant.so")
+    data = ("py.typed", "recipe.schema.json", "report.schema.json", "data/calibration.txt")
+    files = (*data, "lib/build.json", "lib/libminiquant.so")
     assert names == {f"miniquant/{name}" for name in (*modules, *files)}
     assert "Requires-Dist: safetensors>=" in metadata
     assert "Requires-Dist: greenlet>=" in metadata

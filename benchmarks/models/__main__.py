@@ -1,0 +1,207 @@
+"""Measures what quantization costs a language model: time, bytes, and how far the model is from the float one.
+
+SmolLM2-135M-Instruct (scripts/smollm2.py) is quantized by every scheme with the same calibration tokens, symmetric, in
+groups of 64, and saved in the format compressed-tensors. Each figure is of the saved folder, as ``miniquant evaluate``
+reads it. llm-compressor quantizes the same model with the same tokens, in the environment of the peers.
+
+The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
+second half for evaluation. The result is written to results/models.json and models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import miniquant
+from benchmarks.common.measuring import (
+    RESULTS,
+    ROOT,
+    SCRATCH,
+    command_line,
+    machine,
+    machine_line,
+    versions,
+    write_results,
+)
+from benchmarks.common.tables import table
+from miniquant.run import quantize_folder
+from scripts.smollm2 import write_folder
+
+GROUP_SIZE = 64
+LENGTH = 512
+# Rounding to nearest is what happens to a layer that saw fewer tokens than it needs.
+NEAREST = miniquant.LayerOptions(preset="plain", unseen="rtn", min_tokens=1 << 40, group_size=GROUP_SIZE)
+PEER = "llm-compressor"
+
+
+def readable(text: str) -> str:
+    """WikiText's tokenized form as a text that people write; lines with unknown words are left out."""
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    text = re.sub(r" ([.,;:!?)'%])", r"\1", text).replace("( ", "(").replace(" n't", "n't")
+    return "\n".join(line for line in text.split("\n") if "<unk>" not in line)
+
+
+def forward_seconds(model: Any, batches: tuple[dict[str, Any], ...]) -> float:
+    """One plain forward pass over all batches."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for batch in batches:
+            model(**batch, use_cache=False)
+    return time.perf_counter() - start
+
+
+class Benchmark:
+    """The float model, the tokens, and the rows of the table."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.work: Path = arguments.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.float_folder = self.work / "float"
+        write_folder(self.float_folder)
+        text = readable(arguments.text.read_text(encoding="utf-8"))
+        middle = text.index("\n", len(text) // 2)
+        for name, part in (("calibration", text[:middle]), ("evaluation", text[middle:])):
+            (self.work / f"{name}.txt").write_text(part, encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(self.float_folder)
+        options: dict[str, Any] = {"sequence_length": LENGTH, "short": "pack"}
+        self.calibration = miniquant.load_calibration(
+            self.work / "calibration.txt", tokenizer, tokens=arguments.tokens, **options
+        )
+        self.evaluation = miniquant.load_calibration(
+            self.work / "evaluation.txt", tokenizer, tokens=arguments.evaluation_tokens, **options
+        )
+        model = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32).eval()
+        self.forward = min(forward_seconds(model, self.calibration.batches) for _ in range(2))
+        self.reference = miniquant.Reference(model, max_bytes=1 << 33)
+        self.reference.keep(self.evaluation.batches)
+        self.float_bytes = linear_bytes(self.float_folder)
+        self.rows: list[dict[str, Any]] = []
+
+    def ours(self, name: str, options: miniquant.LayerOptions) -> None:
+        """Quantizes with our package."""
+        folder = self.work / f"{name}-{options.bits}".replace(" ", "-")
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        done = quantize_folder(
+            self.float_folder, folder, options, calibration=self.calibration, dtype=torch.float32, overwrite=True
+        )
+        self._add(name, options.bits, folder, time.perf_counter() - start, done.result.seconds)
+
+    def peer(self, bits: int, python: Path) -> None:
+        """Quantizes with llm-compressor."""
+        folder = self.work / f"{PEER}-{bits}"
+        shutil.rmtree(folder, ignore_errors=True)
+        batches = self.work / "batches.safetensors"
+        windows = [row for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
+        save_file({"input_ids": torch.stack(windows)}, batches)
+        script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
+        arguments = (self.float_folder, batches, folder, bits, GROUP_SIZE, torch.get_num_threads())
+        said = subprocess.run(
+            [python, script, *map(str, arguments)], check=True, cwd=self.work, stdout=subprocess.PIPE, text=True
+        ).stdout
+        answer = json.loads(said.strip().splitlines()[-1])
+        self._add(f"{PEER} {answer['version']}", bits, folder, answer["seconds"], {})
+
+    def _add(self, name: str, bits: int, folder: Path, seconds: float, parts: dict[str, float]) -> None:
+        model = miniquant.load(folder, dtype=torch.float32)
+        scores = miniquant.evaluate(model, self.evaluation.batches, reference=self.reference)
+        row = {
+            "scheme": name,
+            "bits": bits,
+            "seconds": seconds,
+            "parts": parts,
+            "beyond_forward": seconds / self.forward - 1,
+            "bytes": linear_bytes(folder) / self.float_bytes,
+            "scores": scores.to_dict(),
+        }
+        self.rows.append(row)
+        print(line_of(row), flush=True)
+
+
+def linear_bytes(folder: Path) -> int:
+    """Bytes of the weights of a model's decoder layers, whatever they are stored as."""
+    tensors = miniquant.checkpoint.Checkpoint(folder).tensors
+    return sum(one.nbytes for name, one in tensors.items() if ".layers." in name and "norm" not in name)
+
+
+def line_of(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    scores = row["scores"]
+
+    def with_error(name: str, digits: int, scale: float = 1) -> str:
+        value, error = scores[name]["value"] * scale, scores[name]["standard_error"] * scale
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+    return [
+        row["scheme"],
+        str(row["bits"]),
+        with_error("kl_divergence", 4),
+        with_error("perplexity", 2),
+        with_error("same_top", 1, 100),
+        f"{row['bytes']:.3f}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def main() -> None:
+    """Measures every scheme and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's validation split, tokenized")
+    parser.add_argument("--tokens", type=int, default=32768, help="for calibration")
+    parser.add_argument("--evaluation-tokens", type=int, default=16384)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--presets", nargs="+", default=["nearest", "plain", "fast", "best"])
+    parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
+    parser.add_argument("--work", type=Path, default=SCRATCH / "models", help="folder for models")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="few tokens, 4 bits, preset fast; below build/")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.tokens, arguments.evaluation_tokens = 2048, 2048
+        arguments.bits, arguments.presets, arguments.output = [4], ["fast"], SCRATCH
+    bench = Benchmark(arguments)
+    for bits in arguments.bits:
+        for name in arguments.presets:
+            options = NEAREST if name == "nearest" else miniquant.LayerOptions(preset=name, group_size=GROUP_SIZE)
+            bench.ours("RTN" if name == "nearest" else name, replace(options, bits=bits))
+        if arguments.peers is not None:
+            bench.peer(bits, arguments.peers)
+    found = bench.rows[0]["scores"]["reference_perplexity"]
+    header = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
+    summary = (
+        f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}; one forward pass over the "
+        f"{bench.calibration.tokens} calibration tokens {bench.forward:.0f} s. Bytes are those of the decoder layers' "
+        "weights relative to float32."
+    )
+    results = {
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
+        "command": command_line("scripts/benchmark", "models"),
+        "forward_seconds": bench.forward,
+        "tokens": bench.calibration.tokens,
+        "evaluation_tokens": bench.evaluation.tokens,
+        "rows": bench.rows,
+    }
+    write_results(
+        results,
+        "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n",
+        arguments.output,
+        "models",
+    )
+
+
+if __name__ == "__main__":
+    main()
