@@ -42,6 +42,12 @@ def test_help_and_unknown_argument(root: Path, name: str) -> None:
     assert "unknown argument 'nonsense'" in text
 
 
+def test_help_of_quantize_sets_nothing_up(root: Path, tmp_path: Path) -> None:
+    status, text = ended(root / "scripts" / "quantize", "--bits", "3", "--help", env={"PYTHON": str(tmp_path / "none")})
+    assert status == 0, text
+    assert text.startswith("Usage: scripts/quantize")
+
+
 @pytest.mark.parametrize(
     ("command", "module"),
     [
@@ -49,6 +55,7 @@ def test_help_and_unknown_argument(root: Path, name: str) -> None:
         ("scripts/benchmark", "benchmarks.speed"),
         ("scripts/benchmark", "benchmarks.peers"),
         ("scripts/benchmark", "benchmarks.quality"),
+        ("scripts/benchmark", "benchmarks.models"),
     ],
 )
 def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, module: str) -> None:
