@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from miniquant.checkpoint import Checkpoint, same_values
 
+# Keys of a config that say how many layers there are.
+_LAYERS = re.compile(r"n_layers?|(num_)?((encoder|decoder|hidden)_)?layers")
 _SHOWN = 5  # names that a message lists
 
 
@@ -40,6 +42,7 @@ def build_model(
     """
     transformers = _transformers()
     where = f"build_model: {checkpoint.folder / 'config.json'}"
+    _check_layers(where, checkpoint.config, len(checkpoint.tensors))
     try:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -96,6 +99,17 @@ def _transformers() -> Any:
             "build_model: expected the package transformers, of version 5 or newer, to be installed, which knows the "
             "architectures of models: pip install 'miniquant[models]'"
         ) from error
+
+
+def _check_layers(where: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than there are tensors: to build them would take forever, and end in an error."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(where, value, tensors)
+        elif _LAYERS.fullmatch(key) and type(value) is int and value > tensors:
+            raise ValueError(
+                f"{where}: expected {key} to be at most {tensors}, as many as there are tensors, but got {value}"
+            )
 
 
 def _class_of(where: str, transformers: Any, config: Any, checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:

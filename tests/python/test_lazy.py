@@ -480,6 +480,14 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a size that is text": ({"hidden_size": "large"}, "expected a configuration that"),
     "a negative size": ({"intermediate_size": -3}, "expected a configuration that"),
     "a size beyond any memory": ({"vocab_size": 10**15}, "expected a configuration that LlamaForCausalLM can be built"),
+    "more blocks than tensors": (
+        {"num_hidden_layers": 10**9},
+        "expected num_hidden_layers to be at most 21, as many as there are tensors, but got 1000000000",
+    ),
+    "more blocks in a part": (
+        {"text_config": {"encoder_layers": 22}},
+        "expected encoder_layers to be at most 21, as many as there are tensors, but got 22",
+    ),
     "another number of blocks": ({"num_hidden_layers": 3}, "expected tensors for all parameters of LlamaForCausalLM"),
     "another size": ({"intermediate_size": 40}, r"with shape \[32, 40\], but got shape \[32, 48\]"),
 }
