@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from miniquant.checkpoint import Checkpoint, same_values
 
+# Keys of a config that say how many layers there are.
+_LAYERS = re.compile(r"n_layers?|(num_)?((encoder|decoder|hidden)_)?layers")
 _SHOWN = 5  # names that a message lists
 
 
@@ -40,6 +42,7 @@ def build_model(
     """
     transformers = _transformers()
     where = f"build_model: {checkpoint.folder / 'config.json'}"
+    _check_layers(where, checkpoint.config, len(checkpoint.tensors))
     try:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -89,12 +92,24 @@ def _on_meta(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 def _transformers() -> Any:
     try:
+        importlib.import_module("transformers.core_model_loading")  # new in version 5
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            "build_model: expected the package transformers to be installed, which knows the architectures of models: "
-            "pip install 'miniquant[models]'"
+            "build_model: expected the package transformers, of version 5 or newer, to be installed, which knows the "
+            "architectures of models: pip install 'miniquant[models]'"
         ) from error
+
+
+def _check_layers(where: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than there are tensors: to build them would take forever, and end in an error."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(where, value, tensors)
+        elif _LAYERS.fullmatch(key) and type(value) is int and value > tensors:
+            raise ValueError(
+                f"{where}: expected {key} to be at most {tensors}, as many as there are tensors, but got {value}"
+            )
 
 
 def _class_of(where: str, transformers: Any, config: Any, checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
@@ -261,25 +276,18 @@ class Group:
 def grouped(model: nn.Module, tensors: Iterable[str], places: Mapping[str, Tensor]) -> list[Group]:
     """Tensors by what they become, a group for each first parameter.
 
+    This is the first half of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
+
     Args:
         model: of :func:`build_model`.
         tensors: names.
         places: the model's parameters and buffers by name; what no rule leads to one of them is a group of a name that
             is none.
-
-    This is the first half of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``; versions of
-    transformers without it rename no more than the base model's prefix.
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
     groups: dict[str, Group] = {}
-    try:
-        rules = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    except ImportError:
-        for name in tensors:
-            target = _with_prefix(name, prefix, places)
-            groups.setdefault(target, Group(target)).sources.append(name)
-        return list(groups.values())
+    rules = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, rules.WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, rules.WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -293,13 +301,6 @@ def grouped(model: nn.Module, tensors: Iterable[str], places: Mapping[str, Tenso
             group.converter = of_pattern[pattern]
             group.patterns.append(pattern)
     return list(groups.values())
-
-
-def _with_prefix(name: str, prefix: str, places: Mapping[str, Tensor]) -> str:
-    """A tensor's name in a model that has, or has not, the head that its checkpoint has not, or has."""
-    if name in places or not prefix:
-        return name
-    return name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
 
 
 def _conversion(

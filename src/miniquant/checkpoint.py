@@ -34,7 +34,7 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 # No JSON file of a model is larger, and safetensors allows no larger header.
 LARGEST_JSON = 100_000_000
-_LARGE = 1 << 20  # bytes of a tensor that has pages of its own
+_LARGE = 1 << 16  # bytes of a tensor that has pages of its own
 _PIECE = 1 << 22  # bytes that are copied or compared at once
 # Objects within objects: no file of a model comes near, and what takes more apart may run out of stack.
 DEEPEST_JSON = 64
@@ -343,7 +343,10 @@ def empty_tensor(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LARGE:
         return torch.empty(shape, dtype=dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a process may have so many maps; without memory, torch says so
+        return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 

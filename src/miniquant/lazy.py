@@ -22,7 +22,9 @@ Memory
     which does not depend on how many blocks there are. To it come what the walk holds (the activations of paused
     batches: those of one block, for all tokens) and what the solver holds (Hessians, (2 + 1) K^2 * 4 bytes for halves
     and held-out tokens, and about as much again while it solves). Where batches are in several blocks at once, as where
-    only some have an image, each of these blocks is in memory. :attr:`LazyModel.peak_bytes` says what it came to.
+    only some have an image, each of these blocks is in memory; where experts saw too few tokens of their own and are
+    quantized after their block was left, the parameter that holds them is, beside the next block.
+    :attr:`LazyModel.peak_bytes` says what it came to.
 
 A model is read once by a walk. Outside of one, each pass reads it anew.
 """
@@ -98,6 +100,7 @@ class LazyModel:
         self._of_conversion: dict[Conversion, list[_Part]] = {}
         for part in self._parts:
             self._of_conversion.setdefault(part.conversion, []).append(part)
+        self._unit_bytes = self._sizes()
         self._loaded: dict[_Part, None] = {}
         self._busy = False
         self._stack: ExitStack | None = None
@@ -125,7 +128,10 @@ class LazyModel:
         return part.conversion.read()[part.source]
 
     def unit_bytes(self) -> dict[str, int]:
-        """Bytes of each part that is read at once: of blocks by name, and of modules outside of blocks."""
+        """Bytes of what is read at once, by name of a block, or of a module outside of blocks."""
+        return dict(self._unit_bytes)
+
+    def _sizes(self) -> dict[str, int]:
         blocks = dict(_blocks(self.model))
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         loose = {name: module for name, module in self.model.named_modules() if id(module) not in inside}
@@ -199,6 +205,8 @@ class LazyModel:
         part = self._of_meta.get(id(parameter))
         if part is None:
             return False
+        if self._loaded:
+            wait_for_others()
         self._drop_idle(but=[part])
         self._read(part)
         return True

@@ -1,17 +1,20 @@
 """A model of any depth made on disk, and a run over it in a process of its own whose memory is limited and measured.
 
-    python lazy_memory.py run FOLDER LIMIT_MB     # quantizes block by block
-    python lazy_memory.py whole FOLDER LIMIT_MB   # loads the whole model
+    python lazy_memory.py run FOLDER LIMIT_MB PATTERN     # quantizes block by block the layers that a pattern matches
+    python lazy_memory.py whole FOLDER LIMIT_MB PATTERN   # loads the whole model
 
 LIMIT_MB is how much more private memory the process may take than it has when the run begins (RLIMIT_DATA); 0 is any.
+The limit counts address space, used or not, so with it the C library is told to give back what is freed at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +68,12 @@ def make_llama(folder: Path, *, blocks: int, width: int, inner: int, max_shard_b
         return writer.tensor_bytes
 
 
-def measured(mode: str, folder: Path, limit_mb: int = 0) -> dict[str, Any]:
+def measured(mode: str, folder: Path, limit_mb: int = 0, pattern: str = "*") -> dict[str, Any]:
     """What the process of a run prints; "error" where it failed."""
-    done = subprocess.run(
-        [sys.executable, __file__, mode, str(folder), str(limit_mb)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, __file__, mode, str(folder), str(limit_mb), pattern]
+    giving_back = {"MALLOC_MMAP_THRESHOLD_": "262144"} if limit_mb else {}
+    environment = {**os.environ, **giving_back}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"error": done.stderr}
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -98,19 +102,20 @@ class Nowhere:
         self.names.add(layer.result.name)
 
 
-def run(folder: Path, limit_mb: int) -> dict[str, Any]:
+def run(folder: Path, limit_mb: int, pattern: str) -> dict[str, Any]:
     """Quantizes a model block by block, by GPTQ on few tokens; peaks of memory over the start."""
-    from miniquant import LayerOptions, quantize_model  # noqa: PLC0415
+    from miniquant import LayerOptions, Recipe, Rule, quantize_model  # noqa: PLC0415
     from miniquant.lazy import LazyModel  # noqa: PLC0415
 
     batches: list[Tensor] = [torch.randint(0, VOCABULARY, (1, 192), generator=torch.Generator().manual_seed(1))] * 2
     options = LayerOptions(bits=4, group_size=64, preset="fast", ridge=0.1)
+    recipe = Recipe(replace(options, skip=True), [Rule(pattern, options)])
     store = Nowhere()
     lazy = LazyModel(folder)
     begin(limit_mb)
-    before = status("VmRSS")
+    before, private = status("VmRSS"), status("VmData")
     with lazy:
-        result = quantize_model(lazy.model, batches, options, held_out=0, store=store)
+        result = quantize_model(lazy.model, batches, recipe, held_out=0, store=store)
     return {
         "layers": len(result.layers),
         "stored": len(store.names),
@@ -118,11 +123,13 @@ def run(folder: Path, limit_mb: int) -> dict[str, Any]:
         "largest": max(lazy.unit_bytes().values()),
         "peak": status("VmHWM") - before,
         "resident": status("VmHWM"),
+        "private": status("VmData") - private,
     }
 
 
-def whole(folder: Path, limit_mb: int) -> dict[str, Any]:
+def whole(folder: Path, limit_mb: int, pattern: str) -> dict[str, Any]:
     """Loads a model with all of its weights, for comparison."""
+    del pattern
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     begin(limit_mb)
@@ -143,4 +150,4 @@ def begin(limit_mb: int) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"run": run, "whole": whole}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps({"run": run, "whole": whole}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
