@@ -37,6 +37,7 @@ from miniquant.checkpoint import (
     read_json,
 )
 from miniquant.formats import (
+    FORMATS,
     Format,
     Gguf,
     LayerFormat,
@@ -47,11 +48,12 @@ from miniquant.formats import (
     layer_format,
     with_scale_dtype,
 )
-from miniquant.formats.gguf_file import GgufPlan, OtherType, plan_gguf, write_gguf
+from miniquant.formats.gguf_file import GGUF_FILE, GgufPlan, OtherType, plan_gguf, write_gguf
 from miniquant.formats.gguf_models import ModelConfig, architecture_of
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import SCALE_DTYPES, dtype_names
 from miniquant.lazy import LazyModel
+from miniquant.loading import own_tensors
 from miniquant.modules import Site
 from miniquant.output import (
     LINEAR,
@@ -80,7 +82,6 @@ from miniquant.quantize import (
 from miniquant.recipe import FormatName, LayerOptions, Recipe
 from miniquant.report import HTML_NAME, JSON_NAME, Report, as_dict, write_report
 from miniquant.state import (
-    GGUF_FILE,
     RUN,
     RunState,
     check_state_folder,
@@ -791,14 +792,6 @@ class Converted:
     notes: tuple[str, ...]
 
 
-_SUFFIXES = {
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "gptq_v2": ("qweight", "qzeros", "scales", "g_idx"),
-    "miniquant": ("codes", "scales", "zero_points", "row_loss"),
-}
-
-
 def convert_folder(
     source_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
@@ -834,7 +827,7 @@ def convert_folder(
     form, source, output = layer_format(format), Path(source_dir), Path(output_dir)
     if source.is_file() or ((source / GGUF_FILE).is_file() and not (source / CONFIG).is_file()):
         raise ValueError(
-            f"convert_folder: expected a folder in one of the formats {', '.join(_SUFFIXES)}, but got {source} "
+            f"convert_folder: expected a folder in one of the formats {', '.join(FORMATS)}, but got {source} "
             "(a GGUF file is not converted back: quantize to the format miniquant first, and convert that)"
         )
     checkpoint = Checkpoint(source)
@@ -850,10 +843,7 @@ def convert_folder(
     found = before.layers(config, checkpoint.values(before.value_suffixes))
     if isinstance(before, Native):
         _check_kinds(before, config, form)
-    own = {
-        name: [tensor for suffix in _SUFFIXES[before.name] if (tensor := f"{name}.{suffix}") in checkpoint.tensors]
-        for name in found
-    }
+    own = own_tensors(checkpoint.tensors, found)
     of_layers = frozenset(tensor for tensors in own.values() for tensor in tensors)
     model_dtype = _model_dtype(checkpoint, of_layers)
     grids = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from miniquant import FolderResult, GgufOptions, LayerOptions, convert_folder, dequantize, quantize_folder
 from miniquant.checkpoint import Checkpoint
 from miniquant.formats import format_of
-from miniquant.state import GGUF_FILE
+from miniquant.formats.gguf_file import GGUF_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
