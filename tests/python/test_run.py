@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gguf_examples
@@ -306,7 +306,7 @@ def test_experts_that_are_stored_fused(tmp_path: Path) -> None:
     assert not any("experts" in name for name in result.result.layers)
     reasons = {one.name: one.reason for one in result.result.left_alone}
     assert reasons[fused] == (
-        f"the format compressed-tensors cannot hold {fused}.3, which is stored in one tensor with all experts, "
+        f"the format compressed-tensors cannot hold {fused}.0, which is stored in one tensor with all experts, "
         f"'{fused}', while it holds one for each expert only"
     )
     assert fused in Checkpoint(tmp_path / "out").tensors
@@ -385,6 +385,16 @@ def test_tied_output_embeddings(tmp_path: Path) -> None:
     assert torch.equal(out.read("model.embed_tokens.weight"), values)
     assert torch.equal(dequantize(stored_layers(tmp_path / "out")["lm_head"]), values)
     assert torch.equal(logits(loaded(tmp_path / "out"), "llama"), logits(own, "llama"))
+    twice = load_file(folder / "model.safetensors")  # a folder may have the one matrix under both names
+    save_file(
+        {**twice, "lm_head.weight": twice["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    run(folder, tmp_path / "again", "llama", recipe, output_embeddings=True)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 # How it runs
