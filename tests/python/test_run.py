@@ -26,6 +26,7 @@ from miniquant.checkpoint import Checkpoint
 from miniquant.formats import FORMATS, LayerGrid, Native, format_of
 from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import read_gguf
+from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
 from miniquant.report import read_report
 from miniquant.run import convert_folder, fast_dtype, plan_folder, quantize_folder
@@ -112,6 +113,25 @@ def test_transformers_loads_a_compressed_tensors_folder(
         assert same(stored[name], as_read(weight_of(layer.quantized))), name
     ours = loaded(tmp_path / "out")
     assert {name for name, module in ours.named_modules() if hasattr(module, "quantization_scheme")} == set(layers)
+    assert torch.equal(logits(ours, kind), logits(own, kind))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3", "gemma3", "phi3", "whisper"])
+def test_transformers_loads_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Two grids, so layers are found by name; transformers names those of Llava otherwise than its files do."""
+    recipe = Recipe(RTN, [Rule("*.1.*", {"bits": 8})])
+    folder = save(kind, tmp_path / "float")
+    result = run(folder, tmp_path / "out", kind, recipe)
+    own: Any = loaded(folder)
+    sites = {site.name: site for site in find_sites(own).sites}
+    for layer in result.result.layers.values():
+        options = layer.options
+        nearest = rtn(sites[layer.name].read(), bits=options.bits, group_size=16, full_range=True)
+        sites[layer.name].write(dequantize(nearest))
+    ours = loaded(tmp_path / "out")
+    quantized = {name for name, module in ours.named_modules() if hasattr(module, "quantization_scheme")}
+    assert quantized == set(result.result.layers)
+    assert set(sites) - quantized == {name for name in sites if "conv" in name or "patch_embedding" in name}
     assert torch.equal(logits(ours, kind), logits(own, kind))
 
 
