@@ -116,6 +116,15 @@ class LazyModel:
             raise KeyError(f"LazyModel: expected the name of a parameter, but got {parameter_name!r}")
         return self._of_name[parameter_name].conversion.sources
 
+    def is_plain(self, parameter_name: str) -> bool:
+        """Whether a parameter is one tensor of the checkpoint as it is, but for the dtype.
+
+        Raises:
+            KeyError: as of :meth:`source_names`.
+        """
+        self.source_names(parameter_name)
+        return self._of_name[parameter_name].conversion.plain
+
     def read(self, parameter_name: str) -> Tensor:
         """The values that the checkpoint has for a parameter, on the CPU, in memory of their own.
 

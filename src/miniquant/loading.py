@@ -29,6 +29,7 @@ from miniquant.architecture import Conversion, build_model, find_sources, groupe
 from miniquant.checkpoint import CONFIG, Checkpoint, StoredTensor, read_json, read_tensor
 from miniquant.formats import Format, LayerGrid, Native, format_of
 from miniquant.formats.gguf_blocks import TYPES
+from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import GgufTensor, read_gguf
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import dtype_names
@@ -38,7 +39,6 @@ from miniquant.modules import ConvolutionSite, ExpertSite, Site, TransposedSite,
 
 GENERATION_CONFIG = "generation_config.json"
 REPORT = "report.json"
-GGUF_FILE = "model.gguf"
 _WEIGHT = ".weight"
 _SHOWN = 3  # names that a message lists
 _GIVEN_BACK_AFTER = 1 << 23  # bytes of float weights

@@ -58,6 +58,10 @@ class Source(Protocol):
         """The tensors of the folder that a parameter is made from."""
         ...
 
+    def is_plain(self, parameter_name: str) -> bool:
+        """Whether a parameter is one tensor of the folder as it is, but for the dtype."""
+        ...
+
     def read(self, parameter_name: str) -> Tensor:
         """The values of a parameter, made from these tensors."""
         ...
@@ -268,7 +272,7 @@ def plan_output(source: Source, plan: Plan, recipe: Recipe, form: LayerFormat, g
         source.checkpoint,
         grids,
         places,
-        frozenset(whole - set(tied)),
+        frozenset((whole | {f"{name}{_WEIGHT}" for name in grids if f"{name}{_WEIGHT}" in tensors}) - set(tied)),
         tuple(name for name in dict.fromkeys(namer.others(plan)) if name not in grids and name not in aliases),
         {} if form.name == "miniquant" else {name: grid for name, grid in aliases.items() if name not in grids},
         options,
@@ -358,16 +362,12 @@ def _without(plan: Plan, recipe: Recipe, form: str, left_out: Mapping[str, str])
             f"quantize_folder: expected a model with layers that the format {form} can hold, but got none: {name!r} "
             f"{reason}, and so on (choose the format miniquant, or gguf where llama.cpp knows the model)"
         )
-    alone = [
-        LeftAlone(
-            site.parameter_name,
-            (site.rows, site.columns),
-            f"the format {form} cannot hold {site.name}, which {left_out[site.name]}",
-        )
-        for site, _ in plan.layers
-        if site.name in left_out
-    ]
-    return Plan(kept, (*plan.left_alone, *alone))
+    alone: dict[str, LeftAlone] = {}  # by parameter: fused experts once
+    for site, _ in plan.layers:
+        if site.name in left_out:
+            reason = f"the format {form} cannot hold {site.name}, which {left_out[site.name]}"
+            alone.setdefault(site.parameter_name, LeftAlone(site.parameter_name, tuple(site.parameter.shape), reason))
+    return Plan(kept, (*plan.left_alone, *alone.values()))
 
 
 class _Namer:
@@ -412,7 +412,7 @@ class _Namer:
 
     def _whole(self, site: Site, name: str) -> list[FileLayer] | str:
         """A weight that is a tensor of the source, or one expert's part of it."""
-        if self._tensors[name].shape != tuple(site.parameter.shape):
+        if not self._source.is_plain(site.parameter_name):
             return self._unknown(site, [name])
         if not isinstance(site, ExpertSite):
             return [FileLayer(_base(name), name, site.name, 0, site.rows)]

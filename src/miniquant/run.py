@@ -12,11 +12,12 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from miniquant.checkpoint import (
     read_json,
 )
 from miniquant.formats import (
+    FORMATS,
     Format,
     Gguf,
     LayerFormat,
@@ -46,11 +48,12 @@ from miniquant.formats import (
     layer_format,
     with_scale_dtype,
 )
-from miniquant.formats.gguf_file import GgufPlan, OtherType, plan_gguf, write_gguf
+from miniquant.formats.gguf_file import GGUF_FILE, GgufPlan, OtherType, plan_gguf, write_gguf
 from miniquant.formats.gguf_models import ModelConfig, architecture_of
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import SCALE_DTYPES, dtype_names
 from miniquant.lazy import LazyModel
+from miniquant.loading import own_tensors
 from miniquant.modules import Site
 from miniquant.output import (
     LINEAR,
@@ -77,8 +80,8 @@ from miniquant.quantize import (
     quantize_planned,
 )
 from miniquant.recipe import FormatName, LayerOptions, Recipe
+from miniquant.report import HTML_NAME, JSON_NAME, Report, as_dict, write_report
 from miniquant.state import (
-    GGUF_FILE,
     RUN,
     RunState,
     check_state_folder,
@@ -88,7 +91,7 @@ from miniquant.state import (
     state_folder,
 )
 
-_GGUF_NAMES = {GGUF_FILE, "report.json", "report.html"}
+_GGUF_NAMES = {GGUF_FILE, JSON_NAME, HTML_NAME}
 # bfloat16 is chosen where a product takes at most this part of the time that it takes in float32.
 _FASTER = 0.8
 _VERSION = 1
@@ -139,6 +142,7 @@ def quantize_folder(
     lazy: bool = True,
     trust_remote_code: bool = False,
     gguf: GgufOptions | None = None,
+    report: bool = True,
     progress: Callable[[LayerResult, int, int], None] | None = None,
     stop: threading.Event | Callable[[], bool] | None = None,
 ) -> FolderResult:
@@ -168,6 +172,7 @@ def quantize_folder(
         lazy: whether a block is in memory at a time; otherwise the whole model is.
         trust_remote_code: whether code from the folder may run, and is copied.
         gguf: of a GGUF file.
+        report: whether report.json and report.html (:mod:`miniquant.report`) are written beside the model.
         progress: called as ``progress(layer, number, of)`` after each layer.
         stop: an event, or a function that says True: ends the run at the boundary of a layer, with what is done kept.
 
@@ -204,7 +209,7 @@ def quantize_folder(
     )
     for note in plan.notes:
         logger.warning("%s", note)
-    return plan.run(progress, stop.is_set if isinstance(stop, threading.Event) else stop)
+    return plan.run(progress, stop.is_set if isinstance(stop, threading.Event) else stop, report=report)
 
 
 def plan_folder(
@@ -237,8 +242,9 @@ def plan_folder(
     before = _unfinished(output, resume=resume, overwrite=overwrite)
     if before is None:
         _check_output(output, form, overwrite=overwrite)
-    chosen = _dtype(dtype, checkpoint, torch.device(device), before)
-    source = LazyModel(checkpoint.folder, chosen, device, trust_remote_code=trust_remote_code, keep=not lazy)
+    place = _device(device)
+    chosen = _dtype(dtype, checkpoint, place, before)
+    source = LazyModel(checkpoint.folder, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
     layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
     planned = plan_output(source, layers, recipe, form, options)
     if not isinstance(calibration, Calibration):
@@ -253,7 +259,7 @@ def plan_folder(
         "recipe": replace(recipe, format=None).to_dict(),
         "output_embeddings": output_embeddings,
         "dtype": dtype_names(chosen),
-        "device": torch.device(device).type,
+        "device": place.type,
         "source": _fingerprint(checkpoint),
         "calibration": _identity(calibration, held_out),
         "software": _software(),
@@ -348,6 +354,8 @@ class FolderPlan:
         self,
         progress: Callable[[LayerResult, int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        *,
+        report: bool = True,
     ) -> FolderResult:
         """Quantizes and writes; as of :func:`quantize_folder`."""
         planned, source = self.planned, self.source
@@ -357,7 +365,14 @@ class FolderPlan:
                 notes.append(f"{len(state)} of {len(planned.plan.layers)} layers are from a run that had ended before")
             else:
                 state.begin(self.asked)
-            source.restore = _restoring(planned, state)
+            done = _Done(planned, state)
+            source.restore = done.restore
+
+            def finished(layer: LayerResult, number: int, of: int) -> None:
+                done.add(layer.name)
+                if progress is not None:
+                    progress(layer, number, of)
+
             with _saying_what_is_kept(state, planned):
                 with source:
                     result = quantize_planned(
@@ -367,15 +382,40 @@ class FolderPlan:
                         held_out=self.held_out,
                         scale_dtype=planned.scale_dtype,
                         weights=_stored_weights(planned, source.checkpoint, self.dtype),
-                        progress=progress,
+                        progress=finished,
                         store=state,
                         stop=stop,
                     )
                 files = _Files(self.output, source.checkpoint, planned, self.form, state)
                 size = files.write(self.max_shard_bytes, overwrite=self.overwrite, code=self.trust_remote_code)
+                if report:
+                    write_report(self.output, self._report(result, size, notes))
             state.finish()
         return FolderResult(
             result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(dict.fromkeys(notes))
+        )
+
+    def _report(self, result: ModelResult, size: int, notes: Iterable[str]) -> Report:
+        """The report of a run whose output is written."""
+        return as_dict(
+            result,
+            model=self.source.checkpoint.folder.resolve().name,
+            format=self.form.name,
+            recipe=self.recipe,
+            calibration=self.calibration,
+            settings={
+                "dtype": dtype_names(self.dtype),
+                "scale_dtype": dtype_names(self.planned.scale_dtype),
+                "device": str(self.asked["device"]),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "output_embeddings": bool(self.asked["output_embeddings"]),
+                "restored_layers": sum(layer.restored for layer in result.layers.values()),
+            },
+            bytes_before=self.bytes_before,
+            bytes_after=size,
+            peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            notes=notes,
         )
 
 
@@ -391,6 +431,18 @@ def _form(name: str, gguf: GgufOptions | None) -> tuple[LayerFormat, GgufOptions
         return form, GgufOptions()
     options = gguf or GgufOptions()
     return Gguf(exact=options.exact), options
+
+
+def _device(asked: str | torch.device) -> torch.device:
+    """A device that is there."""
+    try:
+        device = torch.device(asked)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"quantize_folder: expected device to be one that torch has here, but got {asked!r} ({error})"
+        ) from error
+    return device
 
 
 def _check_float(checkpoint: Checkpoint) -> None:
@@ -463,7 +515,7 @@ def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[s
 
 def _software() -> dict[str, Any]:
     """What decides bits beside what is asked."""
-    import transformers  # noqa: PLC0415  (as in _opened)
+    import transformers  # noqa: PLC0415  (not for whoever quantizes modules)
 
     return {
         "miniquant": str(torch.ops.miniquant.version()),
@@ -581,18 +633,29 @@ def _stored_weights(planned: OutputPlan, checkpoint: Checkpoint, dtype: torch.dt
 # The model and its calibration
 
 
-def _restoring(planned: OutputPlan, state: RunState) -> Callable[[str], None]:
-    """Writes finished layers to a parameter that is read once more."""
-    sites: dict[str, list[Site]] = {}
-    for site, _ in planned.plan.layers:
-        sites.setdefault(site.parameter_name, []).append(site)
+class _Done:
+    """The layers that a run has come past so far: what a parameter is to have that is read once more.
 
-    def restore(parameter_name: str) -> None:
-        for site in sites.get(parameter_name, ()):
-            if site.name in state:
-                site.write(dequantize(state.quantized(site.name), dtype=site.dtype))
+    Layers that an earlier run finished do not count until this one comes to them: the ones before them are calibrated
+    on the weights as they were.
+    """
 
-    return restore
+    def __init__(self, planned: OutputPlan, state: RunState) -> None:
+        self._state = state
+        self._names: set[str] = set()
+        self._sites: dict[str, list[Site]] = {}
+        for site, _ in planned.plan.layers:
+            self._sites.setdefault(site.parameter_name, []).append(site)
+
+    def add(self, name: str) -> None:
+        """Says that a layer is done."""
+        self._names.add(name)
+
+    def restore(self, parameter_name: str) -> None:
+        """Writes the layers of a parameter that are done."""
+        for site in self._sites.get(parameter_name, ()):
+            if site.name in self._names:
+                site.write(dequantize(self._state.quantized(site.name), dtype=site.dtype))
 
 
 def _calibration(
@@ -628,7 +691,7 @@ def _tokenizer(folder: Path, given: CalibrationSource | None, *, trust_remote_co
     """The tokenizer of a folder; None where no text is read."""
     if not needs_tokenizer(given):
         return None
-    from transformers import AutoTokenizer  # noqa: PLC0415  (as in _opened)
+    from transformers import AutoTokenizer  # noqa: PLC0415  (as in _software)
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -729,14 +792,6 @@ class Converted:
     notes: tuple[str, ...]
 
 
-_SUFFIXES = {
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "gptq_v2": ("qweight", "qzeros", "scales", "g_idx"),
-    "miniquant": ("codes", "scales", "zero_points", "row_loss"),
-}
-
-
 def convert_folder(
     source_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
@@ -772,7 +827,7 @@ def convert_folder(
     form, source, output = layer_format(format), Path(source_dir), Path(output_dir)
     if source.is_file() or ((source / GGUF_FILE).is_file() and not (source / CONFIG).is_file()):
         raise ValueError(
-            f"convert_folder: expected a folder in one of the formats {', '.join(_SUFFIXES)}, but got {source} "
+            f"convert_folder: expected a folder in one of the formats {', '.join(FORMATS)}, but got {source} "
             "(a GGUF file is not converted back: quantize to the format miniquant first, and convert that)"
         )
     checkpoint = Checkpoint(source)
@@ -788,10 +843,7 @@ def convert_folder(
     found = before.layers(config, checkpoint.values(before.value_suffixes))
     if isinstance(before, Native):
         _check_kinds(before, config, form)
-    own = {
-        name: [tensor for suffix in _SUFFIXES[before.name] if (tensor := f"{name}.{suffix}") in checkpoint.tensors]
-        for name in found
-    }
+    own = own_tensors(checkpoint.tensors, found)
     of_layers = frozenset(tensor for tensors in own.values() for tensor in tensors)
     model_dtype = _model_dtype(checkpoint, of_layers)
     grids = {

@@ -22,6 +22,7 @@ from typing import Any
 
 from miniquant.checkpoint import read_header, read_json, read_tensor
 from miniquant.formats import LayerGrid, Native
+from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import replacing
 from miniquant.modules import Site
@@ -29,7 +30,6 @@ from miniquant.quantize import FinishedLayer, LayerResult
 from miniquant.recipe import LayerOptions, Recipe
 
 RUN = "run.json"
-GGUF_FILE = "model.gguf"
 _LAYERS = "layers"
 _FORMAT = "miniquant.finished-layer"
 _VERSION = "1"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import small_models
-from miniquant import LayerOptions, Recipe, Rule, load_calibration
+from miniquant import Calibration, LayerOptions, Recipe, Rule, load_calibration
 from miniquant.run import quantize_folder
 
 if TYPE_CHECKING:
@@ -30,15 +30,19 @@ def save(folder: Path) -> Path:
     return folder
 
 
+def calibration() -> Calibration:
+    return load_calibration([dict(batch) for batch in 3 * small_models.text_batches()], tokens=10**6)
+
+
 def run(folder: Path, output: Path, **options: Any) -> Any:
     """The run that is killed, resumed or left to end; always on one thread, as bits depend on it."""
     torch.set_num_threads(1)
-    batches = [dict(batch) for batch in 3 * small_models.text_batches()]
     given: dict[str, Any] = {
         "recipe": RECIPE,
-        "calibration": load_calibration(batches, tokens=10**6),
+        "calibration": calibration(),
         "dtype": torch.float32,
         "max_shard_bytes": 60_000,
+        "report": False,
         **options,
     }
     return quantize_folder(folder, output, **given)

@@ -24,7 +24,7 @@ import small_models
 from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
 from miniquant.modules import find_sites
 from miniquant.quantize import FinishedLayer, LayerResult, Stopped
-from miniquant.run import quantize_folder
+from miniquant.run import _Done, plan_folder, quantize_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
 from test_run import gguf_model
 
@@ -532,3 +532,30 @@ def test_a_gguf_file_after_a_stop(tmp_path: Path) -> None:
     (tmp_path / "out" / "precious.txt").write_text("text")
     with pytest.raises(FileExistsError):
         quantize_folder(folder, tmp_path / "out", overwrite=True, **given)
+
+
+def test_what_is_read_once_more_has_what_this_run_has_done(source: Path, tmp_path: Path) -> None:
+    """Experts that an earlier run finished stay as they are until this one comes to them."""
+    interrupted(source, tmp_path / "out", 10)
+    plan = plan_folder(
+        source,
+        tmp_path / "out",
+        resumable_run.RECIPE,
+        calibration=resumable_run.calibration(),
+        dtype=torch.float32,
+        max_shard_bytes=60_000,
+        resume=True,
+    )
+    sites = {site.name: site for site, _ in plan.planned.plan.layers}
+    with plan.state() as state:
+        kept = [name for name in sites if name in state and ".0.mlp.experts.down_proj." in name]
+        assert len(kept) >= 2
+        done = _Done(plan.planned, state)
+        done.add(kept[1])
+        with plan.source:
+            before = {name: sites[name].read() for name in kept}
+            done.restore("model.layers.0.mlp.experts.down_proj")
+            for name in kept:
+                expected = dequantize(state.quantized(name)) if name == kept[1] else before[name]
+                assert torch.equal(sites[name].read(), expected)
+    assert not torch.equal(before[kept[1]], dequantize(state.quantized(kept[1])))

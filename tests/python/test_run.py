@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gguf_examples
@@ -24,10 +24,12 @@ from miniquant import Calibration, LayerOptions, QuantizedWeight, Recipe, Rule, 
 from miniquant.calibration import load_calibration
 from miniquant.checkpoint import Checkpoint
 from miniquant.formats import FORMATS, LayerGrid, Native, format_of
+from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import read_gguf
+from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
+from miniquant.report import read_report
 from miniquant.run import convert_folder, fast_dtype, plan_folder, quantize_folder
-from miniquant.state import GGUF_FILE
 from test_formats_gptq import published_weight
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def run(folder: Path, output: Path, kind: str, recipe: Any = OPTIONS, **options:
     given: dict[str, Any] = {
         "calibration": calibration_of(3 * small_models.MODELS[kind][1]()),
         "dtype": torch.float32,
+        "report": False,
         **options,
     }
     return quantize_folder(folder, output, recipe, **given)
@@ -113,6 +116,25 @@ def test_transformers_loads_a_compressed_tensors_folder(
     assert torch.equal(logits(ours, kind), logits(own, kind))
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen3", "gemma3", "phi3", "whisper"])
+def test_transformers_loads_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Two grids, so layers are found by name; transformers names those of Llava otherwise than its files do."""
+    recipe = Recipe(RTN, [Rule("*.1.*", {"bits": 8})])
+    folder = save(kind, tmp_path / "float")
+    result = run(folder, tmp_path / "out", kind, recipe)
+    own: Any = loaded(folder)
+    sites = {site.name: site for site in find_sites(own).sites}
+    for layer in result.result.layers.values():
+        options = layer.options
+        nearest = rtn(sites[layer.name].read(), bits=options.bits, group_size=16, full_range=True)
+        sites[layer.name].write(dequantize(nearest))
+    ours = loaded(tmp_path / "out")
+    quantized = {name for name, module in ours.named_modules() if hasattr(module, "quantization_scheme")}
+    assert quantized == set(result.result.layers)
+    assert set(sites) - quantized == {name for name in sites if "conv" in name or "patch_embedding" in name}
+    assert torch.equal(logits(ours, kind), logits(own, kind))
+
+
 def weight_of(quantized: QuantizedWeight) -> QuantizedWeight:
     """Without the loss of each row."""
     grid = (quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range)
@@ -153,7 +175,7 @@ def test_the_package_gguf_gets_the_weights_of_a_gguf_file(kind: str, tmp_path: P
     calibration = load_calibration(
         [{"input_ids": small_models.ids(2, 24, seed, below=290)} for seed in range(6)], tokens=10**6
     )
-    given: dict[str, Any] = {"calibration": calibration, "dtype": torch.float32}
+    given: dict[str, Any] = {"calibration": calibration, "dtype": torch.float32, "report": False}
     result = quantize_folder(folder, tmp_path / "out", options, format="gguf", gguf=GgufOptions(other="F32"), **given)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [GGUF_FILE]
     assert result.bytes_after == (tmp_path / "out" / GGUF_FILE).stat().st_size
@@ -227,7 +249,14 @@ def test_bytes_of_layers_are_known_before(form: Any, tmp_path: Path) -> None:
     options = LayerOptions(preset="fast", group_size=32, min_tokens=2)
     calibration = load_calibration([{"input_ids": small_models.ids(2, 24, 0, below=290)}] * 3, tokens=10**6)
     result = quantize_folder(
-        folder, tmp_path / "out", options, format=form, calibration=calibration, dtype=torch.float32, held_out=0
+        folder,
+        tmp_path / "out",
+        options,
+        format=form,
+        calibration=calibration,
+        dtype=torch.float32,
+        held_out=0,
+        report=False,
     )
     if form == "gguf":
         tensors = read_gguf(tmp_path / "out" / GGUF_FILE).tensors.values()
@@ -297,7 +326,7 @@ def test_experts_that_are_stored_fused(tmp_path: Path) -> None:
     assert not any("experts" in name for name in result.result.layers)
     reasons = {one.name: one.reason for one in result.result.left_alone}
     assert reasons[fused] == (
-        f"the format compressed-tensors cannot hold {fused}.3, which is stored in one tensor with all experts, "
+        f"the format compressed-tensors cannot hold {fused}.0, which is stored in one tensor with all experts, "
         f"'{fused}', while it holds one for each expert only"
     )
     assert fused in Checkpoint(tmp_path / "out").tensors
@@ -376,6 +405,16 @@ def test_tied_output_embeddings(tmp_path: Path) -> None:
     assert torch.equal(out.read("model.embed_tokens.weight"), values)
     assert torch.equal(dequantize(stored_layers(tmp_path / "out")["lm_head"]), values)
     assert torch.equal(logits(loaded(tmp_path / "out"), "llama"), logits(own, "llama"))
+    twice = load_file(folder / "model.safetensors")  # a folder may have the one matrix under both names
+    save_file(
+        {**twice, "lm_head.weight": twice["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    run(folder, tmp_path / "again", "llama", recipe, output_embeddings=True)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 # How it runs
@@ -384,7 +423,9 @@ def test_tied_output_embeddings(tmp_path: Path) -> None:
 def test_texts_are_read_with_the_folders_tokenizer(tmp_path: Path) -> None:
     folder = gguf_model(tmp_path / "float")
     options = LayerOptions(preset="fast", group_size=32)
-    result = quantize_folder(folder, tmp_path / "out", options, tokens=700, sequence_length=64, held_out=0.1)
+    result = quantize_folder(
+        folder, tmp_path / "out", options, tokens=700, sequence_length=64, held_out=0.1, report=False
+    )
     layer = result.result.layers["model.layers.0.self_attn.q_proj"]
     assert 700 <= layer.tokens < 764
     assert 70 <= layer.held_out_tokens < 134
@@ -397,6 +438,7 @@ def test_texts_are_read_with_the_folders_tokenizer(tmp_path: Path) -> None:
         tokens=128,
         sequence_length=4096,
         held_out=0,
+        report=False,
     )
     assert "windows have 128 tokens, as many as the model takes, instead of 4096" in result.result.notes
     assert result.result.layers["model.layers.0.self_attn.q_proj"].tokens == 128
@@ -437,6 +479,26 @@ def test_the_dtype_is_what_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is refused
 
 
+def test_a_report_lies_beside_the_model(tmp_path: Path) -> None:
+    folder = save("whisper", tmp_path / "float")
+    recipe = Recipe(OPTIONS, [Rule("*.0.*", {"bits": 8})])
+    result = run(folder, tmp_path / "out", "whisper", recipe, report=True)
+    report = read_report(tmp_path / "out")
+    assert report["model"] == "float"
+    assert report["format"] == "compressed-tensors"
+    assert report["bytes"] == {"before": result.bytes_before, "after": result.bytes_after}
+    assert [layer["name"] for layer in report["layers"]] == list(result.result.layers)
+    assert {layer["bits"] for layer in report["layers"]} == {4, 8}
+    assert set(result.notes) <= set(report["notes"])
+    assert {one["name"] for one in report["left_alone"]} >= {"model.encoder.conv1.weight", "proj_out.weight"}
+    assert report["settings"]["dtype"] == "float32"
+    assert 10**8 < report["peak_memory"] < 10**11
+    assert "<title>float: miniquant report</title>" in (tmp_path / "out" / "report.html").read_text()
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    run(folder, tmp_path / "out", "whisper", RTN, overwrite=True)
+    assert before - {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "report.html"}
+
+
 def test_bad_arguments_are_refused_before_the_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save("llama", tmp_path / "float")
     quantized = tmp_path / "quantized"
@@ -460,6 +522,8 @@ def test_bad_arguments_are_refused_before_the_first_pass(tmp_path: Path, monkeyp
         ({"format": "awq"}, ValueError, "layer_format: expected name to be one of .* but got 'awq'"),
         ({"gguf": GgufOptions()}, ValueError, "expected gguf with the format gguf only"),
         ({"dtype": torch.int8}, ValueError, "expected dtype to be float32 or .* but got torch.int8"),
+        ({"device": "abacus"}, ValueError, "expected device to be one that torch has here, but got 'abacus'"),
+        ({"device": "meta"}, ValueError, "expected device to be one that torch has here, but got 'meta'"),
         ({"held_out": 0.5}, ValueError, "expected held_out to be batches or a number from 0 to 0.25, but got 0.5"),
         ({"recipe": {"defaults": {"bit": 4}}}, ValueError, "bit"),
         (
@@ -554,7 +618,12 @@ def quantized_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     def of(form: str) -> Path:
         output = tmp_path / form
         if not output.exists():
-            given: dict[str, Any] = {"format": form, "calibration": calibration, "dtype": torch.float32}
+            given: dict[str, Any] = {
+                "format": form,
+                "calibration": calibration,
+                "dtype": torch.float32,
+                "report": False,
+            }
             quantize_folder(folder, output, options, **given)
         return output
 
@@ -633,7 +702,7 @@ def test_gpt2_goes_from_our_own_format_to_gguf(tmp_path: Path) -> None:
     folder = gguf_model(tmp_path / "float", "gpt2")
     options = LayerOptions(preset="fast", group_size=32, unseen="rtn", min_tokens=10**6)
     calibration = load_calibration([{"input_ids": small_models.ids(2, 24, 0, below=290)}] * 3, tokens=10**6)
-    given: dict[str, Any] = {"calibration": calibration, "dtype": torch.float32}
+    given: dict[str, Any] = {"calibration": calibration, "dtype": torch.float32, "report": False}
     quantize_folder(folder, tmp_path / "own", options, format="miniquant", **given)
     quantize_folder(folder, tmp_path / "direct", options, format="gguf", gguf=GgufOptions(other="F32"), **given)
     convert_folder(tmp_path / "own", tmp_path / "out", "gguf")

@@ -14,7 +14,7 @@ from torch import Tensor
 from miniquant import FolderResult, GgufOptions, LayerOptions, convert_folder, dequantize, quantize_folder
 from miniquant.checkpoint import Checkpoint
 from miniquant.formats import format_of
-from miniquant.state import GGUF_FILE
+from miniquant.formats.gguf_file import GGUF_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ def test_gptq_and_what_it_is_converted_to(source: Path, tmp_path: Path) -> None:
     quantize_folder(source, tmp_path / "gptq", RECIPE, format="gptq", **OPTIONS)
     expected = weights(tmp_path / "gptq")
     for form in ("gptq_v2", "miniquant", "compressed-tensors"):
-        convert_folder(tmp_path / "gptq", tmp_path / form, form)  # type: ignore[arg-type]
+        convert_folder(tmp_path / "gptq", tmp_path / form, form)
         found = weights(tmp_path / form)
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -29,6 +29,7 @@ from miniquant.formats.gguf_tokenizer import Vocabulary, read_json, read_list, r
 from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import dtype_names, replacing
 
+GGUF_FILE = "model.gguf"  # in a folder that is written
 OtherType = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {"F32": "ALL_F32", **{name: f"MOSTLY_{name}" for name in ("F16", "BF16", *TYPES)}}
 _ALWAYS_F32 = ("position_embd.weight", "token_types.weight")
