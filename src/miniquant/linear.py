@@ -12,6 +12,9 @@ asymmetric grid ``-zero_point * scale``, are rounded to bfloat16 for it, the pro
 other input the weight is dequantized, a million elements at a time, multiplied and dropped: values are those of
 ``miniquant.dequantize(quantized, dtype=input.dtype)``, bit for bit. From 64 tokens on this is faster than the kernel
 also in bfloat16; with few tokens it is slow, since every call dequantizes the whole weight.
+
+docs/guide.md has what it comes to for a language model: generation 2.3 times as fast as with float weights in bfloat16,
+and a prompt 0.6 times.
 """
 
 import copy
