@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import threading
 import time
@@ -35,6 +36,8 @@ from miniquant.checkpoint import (
     check_output_folder,
     read_json,
 )
+from miniquant.errors import foreign
+from miniquant.float_models import load_tokenizer
 from miniquant.formats import (
     Format,
     Gguf,
@@ -77,6 +80,7 @@ from miniquant.quantize import (
     quantize_planned,
 )
 from miniquant.recipe import FormatName, LayerOptions, Recipe
+from miniquant.report import Report, as_dict, write_report
 from miniquant.state import (
     GGUF_FILE,
     RUN,
@@ -373,9 +377,29 @@ class FolderPlan:
                     )
                 files = _Files(self.output, source.checkpoint, planned, self.form, state)
                 size = files.write(self.max_shard_bytes, overwrite=self.overwrite, code=self.trust_remote_code)
+                said = tuple(dict.fromkeys(notes))
+                done = FolderResult(result, self.output, self.form.name, self.dtype, self.bytes_before, size, said)
+                write_report(self.output, self._report(done))
             state.finish()
-        return FolderResult(
-            result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(dict.fromkeys(notes))
+        return done
+
+    def _report(self, done: FolderResult) -> Report:
+        software = _software()
+        return as_dict(
+            done.result,
+            model=self.source.checkpoint.folder.resolve().name,
+            format=self.form.name,
+            recipe=self.recipe,
+            calibration=self.calibration,
+            settings={
+                "dtype": dtype_names(self.dtype),
+                **{name: self.asked[name] for name in ("device", "output_embeddings")},
+                **{name: software[name] for name in ("threads", "torch", "transformers", "cpu")},
+            },
+            bytes_before=done.bytes_before,
+            bytes_after=done.bytes_after,
+            peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            notes=done.notes,
         )
 
 
@@ -628,14 +652,12 @@ def _tokenizer(folder: Path, given: CalibrationSource | None, *, trust_remote_co
     """The tokenizer of a folder; None where no text is read."""
     if not needs_tokenizer(given):
         return None
-    from transformers import AutoTokenizer  # noqa: PLC0415  (as in _opened)
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return load_tokenizer((folder,), trust_remote_code=trust_remote_code)
+    except ValueError as error:
         raise ValueError(
-            f"quantize_folder: {folder}: expected a tokenizer for calibration with texts, but got: {error} "
-            "(calibrate on a tensor file of token ids)"
+            f"quantize_folder: {folder}: expected a tokenizer for calibration with texts, but got: "
+            f"{foreign(error.__cause__ or error)} (calibrate on a tensor file of token ids)"
         ) from error
 
 
