@@ -298,14 +298,18 @@ def _ratios(layers: Sequence[Mapping[str, Any]], tokens: str) -> dict[str, Any] 
         return None
     worst = max(found, key=found.__getitem__)
     values = list(found.values())
-    logarithms = [math.log(value) if value else -math.inf for value in values]
     return {
         "layers": len(found),
-        "geometric_mean": math.exp(statistics.fmean(logarithms)),
+        "geometric_mean": geometric_mean(values),
         "median": statistics.median(values),
         "worst": found[worst],
         "worst_layer": worst,
     }
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers of at least 0; 0 where one is."""
+    return math.exp(statistics.fmean(math.log(value) if value else -math.inf for value in values))
 
 
 def _check(where: str, report: object) -> None:

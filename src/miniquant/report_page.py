@@ -211,9 +211,9 @@ def _layers(report: Report) -> str:
     """Every layer."""
     columns = [
         *(_Column("layer", "text"), _Column("N × K"), _Column("bits"), _Column("group"), _Column("by", "text")),
-        *(_Column("ridge"), _Column("tokens"), _Column("loss"), _Column("RTN"), _Column("ratio")),
-        *(_Column("held-out tokens"), _Column("held-out loss"), _Column("RTN"), _Column("ratio")),
-        *(_Column("seconds"), _Column("bytes"), _Column("notes", "text long")),
+        *(_Column("held-out tokens"), _Column("loss on them"), _Column("RTN"), _Column("ratio")),
+        *(_Column("calibration tokens"), _Column("loss on them"), _Column("RTN"), _Column("ratio")),
+        *(_Column("ridge"), _Column("seconds"), _Column("bytes"), _Column("notes", "text long")),
     ]
     rows, classes = [], []
     for layer in report["layers"]:
@@ -226,9 +226,9 @@ def _layers(report: Report) -> str:
                 _number(layer["bits"], f"{layer['bits']}{grid}"),
                 _number(layer["group_size"], _group(layer["group_size"])),
                 _Cell("RTN" if layer["method"] == "rtn" else layer["preset"]),
-                _number(layer["ridge"], units.loss(layer["ridge"])),
-                *_losses(layer, "calibration"),
                 *_losses(layer, "held_out"),
+                *_losses(layer, "calibration"),
+                _number(layer["ridge"], units.loss(layer["ridge"])),
                 _number(layer["seconds"], f"{layer['seconds']:.2f}"),
                 _number(layer["bytes_after"], units.size(layer["bytes_after"])),
                 _Cell("; ".join(layer["notes"])),

@@ -36,6 +36,8 @@ from miniquant.checkpoint import (
     check_output_folder,
     read_json,
 )
+from miniquant.errors import foreign
+from miniquant.float_models import load_tokenizer
 from miniquant.formats import (
     FORMATS,
     Format,
@@ -391,9 +393,8 @@ class FolderPlan:
                 if report:
                     write_report(self.output, self._report(result, size, notes))
             state.finish()
-        return FolderResult(
-            result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(dict.fromkeys(notes))
-        )
+        said = tuple(dict.fromkeys(notes))
+        return FolderResult(result, self.output, self.form.name, self.dtype, self.bytes_before, size, said)
 
     def _report(self, result: ModelResult, size: int, notes: Iterable[str]) -> Report:
         """The report of a run whose output is written."""
@@ -691,14 +692,12 @@ def _tokenizer(folder: Path, given: CalibrationSource | None, *, trust_remote_co
     """The tokenizer of a folder; None where no text is read."""
     if not needs_tokenizer(given):
         return None
-    from transformers import AutoTokenizer  # noqa: PLC0415  (as in _software)
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return load_tokenizer((folder,), trust_remote_code=trust_remote_code)
+    except ValueError as error:
         raise ValueError(
-            f"quantize_folder: {folder}: expected a tokenizer for calibration with texts, but got: {error} "
-            "(calibrate on a tensor file of token ids)"
+            f"quantize_folder: {folder}: expected a tokenizer for calibration with texts, but got: "
+            f"{foreign(error.__cause__ or error)} (calibrate on a tensor file of token ids)"
         ) from error
 
 

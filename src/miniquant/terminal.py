@@ -5,9 +5,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich import box
 from rich import progress as rich_progress
@@ -17,7 +17,10 @@ from rich.text import Text
 
 from miniquant import units
 from miniquant.quantize import LayerResult
-from miniquant.report import Kind, Report, by_kind, judged_on, ratio, worst_layers
+from miniquant.report import Kind, Report, by_kind, geometric_mean, judged_on, place_of, ratio, worst_layers
+
+if TYPE_CHECKING:
+    from miniquant.loading import Contents, LayerContents, TensorContents
 
 # Nobody sees where a pipe ends, and names that are cut cannot be searched for.
 PIPE_WIDTH = 240
@@ -47,9 +50,9 @@ class Progress:
     """Shows how far a run is: on a terminal a bar, elsewhere lines, at most one each `interval` seconds.
 
     Both have the layer, its loss relative to that of rounding to nearest (held-out tokens where there are any), the
-    time left, how many calibration tokens have come through the whole model a second so far, and the memory that the
-    process holds. Notes on layers are shown when they come; everything is logged, too (:mod:`logging`,
-    "miniquant.terminal").
+    time left, how many calibration tokens come through the whole model a second, and the memory that the process holds.
+    Speed is that of the last layers, so what a resumed run only reads, and loading the model, do not count. Notes on
+    layers are shown when they come; everything is logged, too (:mod:`logging`, "miniquant.terminal").
 
     Args:
         tokens: of calibration; None shows no speed.
@@ -74,14 +77,12 @@ class Progress:
         self._console = console_of(sys.stderr) if console is None else console
         self._interval = interval
         self._clock = clock
-        self._start = clock()
         self._shown = -float("inf")
         self._ends: deque[tuple[int, float]] = deque()
         self._bar: rich_progress.Progress | None = None
         self._task: rich_progress.TaskID | None = None
 
     def __enter__(self) -> "Progress":  # noqa: PYI034  (Self is of Python 3.11)
-        self._start = self._clock()
         if self._console.is_terminal:
             self._bar = rich_progress.Progress(*_columns(self._console.width), console=self._console, transient=True)
             self._bar.start()
@@ -107,20 +108,19 @@ class Progress:
     def layer(self, layer: LayerResult, number: int, of: int) -> None:
         """A layer is done: the `number`-th of `of`."""
         now = self._clock()
-        if not self._ends:
-            self._ends.append((number - 1, self._start))
         self._ends.append((number, now))
         if len(self._ends) > max(SPEED_LAYERS, of // 4) + 1:
             self._ends.popleft()
-        (first, then), left = self._ends[0], of - number
-        seconds_left = left * (now - then) / max(number - first, 1)
+        first, then = self._ends[0]
+        layers_per_second = (number - first) / (now - then) if now > then else 0
         relative = _relative(layer)
         parts = ["" if relative is None else f"loss {relative:.3f} of RTN"]
-        if self._tokens is not None and now > self._start:
-            parts.append(f"{self._tokens * number / of / (now - self._start):,.0f} tokens/s")
+        if self._tokens is not None and layers_per_second:
+            parts.append(f"{self._tokens * layers_per_second / of:,.0f} tokens/s")
         parts.append(units.size(memory()))
         figures = "  ".join(part for part in parts if part)
-        time_left = f"{units.duration(seconds_left)} left" if left else ""
+        left = of - number
+        time_left = f"{units.duration(left / layers_per_second)} left" if left and layers_per_second else ""
         logger.info("layer %d of %d: %s: %s", number, of, layer.name, figures)
         for note in layer.notes:
             logger.info("layer %s: %s", layer.name, note)
@@ -139,7 +139,7 @@ class Progress:
         self._bar.update(self._task, description=name, completed=number, total=of, figures=figures, left=left)
 
 
-def _relative(layer: LayerResult) -> float | None:
+def _relative(layer: "LayerResult | LayerContents") -> float | None:
     """A layer's loss relative to that of rounding to nearest, on held-out tokens where there are any."""
     for loss, nearest in ((layer.held_out_loss, layer.held_out_rtn_loss), (layer.loss, layer.rtn_loss)):
         if loss is not None and nearest:
@@ -217,6 +217,73 @@ def table(title: str | None, columns: Sequence[tuple[str, bool]]) -> Table:
     return made
 
 
+def contents_tables(contents: "Contents", *, every_layer: bool = False) -> RenderableType:
+    """What a folder or file holds: quantized layers by kind or one by one, and what is not quantized."""
+    groups: dict[str, list[LayerContents]] = {}
+    for layer in contents.layers:
+        groups.setdefault(layer.name if every_layer else place_of(layer.name).kind, []).append(layer)
+    heads = [("layer", False)] if every_layer else [("kind of layer", False), ("layers", True)]
+    has_losses = any(_relative(layer) is not None for layer in contents.layers)
+    columns = [*heads, ("type", False), ("group", True), ("N × K", True), ("bits/weight", True), ("bytes", True)]
+    made = table(None, [*columns, *([("loss/RTN", True)] if has_losses else [])])
+    for name, layers in groups.items():
+        nbytes = sum(layer.nbytes for layer in layers)
+        ratios = [value for layer in layers if (value := _relative(layer)) is not None]
+        made.add_row(
+            name,
+            *([] if every_layer else [str(len(layers))]),
+            each(f"{layer.kind}{'' if layer.symmetric in (True, None) else ' asym.'}" for layer in layers),
+            each(group_text(layer.group_size) for layer in layers),
+            each(" × ".join(map(str, layer.shape)) for layer in layers),
+            f"{8 * nbytes / sum(layer.weights for layer in layers):.2f}",
+            units.size(nbytes),
+            *([units.ratio(geometric_mean(ratios) if ratios else None)] if has_losses else []),
+        )
+    parts: list[RenderableType] = []
+    architecture = contents.architecture or "a model"
+    form = "not quantized" if contents.format is None else f"format {contents.format}"
+    parts.append(Text(f"{contents.path}: {architecture}, {form}", style="bold"))
+    if contents.layers:
+        parts += ["", made, ""]
+        parts.append(
+            f"{len(contents.layers)} quantized layers: {units.size(contents.layer_bytes)}, "
+            f"{contents.bits_per_weight:.2f} bits per weight, scales included"
+        )
+    parts += ["", _others_table(contents, every_tensor=every_layer)] if contents.others else []
+    parts += [Text(f"note: {note}", style="yellow") for note in contents.notes]
+    return Group(*parts)
+
+
+def _others_table(contents: "Contents", *, every_tensor: bool) -> Table:
+    """Tensors that are not quantized."""
+    groups: dict[str, list[TensorContents]] = {}
+    for tensor in contents.others:
+        groups.setdefault(tensor.name if every_tensor else place_of(tensor.name).kind, []).append(tensor)
+    title = f"not quantized: {units.size(contents.other_bytes)}"
+    heads = [("tensor", False)] if every_tensor else [("kind of tensor", False), ("tensors", True)]
+    made = table(title, [*heads, ("type", False), ("shape", True), ("bytes", True)])
+    for name, tensors in groups.items():
+        made.add_row(
+            name,
+            *([] if every_tensor else [str(len(tensors))]),
+            each(tensor.dtype for tensor in tensors),
+            each(" × ".join(map(str, tensor.shape)) or "1" for tensor in tensors),
+            units.size(sum(tensor.nbytes for tensor in tensors)),
+        )
+    return made
+
+
+def each(texts: Iterable[str]) -> str:
+    """Different texts, in order; of many the first three."""
+    different = list(dict.fromkeys(texts))
+    return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "")
+
+
+def group_text(size: int | None) -> str:
+    """A group size as tables show it."""
+    return "–" if size is None else "row" if size == -1 else str(size)  # noqa: RUF001
+
+
 def _kinds_table(kinds: Sequence[Kind], width: int) -> Table:
     wide = width >= NARROW
     columns = [("kind of layer", False), ("layers", True), ("bits", True), ("group", True), ("loss/RTN", True)]
@@ -227,7 +294,7 @@ def _kinds_table(kinds: Sequence[Kind], width: int) -> Table:
             kind.kind,
             f"{len(kind.layers)}" + (f" ({nearest} RTN)" if nearest else ""),
             ", ".join(map(str, kind.values("bits"))),
-            ", ".join("row" if size == -1 else str(size) for size in kind.values("group_size")),
+            ", ".join(map(group_text, kind.values("group_size"))),
             units.ratio(kind.ratio),
             units.ratio(kind.worst),
             *([units.duration(kind.total("seconds")), units.size(kind.total("bytes_after"))] if wide else []),
@@ -254,7 +321,7 @@ def _layers_table(report: Report, width: int) -> Table:
         made.add_row(
             layer["name"],
             f"{layer['bits']}",
-            "row" if layer["group_size"] == -1 else f"{layer['group_size']}",
+            group_text(layer["group_size"]),
             "RTN" if layer["method"] == "rtn" else layer["preset"],
             units.ratio(ratio(layer, tokens)),
             *(figures if wide else []),
@@ -283,6 +350,10 @@ def _sums(report: Report) -> Text:
     if size["before"] and size["after"] is not None:
         share = size["after"] / size["before"]
         lines.append(f"weights: {units.size(size['before'])} before, {units.size(size['after'])} after ({share:.2f})")
+    sources = report["calibration"]["sources"]
+    if sources:
+        named = ", ".join(source["name"] for source in sources)
+        lines.append(f"calibrated on {report['calibration']['tokens']:,} tokens of {named}")
     if "total" in seconds:
         parts = ", ".join(f"{name} {units.duration(value)}" for name, value in seconds.items() if name != "total")
         lines.append(f"time: {units.duration(seconds['total'])} ({parts})")

@@ -25,7 +25,9 @@ def duration(seconds: float) -> str:
 
 def loss(value: float | None) -> str:
     """A loss in three digits, or a dash where there is none."""
-    return "–" if value is None else f"{value:.3g}"  # noqa: RUF001  (a dash that is as wide as a number)
+    if value is None:
+        return "–"  # noqa: RUF001  (a dash that is as wide as a number)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:

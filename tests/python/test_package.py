@@ -125,7 +125,7 @@ def copied_package(root: Path, folder: Path, **build: str) -> Path:
     """The modules in a folder, with a fake library whose build.json has the given versions of torch."""
     package = folder / "miniquant"
     (package / "lib").mkdir(parents=True)
-    for name in ("__init__.py", "_library.py"):
+    for name in ("__init__.py", "_interface.py", "_library.py", "_startup.py"):
         (package / name).write_text((root / "src" / "miniquant" / name).read_text())
     (package / "lib" / "libminiquant.so").write_text("no library")
     if build:

@@ -1,0 +1,481 @@
+"""What the commands of :mod:`miniquant.cli` do. Results go to standard output, all else to standard error."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import typer
+from rich.text import Text
+from torch import nn
+
+import miniquant
+from miniquant import units
+from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
+from miniquant.checkpoint import Checkpoint, read_json
+from miniquant.cli import INTERRUPTED, TERMINATED
+from miniquant.errors import foreign, line_of
+from miniquant.evaluate import Estimate, compare_embeddings
+from miniquant.evaluate import evaluate as evaluate_language
+from miniquant.float_models import (
+    check_counts,
+    gguf_of,
+    load_float,
+    load_tokenizer,
+    longest_window,
+    quiet,
+    speaks,
+    transformers_package,
+    vocabulary_of,
+)
+from miniquant.output import GgufOptions
+from miniquant.quantize import Stopped
+from miniquant.recipe import Recipe, Rule
+from miniquant.report import HTML_NAME, read_report
+from miniquant.run import convert_folder, quantize_folder
+from miniquant.terminal import Progress, console_of, contents_tables, report_tables, table
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_STOPPED_BY: Mapping[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+
+
+def print_versions() -> None:
+    """Versions of what decides results."""
+    packages = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    print(f"miniquant {miniquant.__version__}")
+    print(f"torch {torch.__version__}, kernels {miniquant.instruction_set()}")
+    for package in ("transformers", "compressed-tensors", "gguf", "matplotlib"):
+        print(package, importlib.metadata.version(package) if package in packages else "not installed")
+    print(f"Python {platform.python_version()}")
+
+
+# Quantizing
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command line says of a recipe.
+
+    Attributes:
+        file: of a recipe; None is the default one.
+        stated: options of :class:`miniquant.LayerOptions`; None of those that were not stated.
+        skip: patterns of layers to leave alone.
+        rules: as :func:`parse_rule` takes them.
+    """
+
+    file: Path | None
+    stated: Mapping[str, Any]
+    skip: Sequence[str]
+    rules: Sequence[str]
+
+    def recipe(self) -> Recipe:
+        """The file's recipe with what the command line says instead, and its rules after those of the command line.
+
+        Raises:
+            OSError, ValueError: for a bad file, option or rule.
+        """
+        base = Recipe() if self.file is None else Recipe.load(self.file)
+        stated = {name: value for name, value in self.stated.items() if value is not None}
+        if "ridge" in stated:
+            stated["ridge"] = _value(stated["ridge"])
+        rules = [*(Rule(pattern, {"skip": True}) for pattern in self.skip), *map(parse_rule, self.rules), *base.rules]
+        return Recipe(dataclasses.replace(base.defaults, **stated), rules, base.format)
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule from "PATTERN KEY=VALUE KEY=VALUE"; values are JSON, or words.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    pattern, *pairs = text.split()
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--rule {text!r}: expected a pattern and KEY=VALUE pairs after it, but got {pair!r}")
+        options[key] = _value(value)
+    if not options:
+        raise ValueError(f"--rule {text!r}: expected a pattern and KEY=VALUE pairs after it, but got no pair")
+    try:
+        return Rule(pattern, options)
+    except ValueError as error:
+        raise ValueError(f"--rule {text!r}: {str(error).removeprefix('Rule: ')}") from error
+
+
+def _value(text: str) -> Any:
+    """A value as JSON has it, otherwise the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def quantize(
+    model_dir: Path,
+    output_dir: Path,
+    *,
+    recipe: Recipe,
+    form: Any,
+    calibration: Sequence[Path] | None,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+    threads: int | None,
+    gguf: Mapping[str, Any],
+    dry_run: bool,
+    device: str,
+    **options: Any,
+) -> None:
+    """Quantizes a folder, and shows how that goes and what came of it; `options` are those of quantize_folder."""
+    console = _start(threads, device)
+    stated = {name: value for name, value in gguf.items() if value is not None}
+    name = form or recipe.format or "compressed-tensors"
+    if stated and name != "gguf":
+        raise ValueError(
+            f"quantize: expected --gguf-{next(iter(stated))} with --format gguf only, but got format {name}"
+        )
+    arguments = {
+        "recipe": recipe,
+        "format": name,
+        "calibration": list(calibration) if calibration else None,
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "dtype": _DTYPES.get(dtype, "auto"),
+        "device": device,
+        "gguf": GgufOptions(**stated) if stated else None,
+        **options,
+    }
+    check_counts(Checkpoint(model_dir))
+    naming = _naming("quantize", model_dir, output_dir, *(calibration or ()))
+    if dry_run:
+        from miniquant.preflight import preflight, preflight_tables  # noqa: PLC0415  (for this option only)
+
+        with naming:
+            plan = preflight(model_dir, output_dir, **arguments)
+        _out(preflight_tables(plan, width=console_of(sys.stdout).width))
+        return
+    quietly = quiet(transformers_package())
+    with naming, _stop_when_asked(console) as stop, quietly, Progress(tokens=tokens, console=console) as progress:
+        progress.stage(f"reads {model_dir}")
+        try:
+            result = quantize_folder(model_dir, output_dir, progress=progress.layer, stop=stop, **arguments)
+        except Stopped as error:
+            print(line_of(error), file=sys.stderr)
+            raise typer.Exit(_STOPPED_BY.get(stop.signal, INTERRUPTED)) from None
+    report = read_report(result.folder)
+    _out(report_tables(report, width=console_of(sys.stdout).width))
+    where = result.folder / HTML_NAME
+    print(f"written: {result.folder} ({result.format}, {units.size(result.bytes_after)}); {where} has the report")
+    if name != "gguf":
+        print(f"next: miniquant evaluate {result.folder} --against {model_dir} --text FILE")
+
+
+class _Stop(threading.Event):
+    """Set by a signal."""
+
+    signal: int = signal.SIGINT
+
+
+@contextmanager
+def _stop_when_asked(console: Any) -> Iterator[_Stop]:
+    """While entered, Ctrl-C and SIGTERM set an event; the second one interrupts."""
+    stop = _Stop()
+
+    def asked(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.signal = number
+        stop.set()
+        console.print(Text("stops at the end of this layer; once more: at once", style="yellow"))
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield stop
+        return
+    before = {number: signal.signal(number, asked) for number in _STOPPED_BY}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Evaluating
+
+
+def evaluate(
+    model_dir: Path,
+    text: Sequence[Path],
+    *,
+    against: Path | None,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Prints scores of a model."""
+    console = _start(threads, device)
+    loading: dict[str, Any] = {"dtype": _DTYPES.get(dtype), "device": device, "trust_remote_code": trust_remote_code}
+    tokenizer = None
+    if needs_tokenizer(list(text)):
+        tokenizer = load_tokenizer(
+            (model_dir, *([] if against is None else [against])), trust_remote_code=trust_remote_code
+        )
+    naming = _naming("evaluate", model_dir, *text, *([] if against is None else [against]))
+    with naming, Progress(console=console) as progress:
+        progress.stage(f"reads {model_dir}")
+        model = _loaded(model_dir, **loading)
+        data = _windows(text, tokenizer, model, tokens, sequence_length)
+        reference = None
+        if against is not None:
+            progress.stage(f"reads {against}")
+            reference = _loaded(against, **loading)
+        progress.stage(f"evaluates {data.tokens:,} tokens")
+        start = time.perf_counter()
+        scores = _scores(model, data, reference, model_dir)
+        seconds = time.perf_counter() - start
+    if as_json:
+        sources = [source.name for source in data.sources]
+        about = {"model": str(model_dir), "against": None if against is None else str(against), "text": sources}
+        print(json.dumps(_finite({**about, "tokens": data.tokens, "seconds": seconds, **scores}), indent=1))
+        return
+    made = table(None, [("", False), ("", True), ("± standard error", True)])
+    for name, value in _score_rows(scores):
+        estimate = Estimate(**value) if isinstance(value, Mapping) else Estimate(value, None)
+        error = "" if estimate.standard_error is None else f"{estimate.standard_error:.2g}"
+        made.add_row(name, f"{estimate.value:.6g}", error)
+    _out(made)
+    print(f"{data.tokens:,} tokens in {scores['windows']} windows, {units.duration(seconds)}")
+
+
+def _loaded(path: Path, *, dtype: torch.dtype | None, device: str, trust_remote_code: bool) -> nn.Module:
+    """A model, quantized or not, in evaluation mode."""
+    config = path / "config.json"
+    if gguf_of(path) is None and config.is_file() and read_json(config).get("quantization_config") is not None:
+        from miniquant.loading import load  # noqa: PLC0415  (as in inspect)
+
+        model: nn.Module = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return model.eval()
+    return load_float(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _windows(text: Sequence[Path], tokenizer: Any, model: nn.Module, tokens: int, sequence_length: int) -> Calibration:
+    """Batches of tokens as long as the model takes, which notes say."""
+    longest = longest_window(model)
+    if longest is not None and longest < sequence_length:
+        logging.getLogger(__name__).info("windows have %d tokens, as many as the model takes", longest)
+        sequence_length = longest
+    vocabulary = vocabulary_of(model)
+    return load_calibration(
+        list(text), tokenizer, tokens=tokens, sequence_length=sequence_length, vocabulary=vocabulary
+    )
+
+
+def _scores(model: nn.Module, data: Calibration, reference: nn.Module | None, path: Path) -> dict[str, Any]:
+    """Scores of a language model, or of an encoder."""
+    if speaks(model):
+        return evaluate_language(model, data.batches, reference=reference).to_dict()
+    if reference is None:
+        raise ValueError(
+            f"evaluate: expected --against for {path}, a {type(model).__name__}: it predicts no token, so there is "
+            "nothing to measure but how near its embeddings are to another model's"
+        )
+    bases = [getattr(one, "base_model", one) for one in (model, reference)]
+    return compare_embeddings(bases[0], data.batches, reference=bases[1]).to_dict()
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not have: a perplexity may be infinite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SCORES = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the other",
+    "loss": "loss, nats",
+    "kl_divergence": "KL divergence, nats",
+    "same_top": "same likeliest token",
+    "cosine": "cosine of embeddings",
+    "least_cosine": "least cosine",
+}
+
+
+def _score_rows(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(text, scores[name]) for name, text in _SCORES.items() if scores.get(name) is not None]
+
+
+# Looking and converting
+
+
+def inspect(path: Path, *, every_layer: bool, as_json: bool) -> None:
+    """Prints what a model has."""
+    _start(None)
+    from miniquant.loading import contents_of  # noqa: PLC0415  (not for commands that load no quantized model)
+
+    with _naming("inspect", path):
+        found = contents_of(path)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        return
+    _out(contents_tables(found, every_layer=every_layer))
+
+
+def convert(source_dir: Path, output_dir: Path, form: Any, **options: Any) -> None:
+    """Takes a model to another format."""
+    _start(None)
+    with _naming("convert", source_dir, output_dir):
+        done = convert_folder(source_dir, output_dir, form, **options)
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    sizes = f"{units.size(done.bytes_before)} before, {units.size(done.bytes_after)} after"
+    print(f"written: {done.folder} ({done.before} to {done.after}, {done.layers} layers, {sizes})")
+
+
+# Speaking
+
+
+def generate(
+    model_dir: Path,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool | None,
+    system: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+) -> None:
+    """Prints what a model goes on with, as it comes."""
+    console = _start(threads, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("generate: expected a prompt, but got no text")
+    tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code)
+    ids = _prompt_ids(tokenizer, text, chat=chat, system=system, path=model_dir)
+    with _naming("generate", model_dir):
+        model: Any = _loaded(model_dir, dtype=_DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
+    if not speaks(model):
+        raise ValueError(
+            f"generate: {model_dir}: expected a causal language model, but got a {type(model).__name__}, "
+            "which gives no text"
+        )
+    longest = longest_window(model)
+    if longest is not None and ids.shape[-1] >= longest:
+        raise ValueError(
+            f"generate: {model_dir}: expected a prompt of fewer than {longest} tokens, which the model takes, but got "
+            f"{ids.shape[-1]}"
+        )
+    from transformers import TextStreamer  # noqa: PLC0415
+
+    torch.manual_seed(seed)
+    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = ids.to(device)
+    start = time.perf_counter()
+    room = max_tokens if longest is None else min(max_tokens, longest - ids.shape[-1])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            streamer=streamer,
+            pad_token_id=_padding(tokenizer),
+            **draws,
+        )
+    seconds, made = time.perf_counter() - start, output.shape[-1] - ids.shape[-1]
+    console.print(Text(f"{made} tokens in {units.duration(seconds)}, {made / seconds:.1f} a second", style="dim"))
+
+
+def _padding(tokenizer: Any) -> Any:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _prompt_ids(tokenizer: Any, text: str, *, chat: bool | None, system: str | None, path: Path) -> torch.Tensor:
+    """The prompt as tokens [1, L]: as a message where that is asked for or the tokenizer has a chat template."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if (chat or (system is not None and chat is None)) and not has_template:
+        raise ValueError(
+            f"generate: {path}: expected a tokenizer with a chat template, but got one without (--no-chat)"
+        )
+    if system is not None and chat is False:
+        raise ValueError("generate: expected no --system with --no-chat, but got both")
+    if chat or (chat is None and has_template):
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise ValueError(f"generate: {path}: expected a prompt of at least one token, but got none")
+    return torch.tensor([ids])
+
+
+# What all commands do
+
+
+@contextmanager
+def _naming(command: str, *paths: Path) -> Iterator[None]:
+    """While entered, an error of bad input that names none of some paths gets the first of them."""
+    try:
+        yield
+    except ValueError as error:
+        text = line_of(error)
+        if any(str(path) in text for path in paths):
+            raise
+        raise ValueError(f"{command}: {paths[0]}: {text}") from error
+
+
+def _start(threads: int | None, device: str = "cpu") -> Any:
+    """Sets threads and logging, looks for the device; gives the console for what is no result."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device: expected a device of this machine, but got {device!r}: {foreign(error)}"
+        ) from error
+    console = console_of(sys.stderr)
+    logging.getLogger("miniquant").handlers[:] = [_ConsoleHandler(console)]
+    return console
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records above a progress bar."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record."""
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        self._console.print(Text(f"{record.levelname.lower()}: {record.getMessage()}", style=style), soft_wrap=True)
+
+
+def _out(renderable: Any) -> None:
+    """Prints a result."""
+    console_of(sys.stdout).print(renderable)
