@@ -29,6 +29,7 @@ from miniquant.checkpoint import (
     read_header,
     read_json,
     read_tensor,
+    same_values,
 )
 
 if TYPE_CHECKING:
@@ -180,6 +181,38 @@ def open_files() -> list[str]:
         with contextlib.suppress(OSError):  # the one that lists the folder is gone
             found.append(str(link.readlink()))
     return found
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_of_tensors_goes_back_to_the_system(tmp_path: Path) -> None:
+    """Also where others stay between them: half of 64 tensors of 1 MB."""
+    tensors = {f"t{number}": torch.ones(2**18) for number in range(64)}
+    checkpoint = Checkpoint(folder_of(tmp_path / "model", {"model.safetensors": tensors}))
+    del tensors
+    before = resident_bytes()
+    kept = [checkpoint.read(name) for name in checkpoint.tensors]
+    assert resident_bytes() - before > 60 * 2**20
+    del kept[::2]
+    assert 28 * 2**20 < resident_bytes() - before < 36 * 2**20
+
+
+def test_tensors_are_compared_bit_for_bit(tmp_path: Path) -> None:
+    """Also where they differ behind the first piece that is read."""
+    large = torch.arange(3 * 2**19, dtype=torch.float32)
+    tensors = {"a": large, "b": large.clone(), "c": large.clone(), "d": large.reshape(2, -1).clone(), "e": large.int()}
+    tensors["c"][-1] += 1
+    stored = Checkpoint(folder_of(tmp_path / "model", {"model.safetensors": tensors})).tensors
+    assert stored["a"].nbytes > module._PIECE
+    assert {name: same_values(stored["a"], stored[name]) for name in "abcde"} == {
+        "a": True,
+        "b": True,
+        "c": False,
+        "d": False,
+        "e": False,
+    }
 
 
 def test_meta_has_shapes_and_values_are_of_the_names_asked_for(tmp_path: Path) -> None:
