@@ -137,6 +137,16 @@ def test_transformers_loads_other_architectures(kind: str, tmp_path: Path) -> No
     assert torch.equal(logits(ours, kind), logits(own, kind))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_transformers_loads_a_t5_dequantized(tmp_path: Path) -> None:
+    """Its code looks at the weights of Linears, which packed ones have not."""
+    folder = save("t5", tmp_path / "float")
+    run(folder, tmp_path / "out", "t5", RTN)
+    own, _ = in_memory(folder, "t5", RTN, torch.float32)
+    ours = loaded(tmp_path / "out", quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
+    assert torch.equal(logits(ours, "t5"), logits(own, "t5"))
+
+
 def weight_of(quantized: QuantizedWeight) -> QuantizedWeight:
     """Without the loss of each row."""
     grid = (quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range)
