@@ -6,13 +6,13 @@ How time is estimated
     Hessians, solver, judging, the weights that are read and the file that is written. The second block stands for all
     that come after it, so each layer takes the time of the last measured layer of its kind, size and options. Layers of
     a kind that was not measured take the mean time of an operation times the number of theirs. Then the finished layers
-    are written in the output's format, and the rate of that stands for all bytes. The logits that a model computes
-    after its last layer are those of one product, timed, for every batch.
+    are written in the output's format, and the rate of that stands for all bytes. Nothing is computed after the last
+    layer: a walk lets no batch go on that has come to all of them.
 
 How memory is estimated
-    A block is in memory at a time, so the most that the process held during the measured blocks is the most that it
-    holds, but for blocks that are larger, for the logits of a batch, and, where the whole model is in memory, nothing
-    else.
+    A block is in memory at a time, so the most that the process held until it was ended is the most that it will hold.
+    Blocks that are larger than the first two take the difference in bytes more; where the whole model stays in memory,
+    all other blocks come to it.
 """
 
 import logging
@@ -20,16 +20,14 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
-from torch import nn
 
 from miniquant import units
 from miniquant.checkpoint import CheckpointWriter
@@ -40,13 +38,11 @@ from miniquant.quantize import LayerResult, ModelResult, Stopped
 from miniquant.recipe import LayerOptions
 from miniquant.report import as_dict, place_of, write_report
 from miniquant.run import FolderPlan, plan_folder
-from miniquant.terminal import NARROW, each, group_text, memory, table
+from miniquant.terminal import NARROW, each, group_text, table
 
 logger = logging.getLogger(__name__)
 
 MEASURED_BLOCKS = 2
-# Tokens of the product that stands for the logits of a batch.
-_PRODUCT_TOKENS = 256
 # Of bytes of weights that are copied to tell how fast the disk takes them.
 _COPIED = 1 << 26
 
@@ -88,14 +84,12 @@ class Measured:
     Attributes:
         layers: seconds of each, in the order in which they came; those of the first from the beginning of the run.
         writing: seconds for a byte of the output.
-        logits: seconds that the logits take.
         report: seconds of the report.
-        peak: bytes of memory that the process held at most, with the logits of a batch.
+        peak: bytes of memory that the process held at most.
     """
 
     layers: Mapping[str, float]
     writing: float
-    logits: float
     report: float
     peak: int
 
@@ -119,7 +113,7 @@ class Preflight:
         seconds: of the whole run; None where it was not measured.
         memory: bytes that the process would hold at most; None where it was not measured.
         measuring: seconds that the measurement took.
-        parts: of `seconds`: "layers", "logits", "writing", "report".
+        parts: of `seconds`: "layers", "writing", "report".
     """
 
     model: Path
@@ -174,8 +168,12 @@ def preflight(model_dir: Path, output_dir: Path, *, measure: bool = True, **opti
         return Preflight(**found)
     measured = _measured(plan, layers, start)
     parts = estimated_seconds(layers, measured, plan.bytes_after)
+    names = [layer.name for layer in layers]
+    memory = measured.peak + more_bytes(
+        plan.source.unit_bytes(), names, measured.layers, lazy=options.get("lazy", True)
+    )
     whole = time.perf_counter() - start
-    return Preflight(**found, seconds=sum(parts.values()), memory=measured.peak, measuring=whole, parts=parts)
+    return Preflight(**found, seconds=sum(parts.values()), memory=memory, measuring=whole, parts=parts)
 
 
 def _planned_layers(plan: FolderPlan) -> list[PlannedLayer]:
@@ -189,7 +187,7 @@ def _planned_layers(plan: FolderPlan) -> list[PlannedLayer]:
 
 
 def estimated_seconds(layers: Sequence[PlannedLayer], measured: Measured, bytes_after: int) -> dict[str, float]:
-    """The seconds of a run by part: "layers", "logits", "writing", "report"."""
+    """The seconds of a run by part: "layers", "writing", "report"."""
     by_kind = {}
     for layer in layers:
         if layer.name in measured.layers:
@@ -204,10 +202,31 @@ def estimated_seconds(layers: Sequence[PlannedLayer], measured: Measured, bytes_
         seconds += by_kind.get(layer.alike, rate * layer.operations) if known is None else known
     return {
         "layers": seconds,
-        "logits": measured.logits,
         "writing": measured.writing * bytes_after,
         "report": measured.report,
     }
+
+
+def more_bytes(parts: Mapping[str, int], layers: Iterable[str], done: Iterable[str], *, lazy: bool) -> int:
+    """Bytes of weights that a run will hold beyond those that the measured part of it held.
+
+    Args:
+        parts: bytes of blocks and modules that are read at once, by name.
+        layers: names of all layers.
+        done: names of the measured ones.
+        lazy: whether one part is in memory at a time, or all stay there.
+    """
+
+    def sizes(names: Iterable[str]) -> list[int]:
+        parents = {name[:end] for name in names for end in (*_dots(name), len(name))}
+        return [nbytes for part, nbytes in parts.items() if part in parents]
+
+    every, measured = sizes(layers), sizes(done)
+    return max(every, default=0) - max(measured, default=0) if lazy else sum(every) - sum(measured)
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, character in enumerate(name) if character == "."]
 
 
 # The measurement
@@ -237,10 +256,8 @@ def _measured(plan: FolderPlan, layers: Sequence[PlannedLayer], start: float) ->
         report = _seconds_of_a_report(result, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    logits, logit_bytes = _logits(plan)
     seconds = dict(zip(ends, (end - before for before, end in pairwise((start, *ends.values()))), strict=True))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Measured(seconds, writing, logits, report, max(peak, memory() + logit_bytes))
+    return Measured(seconds, writing, report, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _begun(plan: FolderPlan, progress: Any, stop: Callable[[], bool]) -> ModelResult:
@@ -280,26 +297,6 @@ def _seconds_of_a_byte(plan: FolderPlan, folder: Path) -> float:
                 nbytes += stored.nbytes
         writer.write_json("config.json", {})
     return (time.perf_counter() - start) / max(writer.tensor_bytes, 1)
-
-
-def _logits(plan: FolderPlan) -> tuple[float, int]:
-    """Seconds that the logits of all batches take, and bytes of those of the largest batch."""
-    getter: Any = getattr(plan.source.model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Linear):
-        return 0.0, 0
-    batches = [batch["input_ids"].numel() for batch in (*plan.calibration.batches, *plan.calibration.held_out)]
-    tokens = min(_PRODUCT_TOKENS, *batches)
-    device = torch.device(plan.asked["device"])
-    inputs = torch.randn(tokens, head.in_features, dtype=plan.dtype, device=device)
-    weight = torch.randn(head.out_features, head.in_features, dtype=plan.dtype, device=device)
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        float(nn.functional.linear(inputs, weight)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begun)
-    bytes_on_cpu = head.out_features * plan.dtype.itemsize * (head.in_features + max(batches))
-    return min(times) * sum(batches) / tokens, bytes_on_cpu if device.type == "cpu" else 0
 
 
 # What a person sees

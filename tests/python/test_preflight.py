@@ -15,7 +15,7 @@ import torch
 
 from miniquant import LayerOptions, Recipe, Rule, cli, quantize_folder
 from miniquant.formats import LayerGrid
-from miniquant.preflight import Measured, PlannedLayer, estimated_seconds, preflight, preflight_tables
+from miniquant.preflight import Measured, PlannedLayer, estimated_seconds, more_bytes, preflight, preflight_tables
 from miniquant.report import read_report
 from model_folder import QUICK, VOCABULARY, make_folder
 from small_models import decoder
@@ -97,17 +97,25 @@ def planned_layer(name: str, rows: int = 32, columns: int = 64) -> PlannedLayer:
 def test_time_is_that_of_the_last_measured_layer_of_a_kind() -> None:
     layers = [planned_layer(f"layers.{block}.{kind}") for block in range(10) for kind in ("a", "b")]
     seconds = {"layers.0.a": 9.0, "layers.0.b": 3.0, "layers.1.a": 1.0, "layers.1.b": 2.0}
-    parts = estimated_seconds(layers, Measured(seconds, 0.001, 4.0, 5.0, 0), 700)
-    assert parts == {"layers": 15 + 8 * 3, "logits": 4.0, "writing": pytest.approx(0.7), "report": 5.0}
+    parts = estimated_seconds(layers, Measured(seconds, 0.001, 5.0, 0), 700)
+    assert parts == {"layers": 15 + 8 * 3, "writing": pytest.approx(0.7), "report": 5.0}
 
 
 def test_time_of_a_kind_that_was_not_measured_is_by_operations() -> None:
     layers = [planned_layer("a.0.x"), planned_layer("a.0.y"), planned_layer("b.0.z", rows=320), planned_layer("head")]
     seconds = {"a.0.x": 100.0, "a.0.y": 2.0}  # the first also has the start of the run
-    parts = estimated_seconds(layers, Measured(seconds, 0, 0, 0, 0), 0)
+    parts = estimated_seconds(layers, Measured(seconds, 0, 0, 0), 0)
     ratio = layers[2].operations / layers[1].operations
     assert 5 < ratio < 10
     assert parts["layers"] == pytest.approx(102 + 2 * ratio + 2)
+
+
+def test_memory_of_blocks_that_come_later() -> None:
+    sizes = {"embed": 900, "h.0": 10, "h.1": 20, "h.10": 50, "head": 30}
+    layers = ["h.0.a", "h.1.a", "h.10.a.b", "head"]
+    assert more_bytes(sizes, layers, layers[:2], lazy=True) == 30
+    assert more_bytes(sizes, layers, layers[:3], lazy=True) == 0
+    assert more_bytes(sizes, layers, layers[:2], lazy=False) == 80
 
 
 def test_dry_run(folder: Path, nothing_left: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
