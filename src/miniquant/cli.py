@@ -535,6 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     moved = [argument for argument in given[:end] if argument in _ANYWHERE]
     given = [*moved, *(argument for argument in given[:end] if argument not in _ANYWHERE), *given[end:]]
     command: Any = typer.main.get_command(app)
+    log = logging.getLogger("miniquant")
+    before = log.level, log.handlers[:]
     try:
         code = command.main(given, prog_name="miniquant", standalone_mode=False)
     except SystemExit as error:  # of completion
@@ -550,6 +552,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in moved:
             traceback.print_exc()
         return _said(error, debug="--debug" in moved)
+    finally:
+        log.handlers[:] = before[1]
+        log.setLevel(before[0])  # whoever calls this in a program of their own keeps their logging
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else DONE

@@ -42,6 +42,12 @@ COMMANDS = ("quantize", "evaluate", "inspect", "convert", "generate", "lab")
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12 + "\n"
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest's processes set COLUMNS, which cuts tables as on a terminal of that width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Llama ("llama"), a text, and the Llama quantized ("quantized")."""
