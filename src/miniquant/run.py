@@ -400,11 +400,12 @@ class FolderPlan:
         """The report of a run whose output is written."""
         return as_dict(
             result,
-            model=self.source.checkpoint.folder.resolve().name,
+            model=self.output.resolve().name,
             format=self.form.name,
             recipe=self.recipe,
             calibration=self.calibration,
             settings={
+                "source": self.source.checkpoint.folder.resolve().name,
                 "dtype": dtype_names(self.dtype),
                 "scale_dtype": dtype_names(self.planned.scale_dtype),
                 "device": str(self.asked["device"]),
