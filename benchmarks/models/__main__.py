@@ -83,7 +83,8 @@ class Benchmark:
         self.evaluation = miniquant.load_calibration(
             self.work / "evaluation.txt", tokenizer, tokens=arguments.evaluation_tokens, **options
         )
-        model = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
+        model.eval()
         self.forward = min(forward_seconds(model, self.calibration.batches) for _ in range(2))
         self.reference = miniquant.Reference(model, max_bytes=1 << 33)
         self.reference.keep(self.evaluation.batches)

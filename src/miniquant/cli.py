@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from miniquant.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, code_of, line_of
+
 Preset = Literal["best", "fast", "plain"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "miniquant"]
 Unseen = Literal["error", "siblings", "rtn"]
 OtherType = Literal["F16", "F32", "BF16", "Q8_0"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 # Options of the program that may stand anywhere, as people add them to a line that failed.
 _ANYWHERE = ("--debug", "--verbose", "-v")
 
@@ -562,8 +563,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _said(error: Exception, *, debug: bool) -> int:
     """Prints the line of an error, and gives its exit code."""
-    from miniquant.errors import code_of, line_of  # noqa: PLC0415
-
     code, line = code_of(error), line_of(error)
     if not line:  # a command without arguments has printed its help
         return code

@@ -25,8 +25,7 @@ import miniquant
 from miniquant import units
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.checkpoint import Checkpoint, read_json
-from miniquant.cli import INTERRUPTED, TERMINATED
-from miniquant.errors import foreign, line_of
+from miniquant.errors import INTERRUPTED, TERMINATED, foreign, line_of
 from miniquant.evaluate import Estimate, compare_embeddings
 from miniquant.evaluate import evaluate as evaluate_language
 from miniquant.float_models import (

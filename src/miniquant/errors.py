@@ -1,4 +1,4 @@
-"""Errors as the command line prints them: one line, in its own words, and an exit code."""
+"""Exit codes of the command line, and errors as it prints them: one line, in its own words."""
 
 import re
 
@@ -7,7 +7,7 @@ _BAD_INPUT = (
     *(ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError),
     *(IsADirectoryError, PermissionError),
 )
-_FAILED, _BAD = 1, 2
+DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 # Names of functions and classes before a message's text are for whoever calls them; formats and files are for everyone.
 _NO_FUNCTION = r"(?!(?:gptq|gptq_v2|gguf|miniquant|[\w.]*\.(?:toml|json|jsonl|txt|md|gguf|safetensors|npy|parquet)): )"
 _FUNCTION = re.compile(_NO_FUNCTION + r"[A-Za-z_]\w*(?:\.\w+)*: (?=\S)")
@@ -21,7 +21,7 @@ def code_of(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)  # of usage errors
     if isinstance(code, int):
         return code
-    return _BAD if isinstance(error, _BAD_INPUT) else _FAILED
+    return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
 
 
 def line_of(error: BaseException) -> str:

@@ -36,7 +36,8 @@ from miniquant.layer_file import dtype_names
 from miniquant.modules import LeftAlone
 from miniquant.quantize import LayerResult, ModelResult, Stopped
 from miniquant.recipe import LayerOptions
-from miniquant.report import as_dict, place_of, write_report
+from miniquant.report import as_dict, place_of
+from miniquant.report_page import write_report
 from miniquant.run import FolderPlan, plan_folder
 from miniquant.terminal import NARROW, each, group_text, table
 

@@ -20,7 +20,7 @@ import torch
 
 from miniquant.calibration import Calibration
 from miniquant.formats.base import LayerGrid
-from miniquant.layer_file import dtype_names, replacing
+from miniquant.layer_file import dtype_names
 from miniquant.quantize import LayerResult, ModelResult
 from miniquant.recipe import Recipe
 
@@ -77,7 +77,7 @@ def as_dict(
         "layers": layers,
         "left_alone": [{"name": one.name, "shape": list(one.shape), "reason": one.reason} for one in result.left_alone],
     }
-    _check("as_dict", report)
+    check_report("as_dict", report)
     return report
 
 
@@ -100,36 +100,9 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         raise ValueError(f"{where}: expected a report, but got JSON that is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{where}: expected JSON, but got: {error}") from error
-    _check(where, report)
+    check_report(where, report)
     checked: Report = report
     return checked
-
-
-def write_report(folder: str | os.PathLike[str], report: Report) -> list[Path]:
-    """Writes ``report.json`` and ``report.html`` into a folder, each whole or not at all.
-
-    Args:
-        folder: that exists.
-        report: of :func:`as_dict` or :func:`read_report`.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: where they cannot be written.
-        ValueError: where the report is none.
-    """
-    from miniquant.report_page import page  # noqa: PLC0415  (it imports this module)
-
-    _check("write_report", report)
-    contents = {JSON_NAME: json.dumps(report, indent=1, allow_nan=False) + "\n", HTML_NAME: page(report)}
-    files = []
-    for name, text in contents.items():
-        file = Path(folder) / name
-        with replacing(file) as new:
-            new.write_text(text, encoding="utf-8")
-        files.append(file)
-    return files
 
 
 class Place(NamedTuple):
@@ -312,7 +285,7 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) if value else -math.inf for value in values))
 
 
-def _check(where: str, report: object) -> None:
+def check_report(where: str, report: object) -> None:
     """Raises a ValueError where a report does not follow the schema."""
     from jsonschema import Draft202012Validator  # noqa: PLC0415  (not for whoever writes no report)
     from jsonschema.exceptions import best_match  # noqa: PLC0415

@@ -3,11 +3,14 @@
 import base64
 import html
 import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniquant import units
-from miniquant.report import Kind, Report, by_kind, judged_on, ratio
+from miniquant.layer_file import replacing
+from miniquant.report import HTML_NAME, JSON_NAME, Kind, Report, by_kind, check_report, judged_on, ratio
 from miniquant.report_plots import plots
 
 _STYLE = """
@@ -72,6 +75,31 @@ class _Cell(NamedTuple):
 
     text: str
     value: float | None = None
+
+
+def write_report(folder: str | os.PathLike[str], report: Report) -> list[Path]:
+    """Writes ``report.json`` and ``report.html`` into a folder, each whole or not at all.
+
+    Args:
+        folder: that exists.
+        report: of :func:`as_dict` or :func:`read_report`.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: where they cannot be written.
+        ValueError: where the report is none.
+    """
+    check_report("write_report", report)
+    contents = {JSON_NAME: json.dumps(report, indent=1, allow_nan=False) + "\n", HTML_NAME: page(report)}
+    files = []
+    for name, text in contents.items():
+        file = Path(folder) / name
+        with replacing(file) as new:
+            new.write_text(text, encoding="utf-8")
+        files.append(file)
+    return files
 
 
 def page(report: Report) -> str:

@@ -82,7 +82,8 @@ from miniquant.quantize import (
     quantize_planned,
 )
 from miniquant.recipe import FormatName, LayerOptions, Recipe
-from miniquant.report import HTML_NAME, JSON_NAME, Report, as_dict, write_report
+from miniquant.report import HTML_NAME, JSON_NAME, Report, as_dict
+from miniquant.report_page import write_report
 from miniquant.state import (
     RUN,
     RunState,

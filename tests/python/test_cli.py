@@ -89,9 +89,9 @@ def test_help_lists_commands_and_exit_codes() -> None:
     text = help_of()
     for command in COMMANDS:
         assert re.search(rf"│ {command} +\w", text)
-    for code in (cli.DONE, cli.FAILED, cli.BAD_INPUT, cli.INTERRUPTED):
+    for code in (errors.DONE, errors.FAILED, errors.BAD_INPUT, errors.INTERRUPTED):
         assert re.search(rf"^ +{code}  ", text, re.MULTILINE)
-    assert str(cli.TERMINATED) in text
+    assert str(errors.TERMINATED) in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -215,19 +215,19 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[
 @pytest.mark.usefixtures("at")
 def test_bad_usage(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = failed(capsys, *shlex.split(arguments))
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert said in line
 
 
 @pytest.mark.usefixtures("at")
 def test_debug_prints_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--debug", "quantize", "a", "b"], ["quantize", "a", "b", "--debug"]):
-        assert cli.main(arguments) == cli.BAD_INPUT
+        assert cli.main(arguments) == errors.BAD_INPUT
         assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_without_arguments_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == cli.BAD_INPUT
+    assert cli.main([]) == errors.BAD_INPUT
     captured = capsys.readouterr()
     assert "quantize" in captured.out + captured.err
     assert "error" not in captured.err
@@ -327,14 +327,14 @@ def test_quantize_writes_what_is_asked(at: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.usefixtures("at")
 def test_quantize_refuses_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     code, line = failed(capsys, "quantize", "llama", "quantized", *QUICK)
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "quantized" in line
 
 
 @pytest.mark.usefixtures("at")
 def test_layers_that_see_too_few_tokens_end_in_1(capsys: pytest.CaptureFixture[str]) -> None:
     code, line = failed(capsys, "quantize", "llama", "out", *QUICK, "--min-tokens", "100000")
-    assert code == cli.FAILED
+    assert code == errors.FAILED
     assert "model.layers.0.self_attn.q_proj saw " in line
 
 
@@ -363,7 +363,7 @@ def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, errors.INTERRUPTED), (signal.SIGTERM, errors.TERMINATED)])
 @pytest.mark.usefixtures("slow")
 def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: int) -> None:
     arguments = ("quantize", str(at.joinpath("text.txt").resolve().parent / "slow"), "out", *QUICK, "--tokens", "4096")
@@ -434,7 +434,7 @@ def test_convert_gives_what_quantize_would_have(at: Path, capsys: pytest.Capture
     assert direct.keys() == converted.keys()
     assert all(torch.equal(direct[name], converted[name]) for name in direct)
     code, line = failed(capsys, "convert", "ours", "back", "--format", "gptq")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "back" in line
 
 
@@ -488,7 +488,7 @@ def test_evaluate_compares_encoders(at: Path, capsys: pytest.CaptureFixture[str]
     tokenizer = json.loads((at / "bert" / "tokenizer.json").read_text())
     assert len(tokenizer["model"]["vocab"]) > 96  # more than the model has: token ids are checked
     code, line = failed(capsys, "evaluate", "bert", "--text", "text.txt")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "--against" in line
     ids = torch.randint(3, 96, (8, 16))
     save_file({"input_ids": ids}, at / "ids.safetensors")
@@ -540,7 +540,7 @@ def test_generate_uses_the_chat_template(at: Path, capsys: pytest.CaptureFixture
 def test_generate_needs_a_language_model(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(at / "bert", bert())
     code, line = failed(capsys, "generate", "bert", "hello")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "causal language model, but got a BertForMaskedLM" in line
 
 
@@ -594,7 +594,7 @@ def test_lab_without_a_driver(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(lab.find_driver, "__defaults__", (tmp_path,))
     code, line = failed(capsys, "lab")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "scripts/setup" in line
 
 
@@ -714,7 +714,7 @@ def test_damaged_model(at: Path, name: str, capsys: pytest.CaptureFixture[str]) 
         ("evaluate", folder, "--text", "text.txt", "--tokens", "64"),
     ):
         code, line = failed(capsys, *arguments)
-        assert code == cli.BAD_INPUT, (arguments[0], line)
+        assert code == errors.BAD_INPUT, (arguments[0], line)
         assert "damaged" in line, (arguments[0], line)
     assert not (at / "out").exists()
     assert not (at / "out.partial").exists()
@@ -745,7 +745,7 @@ def test_damaged_recipe(at: Path, name: str, capsys: pytest.CaptureFixture[str])
     file, content = RECIPES[name]
     (at / file).write_bytes(content)
     code, line = failed(capsys, "quantize", "llama", "out", *QUICK[:-2], "--recipe", file)
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert file in line or "rule 1" in line or "rule 2" in line or "skips all" in line
     assert not (at / "out").exists()
 
@@ -783,7 +783,7 @@ def test_damaged_calibration(at: Path, name: str, capsys: pytest.CaptureFixture[
         ("evaluate", "llama", "--text", file),
     ):
         code, line = failed(capsys, *arguments)
-        assert code == cli.BAD_INPUT
+        assert code == errors.BAD_INPUT
         assert file in line
     assert not (at / "out").exists()
 
@@ -813,7 +813,7 @@ def test_damaged_gguf(at: Path, name: str, capsys: pytest.CaptureFixture[str]) -
         commands.append(("inspect", "damaged.gguf"))
     for arguments in commands:
         code, line = failed(capsys, *arguments)
-        assert code == cli.BAD_INPUT
+        assert code == errors.BAD_INPUT
         assert "damaged.gguf" in line
 
 
@@ -839,7 +839,7 @@ def test_damaged_quantized_model(at: Path, name: str, capsys: pytest.CaptureFixt
         ("convert", folder, "out", "--format", "miniquant"),
     ):
         code, line = failed(capsys, *arguments)
-        assert code == cli.BAD_INPUT, (arguments[0], line)
+        assert code == errors.BAD_INPUT, (arguments[0], line)
         assert "damaged" in line or "layer" in line, (arguments[0], line)
     assert not (at / "out").exists()
 
@@ -849,6 +849,6 @@ def test_nothing_takes_long_to_refuse(at: Path, capsys: pytest.CaptureFixture[st
     folder = damaged_copy(at / "llama", at / "damaged", changed_config(num_hidden_layers=10**9))
     start = time.perf_counter()
     code, line = failed(capsys, "quantize", folder, "out", *QUICK)
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "damaged" in line
     assert time.perf_counter() - start < 30

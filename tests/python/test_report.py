@@ -26,8 +26,8 @@ from miniquant.calibration import Calibration, SourceTokens
 from miniquant.formats import Gptq, Native, layer_format
 from miniquant.formats.base import LayerGrid
 from miniquant.modules import LeftAlone
-from miniquant.report import Place, as_dict, by_kind, place_of, ratio, read_report, worst_layers, write_report
-from miniquant.report_page import page
+from miniquant.report import Place, as_dict, by_kind, place_of, ratio, read_report, worst_layers
+from miniquant.report_page import page, write_report
 from miniquant.terminal import Progress, console_of, report_tables
 from small_models import MODELS
 
