@@ -866,7 +866,8 @@ def convert_folder(
         size = (output / GGUF_FILE).stat().st_size
     else:
         target = format_named(form.name)
-        options = before.options(config) if isinstance(before, Native) else {}
+        # The other formats hold nothing but Linears.
+        options = before.options(config) if isinstance(before, Native) else {name: {"module": LINEAR} for name in grids}
         contents = Contents(
             checkpoint,
             grids,

@@ -668,6 +668,9 @@ def test_every_weight_keeps_its_value(
         if not any(name.startswith(f"{layer}.") for layer in expected):
             assert torch.equal(source_checkpoint.read(name), out.read(name))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    convert_folder(tmp_path / "out", tmp_path / "back", before)  # type: ignore[arg-type]  # one of the formats
+    back = stored_layers(tmp_path / "back")
+    assert all(torch.equal(back[name].codes, expected[name].codes) for name in expected)
     if after == "compressed-tensors":  # transformers reads it as the one that was quantized to it
         tokens = torch.arange(24)[None] * 5 % 96
         with torch.no_grad():
