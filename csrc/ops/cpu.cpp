@@ -66,7 +66,7 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
   const at::Tensor ridge =
       ridges
           .index(
-              {losses.masked_fill(losses == algorithms::kNotTried, std::numeric_limits<double>::infinity()).argmin()})
+              {losses.masked_fill(losses.eq(algorithms::kNotTried), std::numeric_limits<double>::infinity()).argmin()})
           .clone();
   return {ridge, ridges, losses, algorithms::fallbacks_of(ridge)};
 }
