@@ -494,7 +494,8 @@ def test_a_report_lies_beside_the_model(tmp_path: Path) -> None:
     recipe = Recipe(OPTIONS, [Rule("*.0.*", {"bits": 8})])
     result = run(folder, tmp_path / "out", "whisper", recipe, report=True)
     report = read_report(tmp_path / "out")
-    assert report["model"] == "float"
+    assert report["model"] == "out"
+    assert report["settings"]["source"] == "float"
     assert report["format"] == "compressed-tensors"
     assert report["bytes"] == {"before": result.bytes_before, "after": result.bytes_after}
     assert [layer["name"] for layer in report["layers"]] == list(result.result.layers)
@@ -503,7 +504,7 @@ def test_a_report_lies_beside_the_model(tmp_path: Path) -> None:
     assert {one["name"] for one in report["left_alone"]} >= {"model.encoder.conv1.weight", "proj_out.weight"}
     assert report["settings"]["dtype"] == "float32"
     assert 10**8 < report["peak_memory"] < 10**11
-    assert "<title>float: miniquant report</title>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<title>out: miniquant report</title>" in (tmp_path / "out" / "report.html").read_text()
     before = {path.name for path in (tmp_path / "out").iterdir()}
     run(folder, tmp_path / "out", "whisper", RTN, overwrite=True)
     assert before - {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "report.html"}
