@@ -356,7 +356,7 @@ def test_json_has_every_list_on_one_line(quality: ModuleType) -> None:
     assert '"b": [1.5, 2e-07, 3]' in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quick_runs_from_end_to_end(tmp_path: Path, run: Callable[..., str]) -> None:
     output = run(
         *(sys.executable, "-m", "benchmarks.quality"),
