@@ -46,15 +46,15 @@ def load_tokenizer() -> Any:
     return tokenizer
 
 
-def load_model(dtype: torch.dtype = torch.float32) -> Any:
-    """The float model, in evaluation mode. transformers refuses to save what it read as GGUF, so this is a copy."""
+def load_model() -> Any:
+    """The model, float32, in evaluation mode: a copy, since transformers refuses to save what it read as GGUF."""
     from transformers import AutoModelForCausalLM
 
     file = gguf_file()
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del read.config.quantization_config
     model: Any = type(read)(read.config)
-    model.to(dtype).load_state_dict(read.state_dict())
+    model.load_state_dict(read.state_dict())
     return model.eval()
 
 

@@ -36,7 +36,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
-from miniquant.run import quantize_folder
+from miniquant.checkpoint import Checkpoint
 from scripts.smollm2 import write_folder
 
 GROUP_SIZE = 64
@@ -93,10 +93,9 @@ class Benchmark:
 
     def ours(self, name: str, options: miniquant.LayerOptions) -> None:
         """Quantizes with our package."""
-        folder = self.work / f"{name}-{options.bits}".replace(" ", "-")
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self.work / f"{name}-{options.bits}"
         start = time.perf_counter()
-        done = quantize_folder(
+        done = miniquant.quantize_folder(
             self.float_folder, folder, options, calibration=self.calibration, dtype=torch.float32, overwrite=True
         )
         self._add(name, options.bits, folder, time.perf_counter() - start, done.result.seconds)
@@ -129,12 +128,12 @@ class Benchmark:
             "scores": scores.to_dict(),
         }
         self.rows.append(row)
-        print(line_of(row), flush=True)
+        print(" | ".join(line_of(row)), flush=True)
 
 
 def linear_bytes(folder: Path) -> int:
     """Bytes of the weights of a model's decoder layers, whatever they are stored as."""
-    tensors = miniquant.checkpoint.Checkpoint(folder).tensors
+    tensors = Checkpoint(folder).tensors
     return sum(one.nbytes for name, one in tensors.items() if ".layers." in name and "norm" not in name)
 
 

@@ -22,6 +22,9 @@ from miniquant.checkpoint import Checkpoint, same_values
 
 # Keys of a config that say how many layers there are.
 _LAYERS = re.compile(r"n_layers?|(num_)?((encoder|decoder|hidden)_)?layers")
+# Endings of other keys that count layers, or what configs call layers beside those that have weights, as windows.
+_COUNTS = ("layers", "n_layer", "blocks", "depth")
+_SPARE_LAYERS = 1000
 _SHOWN = 5  # names that a message lists
 
 
@@ -40,7 +43,7 @@ def build_model(
         ImportError: without transformers.
         ValueError: for a config that transformers cannot build a model from.
     """
-    transformers = _transformers()
+    transformers = transformers_package()
     where = f"build_model: {checkpoint.folder / 'config.json'}"
     _check_layers(where, checkpoint.config, len(checkpoint.tensors))
     try:
@@ -90,14 +93,19 @@ def _on_meta(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return meta
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """The package transformers.
+
+    Raises:
+        ImportError: without it, or with one older than version 5.
+    """
     try:
         importlib.import_module("transformers.core_model_loading")  # new in version 5
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            "build_model: expected the package transformers, of version 5 or newer, to be installed, which knows the "
-            "architectures of models: pip install 'miniquant[models]'"
+            "expected the package transformers, of version 5 or newer, which knows the architectures of models, to be "
+            f"installed: pip install 'miniquant[models]' ({error})"
         ) from error
 
 
@@ -106,9 +114,17 @@ def _check_layers(where: str, config: Mapping[str, Any], tensors: int) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_layers(where, value, tensors)
-        elif _LAYERS.fullmatch(key) and type(value) is int and value > tensors:
+            continue
+        if not key.endswith(_COUNTS) or type(value) is not int:
+            continue
+        if value > tensors and _LAYERS.fullmatch(key):
             raise ValueError(
                 f"{where}: expected {key} to be at most {tensors}, as many as there are tensors, but got {value}"
+            )
+        if value > tensors + _SPARE_LAYERS:
+            raise ValueError(
+                f"{where}: expected {key} to be at most {tensors + _SPARE_LAYERS}, with {tensors} tensors in the "
+                f"files, but got {value}"
             )
 
 

@@ -157,6 +157,11 @@ class Checkpoint:
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
         self._digests = {file.name: (header.digest, header.size) for file, header in headers.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU, in memory of its own.
 

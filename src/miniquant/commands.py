@@ -23,27 +23,25 @@ from torch import nn
 
 import miniquant
 from miniquant import units
+from miniquant.architecture import transformers_package
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
-from miniquant.checkpoint import Checkpoint, read_json
-from miniquant.errors import INTERRUPTED, TERMINATED, foreign, line_of
+from miniquant.errors import INTERRUPTED, TERMINATED, line_of
 from miniquant.evaluate import Estimate, compare_embeddings
 from miniquant.evaluate import evaluate as evaluate_language
 from miniquant.float_models import (
-    check_counts,
     gguf_of,
-    load_float,
+    load_gguf,
     load_tokenizer,
     longest_window,
     quiet,
     speaks,
-    transformers_package,
     vocabulary_of,
 )
 from miniquant.output import GgufOptions
 from miniquant.quantize import Stopped
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
-from miniquant.run import convert_folder, quantize_folder
+from miniquant.run import available_device, convert_folder, quantize_folder
 from miniquant.terminal import Progress, console_of, contents_tables, report_tables, table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -157,7 +155,6 @@ def quantize(
         "gguf": GgufOptions(**stated) if stated else None,
         **options,
     }
-    check_counts(Checkpoint(model_dir))
     naming = _naming("quantize", model_dir, output_dir, *(calibration or ()))
     if dry_run:
         from miniquant.preflight import preflight, preflight_tables  # noqa: PLC0415  (for this option only)
@@ -264,13 +261,13 @@ def evaluate(
 
 def _loaded(path: Path, *, dtype: torch.dtype | None, device: str, trust_remote_code: bool) -> nn.Module:
     """A model, quantized or not, in evaluation mode."""
-    config = path / "config.json"
-    if gguf_of(path) is None and config.is_file() and read_json(config).get("quantization_config") is not None:
-        from miniquant.loading import load  # noqa: PLC0415  (as in inspect)
+    gguf = gguf_of(path)
+    if gguf is not None:
+        return load_gguf(gguf, dtype=dtype, device=device)
+    from miniquant.loading import load  # noqa: PLC0415  (as in inspect)
 
-        model: nn.Module = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return model.eval()
-    return load_float(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model: nn.Module = load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return model
 
 
 def _windows(text: Sequence[Path], tokenizer: Any, model: nn.Module, tokens: int, sequence_length: int) -> Calibration:
@@ -451,12 +448,7 @@ def _start(threads: int | None, device: str = "cpu") -> Any:
     """Sets threads and logging, looks for the device; gives the console for what is no result."""
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"--device: expected a device of this machine, but got {device!r}: {foreign(error)}"
-        ) from error
+    available_device(device)
     console = console_of(sys.stderr)
     logging.getLogger("miniquant").handlers[:] = [_ConsoleHandler(console)]
     return console

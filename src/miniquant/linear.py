@@ -20,7 +20,6 @@ and a prompt of 512 tokens 0.7 times.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from torch.nn import functional
 from miniquant.formats.base import LayerGrid, check_finite
 from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import check_quantized, dtype_names
+from miniquant.modules import PRODUCTS, StandIn, expert_of
 from miniquant.packing import pack, unpack
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -227,7 +227,7 @@ class QuantizedLinear(nn.Module):
             The layer.
         """
         if use != self.kernel:
-            self._set(_on_cpu(self.quantized()), kernel=use)
+            self._set(self.quantized().map(Tensor.cpu), kernel=use)
         return self
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that Linear has)
@@ -371,7 +371,7 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         codes = self.codes
         if self._layout is not None:
-            codes = pack(_on_cpu(self.quantized())).to(codes.device)
+            codes = pack(self.quantized().map(Tensor.cpu)).to(codes.device)
         destination[f"{prefix}codes"] = codes
         destination[f"{prefix}scales"] = self.scales
         if self.zero_points is not None:
@@ -462,15 +462,6 @@ def unpack_anywhere(packed: Tensor, bits: int, columns: int) -> Tensor:
     codes = (pairs[..., bit // 8] >> (bit % 8).to(torch.int16)) & ((1 << bits) - 1)
     half = 1 << (bits - 1)
     return ((codes ^ half) - half).to(torch.int8).flatten(1)[:, :columns].contiguous()
-
-
-def _on_cpu(quantized: QuantizedWeight) -> QuantizedWeight:
-    return replace(
-        quantized,
-        codes=quantized.codes.cpu(),
-        scales=quantized.scales.cpu(),
-        zero_points=quantized.zero_points.cpu(),
-    )
 
 
 def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -615,15 +606,13 @@ class QuantizedExperts(nn.ModuleList):
         self.transposed = transposed
 
     def __getitem__(self, index: object) -> "ExpertMatrix":  # type: ignore[override]  # a matrix, as of a parameter
-        if isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point() and index.dim() == 0:
-            index = int(index)
-        if not isinstance(index, int) or isinstance(index, bool):
-            kind = f"a tensor of shape {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        number = expert_of(index)
+        if isinstance(number, str):
             raise TypeError(
-                f"QuantizedExperts: expected the index of one expert, but got {kind} (experts_implementation 'eager' "
+                f"QuantizedExperts: expected the index of one expert, but got {number} (experts_implementation 'eager' "
                 "takes one at a time)"
             )
-        layer = super().__getitem__(index)
+        layer = super().__getitem__(number)
         assert isinstance(layer, QuantizedLinear)  # noqa: S101
         return ExpertMatrix(layer, transposed=self.transposed)
 
@@ -643,7 +632,7 @@ class QuantizedExperts(nn.ModuleList):
         return self[0].device
 
 
-class ExpertMatrix:
+class ExpertMatrix(StandIn):
     """The quantized matrix of an expert, as functions of torch take a tensor."""
 
     def __init__(self, layer: QuantizedLinear, *, transposed: bool) -> None:
@@ -682,10 +671,6 @@ class ExpertMatrix:
         """Of the codes."""
         return self._layer.codes.device
 
-    def __rmatmul__(self, other: Tensor) -> Tensor:
-        """Python asks here where ``x @ matrix`` was refused, and would hide why."""
-        return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -701,10 +686,7 @@ class ExpertMatrix:
     def product(self, func: Any, inputs: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """What a function makes of inputs and this matrix; None where it is not the layer's product."""
         is_linear = func is functional.linear and not self._transposed
-        if not is_linear and (func not in _PRODUCTS or not self._transposed):
+        if not is_linear and (func not in PRODUCTS or not self._transposed):
             return None
         outputs: Tensor = self._layer(inputs)
         return outputs if bias is None else outputs + bias
-
-
-_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)

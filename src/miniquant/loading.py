@@ -25,20 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniquant.architecture import Conversion, build_model, find_sources, grouped
+from miniquant.architecture import Conversion, build_model, find_sources, grouped, transformers_package
 from miniquant.checkpoint import CONFIG, Checkpoint, StoredTensor, read_json, read_tensor
+from miniquant.float_models import gguf_of
 from miniquant.formats import Format, LayerGrid, Native, format_of
 from miniquant.formats.gguf_blocks import TYPES
-from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import GgufTensor, read_gguf
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import dtype_names
 from miniquant.lazy import give_back_memory
 from miniquant.linear import QuantizedConvolution, QuantizedExperts, QuantizedLinear
 from miniquant.modules import ConvolutionSite, ExpertSite, Site, TransposedSite, find_sites
+from miniquant.report import JSON_NAME
 
 GENERATION_CONFIG = "generation_config.json"
-REPORT = "report.json"
 _WEIGHT = ".weight"
 _SHOWN = 3  # names that a message lists
 _GIVEN_BACK_AFTER = 1 << 23  # bytes of float weights
@@ -478,11 +478,9 @@ def _set_generation_config(model: Any, folder: Path) -> None:
     can_generate = getattr(model, "can_generate", None)
     if not file.is_file() or can_generate is None or not can_generate():
         return
-    import transformers  # noqa: PLC0415  (an extra)
-
     read_json(file)
     try:
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = transformers_package().GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"load: {file}: expected a generation config, but got: {error}") from error
 
@@ -624,8 +622,7 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
         ImportError: without the package gguf, for a GGUF file.
     """
     place = Path(path)
-    if place.is_dir() and not (place / CONFIG).is_file() and (place / GGUF_FILE).is_file():
-        place /= GGUF_FILE
+    place = gguf_of(place) or place
     if place.is_file():
         if place.suffix == ".safetensors":
             raise NotADirectoryError(
@@ -666,7 +663,7 @@ _LOSSES = ("loss", "rtn_loss", "held_out_loss", "held_out_rtn_loss")
 
 def _losses(folder: Path) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     """Losses by layer of the report in a folder; a note where there is a report that is none."""
-    file = folder / REPORT
+    file = folder / JSON_NAME
     if not file.is_file():
         return {}, ()
     try:
@@ -690,8 +687,8 @@ def _contents_of_gguf(file: Path) -> Contents:
             layers.append(_gguf_layer(tensor))
     architecture = contents.metadata.get("general.architecture")
     notes: tuple[str, ...] = ()
-    if (file.parent / REPORT).is_file():
-        notes = (f"{file.parent / REPORT}: losses are by the names that layers had before",)
+    if (file.parent / JSON_NAME).is_file():
+        notes = (f"{file.parent / JSON_NAME}: losses are by the names that layers had before",)
     name = architecture if isinstance(architecture, str) else None
     return Contents(file, "gguf", name, tuple(layers), tuple(others), notes)
 

@@ -466,12 +466,21 @@ def _eager_experts(module: nn.Module) -> Iterator[None]:
 
 
 _LINEAR = functional.linear
-_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _PLAIN = frozenset({"shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_cuda", "is_meta"})
 
 
-class _StandIn:
+def expert_of(index: object) -> int | str:
+    """The number of the expert that an index means; what it is where it is none of one expert."""
+    if isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point() and index.dim() == 0:
+        return int(index)
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    return f"a tensor of shape {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+
+
+class StandIn:
     """Stands for a tensor of which torch's functions see only how it is used."""
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
@@ -479,7 +488,7 @@ class _StandIn:
         return torch.matmul(other, self)  # type: ignore[arg-type]  # refused again
 
 
-class _Experts(_StandIn):
+class _Experts(StandIn):
     """Stands for a parameter of fused experts: tells which expert's matrix is used, with which inputs."""
 
     def __init__(
@@ -513,13 +522,10 @@ class _Experts(_StandIn):
         return len(self._parameter)
 
     def __getitem__(self, index: object) -> "_Expert":
-        if isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point() and index.dim() == 0:
-            index = int(index)
-        if not isinstance(index, int) or isinstance(index, bool):
-            kind = f"a tensor of shape {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-            raise self._refuse(f"an index that is {kind}")
-        expert = range(len(self._parameter))[index]
-        return _Expert(self, expert, transposed=False)
+        number = expert_of(index)
+        if isinstance(number, str):
+            raise self._refuse(f"an index that is {number}")
+        return _Expert(self, range(len(self._parameter))[number], transposed=False)
 
     def __iter__(self) -> Iterator["_Expert"]:
         return (self[expert] for expert in range(len(self)))
@@ -551,7 +557,7 @@ class _Experts(_StandIn):
         raise self._refuse(getattr(func, "__name__", str(func)))
 
 
-class _Expert(_StandIn):
+class _Expert(StandIn):
     """Stands for the matrix of one expert, transposed or as stored."""
 
     def __init__(self, experts: _Experts, expert: int, *, transposed: bool) -> None:
@@ -591,7 +597,7 @@ class _Expert(_StandIn):
             # A linear function takes [N, K], a product [K, N].
             if func is _LINEAR:
                 inputs_last = True
-            elif func in _PRODUCTS:
+            elif func in PRODUCTS:
                 inputs_last = False
             else:
                 raise experts._refuse(f"{getattr(func, '__name__', func)} of an expert's matrix")  # noqa: SLF001

@@ -21,7 +21,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,10 @@ from torch import Tensor, nn
 from miniquant.checkpoint import CONFIG, Checkpoint, CheckpointWriter
 from miniquant.formats import Format, Gguf, LayerFormat, LayerGrid
 from miniquant.formats.gguf_file import GgufPlan, OtherType, plan_gguf
-from miniquant.gptq import GptqResult
 from miniquant.grid import QuantizedWeight
 from miniquant.modules import ExpertSite, LeftAlone, LinearSite, Site
 from miniquant.quantize import Plan
-from miniquant.recipe import Recipe
+from miniquant.recipe import LayerOptions, Recipe
 
 LINEAR = "Linear"  # what our own format says of layers that others can hold, too
 LINEAR_ONLY = ("compressed-tensors", "gptq", "gptq_v2")
@@ -91,14 +90,7 @@ class FileLayer:
         """This layer's rows of the weight."""
         if self.first == 0 and self.last == len(quantized.codes):
             return quantized
-        rows = slice(self.first, self.last)
-        some = replace(
-            quantized,
-            codes=quantized.codes[rows],
-            scales=quantized.scales[rows],
-            zero_points=quantized.zero_points[rows],
-        )
-        return replace(some, row_loss=some.row_loss[rows]) if isinstance(some, GptqResult) else some
+        return quantized.map(lambda tensor: tensor[self.first : self.last])
 
 
 @dataclass(frozen=True)
@@ -249,15 +241,7 @@ def plan_output(source: Source, plan: Plan, recipe: Recipe, form: LayerFormat, g
                     f"quantize_folder: expected one layer for each tensor of {source.checkpoint.folder}, but got "
                     f"{layers[layer.name].site!r} and {layer.site!r} for {layer.source!r}"
                 )
-            grid = LayerGrid(
-                layer.last - layer.first,
-                site.columns,
-                chosen.bits,
-                chosen.group_size,
-                chosen.symmetric,
-                chosen.full_range,
-                scale_dtype,
-            )
+            grid = planned_grid(layer.last - layer.first, site.columns, chosen, scale_dtype)
             layers[layer.name], grids[layer.name] = layer, grid
             options[layer.name] = {**chosen.to_dict(), "module": _kind(site, layer)}
             if isinstance(site, LinearSite):
@@ -284,6 +268,12 @@ def plan_output(source: Source, plan: Plan, recipe: Recipe, form: LayerFormat, g
         planned = plan_gguf(source.checkpoint.config, shapes, grids, folder=source.checkpoint.folder, **vars(gguf))
         warnings = condensed(planned.warnings, grids)
     return OutputPlan(plan, layers, contents, tied, scale_dtype, planned, tuple(warnings))
+
+
+def planned_grid(rows: int, columns: int, options: LayerOptions, scale_dtype: torch.dtype) -> LayerGrid:
+    """The grid that a weight [rows, columns] will have."""
+    kind = (options.bits, options.group_size, options.symmetric, options.full_range)
+    return LayerGrid(rows, columns, *kind, scale_dtype)
 
 
 def check_layers(form: LayerFormat, grids: Mapping[str, LayerGrid]) -> list[str]:

@@ -16,7 +16,6 @@ How memory is estimated
 """
 
 import logging
-import resource
 import shutil
 import tempfile
 import time
@@ -34,11 +33,12 @@ from miniquant.checkpoint import CheckpointWriter
 from miniquant.formats import Gguf, LayerGrid, Native, format_named
 from miniquant.layer_file import dtype_names
 from miniquant.modules import LeftAlone
+from miniquant.output import planned_grid
 from miniquant.quantize import LayerResult, ModelResult, Stopped
 from miniquant.recipe import LayerOptions
 from miniquant.report import as_dict, place_of
 from miniquant.report_page import write_report
-from miniquant.run import FolderPlan, plan_folder
+from miniquant.run import FolderPlan, peak_memory, plan_folder
 from miniquant.terminal import NARROW, each, group_text, table
 
 logger = logging.getLogger(__name__)
@@ -181,8 +181,7 @@ def _planned_layers(plan: FolderPlan) -> list[PlannedLayer]:
     tokens = plan.calibration.tokens + plan.calibration.held_out_tokens
     layers = []
     for site, own in plan.planned.plan.layers:
-        kind = (own.bits, own.group_size, own.symmetric, own.full_range, plan.planned.scale_dtype)
-        grid = LayerGrid(site.rows, site.columns, *kind)
+        grid = planned_grid(site.rows, site.columns, own, plan.planned.scale_dtype)
         layers.append(PlannedLayer(site.name, grid, own, site.rows * site.columns * site.dtype.itemsize, tokens))
     return layers
 
@@ -258,7 +257,7 @@ def _measured(plan: FolderPlan, layers: Sequence[PlannedLayer], start: float) ->
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = dict(zip(ends, (end - before for before, end in pairwise((start, *ends.values()))), strict=True))
-    return Measured(seconds, writing, report, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return Measured(seconds, writing, report, peak_memory())
 
 
 def _begun(plan: FolderPlan, progress: Any, stop: Callable[[], bool]) -> ModelResult:

@@ -746,7 +746,7 @@ class _Quantizer:
     def _add(self, done: LayerResult) -> None:
         """Adds a layer to the result, without its codes where they are kept."""
         if self._store is not None:
-            done = replace(done, quantized=_without_memory(done.quantized))
+            done = replace(done, quantized=done.quantized.map(lambda tensor: tensor.to("meta")))
         self._result.layers[done.name] = done
         if self._progress is not None:
             self._progress(done, len(self._result.layers), len(self._options))
@@ -816,32 +816,15 @@ def _grid(options: LayerOptions) -> tuple[int, int, bool]:
     return options.bits, options.group_size, options.symmetric
 
 
-def _without_memory(quantized: QuantizedWeight) -> QuantizedWeight:
-    """The same on the device "meta"."""
-    codes, scales, zero_points = (
-        tensor.to("meta") for tensor in (quantized.codes, quantized.scales, quantized.zero_points)
-    )
-    return QuantizedWeight(codes, scales, zero_points, *_kind(quantized))
-
-
-def _kind(quantized: QuantizedWeight) -> tuple[int, int, bool, bool]:
-    """The grid of a quantized weight, as its constructor takes it."""
-    return quantized.bits, quantized.group_size, quantized.symmetric, quantized.full_range
-
-
-def _rows_of(quantized: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    """Some rows of a quantized weight."""
-    codes, scales, zero_points = (tensor[rows] for tensor in (quantized.codes, quantized.scales, quantized.zero_points))
-    return QuantizedWeight(codes, scales, zero_points, *_kind(quantized))
-
-
 def _losses(
     weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None, dtype: torch.dtype
 ) -> dict[str, float | None]:
     """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
     rows = len(weight)
     some = torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
-    values = torch.cat([dequantize(_rows_of(one, some), dtype=dtype) for one in candidates.values()]).to(weight.dtype)
+    values = torch.cat(
+        [dequantize(one.map(lambda tensor: tensor[some]), dtype=dtype) for one in candidates.values()]
+    ).to(weight.dtype)
     originals = weight[some].repeat(len(candidates), 1)
     losses: dict[str, float | None] = {}
     for part, prefix, fewest in (("calibration", "", 1), ("held_out", "held_out_", FEWEST_HELD_OUT)):

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from miniquant.architecture import transformers_package
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.calibration import Source as CalibrationSource
 from miniquant.checkpoint import (
@@ -37,7 +38,7 @@ from miniquant.checkpoint import (
     read_json,
 )
 from miniquant.errors import foreign
-from miniquant.float_models import load_tokenizer
+from miniquant.float_models import gguf_of, load_tokenizer, longest_window, vocabulary_of
 from miniquant.formats import (
     FORMATS,
     Format,
@@ -91,6 +92,7 @@ from miniquant.state import (
     differences,
     kept_layers,
     read_asked,
+    remove_finished,
     state_folder,
 )
 
@@ -245,7 +247,7 @@ def plan_folder(
     before = _unfinished(output, resume=resume, overwrite=overwrite)
     if before is None:
         _check_output(output, form, overwrite=overwrite)
-    place = _device(device)
+    place = available_device(device)
     chosen = _dtype(dtype, checkpoint, place, before)
     source = LazyModel(checkpoint.folder, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
     layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
@@ -315,7 +317,7 @@ class FolderPlan:
     @property
     def bytes_before(self) -> int:
         """Of the source's tensors."""
-        return sum(tensor.nbytes for tensor in self.source.checkpoint.tensors.values())
+        return self.source.checkpoint.nbytes
 
     @property
     def bytes_after(self) -> int:
@@ -417,7 +419,7 @@ class FolderPlan:
             },
             bytes_before=self.bytes_before,
             bytes_after=size,
-            peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            peak_memory=peak_memory(),
             notes=notes,
         )
 
@@ -436,8 +438,12 @@ def _form(name: str, gguf: GgufOptions | None) -> tuple[LayerFormat, GgufOptions
     return Gguf(exact=options.exact), options
 
 
-def _device(asked: str | torch.device) -> torch.device:
-    """A device that is there."""
+def available_device(asked: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: where it is not.
+    """
     try:
         device = torch.device(asked)
         torch.ones(1, device=device).item()
@@ -469,6 +475,7 @@ def _check_apart(source: Path, output: Path) -> None:
 def _unfinished(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """What was asked of the run to go on with; None where the run starts anew."""
     folder = state_folder(output)
+    remove_finished(folder)
     check_state_folder(folder)
     asked = read_asked(folder)
     if asked is None or resume:
@@ -516,14 +523,17 @@ def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[s
     return [f"layers may differ from those of one run: {line}" for line in software]
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that the process held so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _software() -> dict[str, Any]:
     """What decides bits beside what is asked."""
-    import transformers  # noqa: PLC0415  (not for whoever quantizes modules)
-
     return {
         "miniquant": str(torch.ops.miniquant.version()),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers_package().__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -671,21 +681,18 @@ def _calibration(
     trust_remote_code: bool,
 ) -> Calibration:
     """Batches of tokens, with those to judge by beside them."""
-    config: Any = getattr(source.model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = longest_window(source.model)
     notes: tuple[str, ...] = ()
-    if isinstance(longest, int) and 0 < longest < sequence_length:
+    if longest is not None and longest < sequence_length:
         notes = (f"windows have {longest} tokens, as many as the model takes, instead of {sequence_length}",)
         sequence_length = longest
-    vocabulary = getattr(text, "vocab_size", None)
     found = load_calibration(
         given,
         _tokenizer(source.checkpoint.folder, given, trust_remote_code=trust_remote_code),
         tokens=tokens,
         sequence_length=sequence_length,
         held_out_tokens=math.ceil(part * tokens),
-        vocabulary=vocabulary if isinstance(vocabulary, int) else None,
+        vocabulary=vocabulary_of(source.model),
     )
     return replace(found, notes=(*notes, *found.notes))
 
@@ -826,7 +833,7 @@ def convert_folder(
         ImportError: without the package gguf, where it is needed.
     """
     form, source, output = layer_format(format), Path(source_dir), Path(output_dir)
-    if source.is_file() or ((source / GGUF_FILE).is_file() and not (source / CONFIG).is_file()):
+    if source.is_file() or (source.is_dir() and gguf_of(source) is not None):
         raise ValueError(
             f"convert_folder: expected a folder in one of the formats {', '.join(FORMATS)}, but got {source} "
             "(a GGUF file is not converted back: quantize to the format miniquant first, and convert that)"
@@ -879,8 +886,7 @@ def convert_folder(
         with CheckpointWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
             write_folder(writer, target, contents, read_layer, checkpoint.read, code=code)
             size = writer.tensor_bytes
-    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    return Converted(output, before.name, form.name, len(grids), stored, size, tuple(notes))
+    return Converted(output, before.name, form.name, len(grids), checkpoint.nbytes, size, tuple(notes))
 
 
 def _check_kinds(form: Native, config: Mapping[str, Any], target: LayerFormat) -> None:

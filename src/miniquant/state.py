@@ -42,6 +42,16 @@ def state_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def _finished_folder(folder: Path) -> Path:
+    """Where a finished run's folder is while it is removed."""
+    return folder.with_name(f".{folder.name}.done")
+
+
+def remove_finished(folder: Path) -> None:
+    """Removes what a run left that was killed while it removed its folder; its output is there, and whole."""
+    shutil.rmtree(_finished_folder(folder), ignore_errors=True)
+
+
 def read_asked(folder: Path) -> dict[str, Any] | None:
     """What was asked of the run that a folder is of; None where there is none.
 
@@ -168,10 +178,9 @@ class RunState:
 
     def finish(self) -> None:
         """Removes the folder: at one moment it is there, and whole, at the next it is not."""
-        done = self.folder.with_name(f".{self.folder.name}.done")
-        shutil.rmtree(done, ignore_errors=True)
-        self.folder.rename(done)
-        shutil.rmtree(done)
+        remove_finished(self.folder)
+        self.folder.rename(_finished_folder(self.folder))
+        remove_finished(self.folder)
 
     def __len__(self) -> int:
         """How many layers are done."""

@@ -1,5 +1,6 @@
 """Shared fixtures: the root of the clone, a seeded generator, programs built with the installed library."""
 
+import importlib
 import os
 import random
 import subprocess
@@ -40,6 +41,17 @@ def threads_restored() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a model folder, float32."""
+    folder = tmp_path_factory.mktemp("smollm2") / "float"
+    try:
+        importlib.import_module("scripts.smollm2").write_folder(folder)
+    except ImportError as error:
+        pytest.skip(str(error))
+    return folder
 
 
 @pytest.fixture(scope="session")

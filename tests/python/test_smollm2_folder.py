@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +24,6 @@ OPTIONS: dict[str, Any] = {"tokens": 4096, "sequence_length": 256, "dtype": torc
 RECIPE = LayerOptions(bits=4, group_size=64, preset="fast")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    smollm2 = importlib.import_module("scripts.smollm2")
-    folder: Path = tmp_path_factory.mktemp("smollm2") / "float"
-    try:
-        smollm2.write_folder(folder)
-    except ImportError as error:
-        pytest.skip(str(error))
-    return folder
-
-
 def weights(folder: Path) -> dict[str, Tensor]:
     """The weights that the codes of a folder mean."""
     checkpoint = Checkpoint(folder)
@@ -53,31 +41,31 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def float_model_with(source: Path, values: dict[str, Tensor]) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+def float_model_with(folder: Path, values: dict[str, Tensor]) -> Any:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, value in values.items():
         model.get_submodule(name).weight.data = value
     return model.eval()
 
 
-def test_compressed_tensors(source: Path, tmp_path: Path) -> None:
+def test_compressed_tensors(smollm2_folder: Path, tmp_path: Path) -> None:
     """transformers and compressed-tensors give our own model's logits; Linears take at most 0.15 of float32."""
-    result: FolderResult = quantize_folder(source, tmp_path / "out", RECIPE, **OPTIONS)
+    result: FolderResult = quantize_folder(smollm2_folder, tmp_path / "out", RECIPE, **OPTIONS)
     assert len(result.result.layers) == 210
     out = Checkpoint(tmp_path / "out")
     linear = sum(out.tensors[name].nbytes for name in out.tensors if ".weight_" in name)
     before = sum(layer.site.rows * layer.site.columns * 4 for layer in result.result.layers.values())
     assert linear <= 0.15 * before
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (smollm2_folder / name).read_bytes()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    expected = logits(float_model_with(source, weights(tmp_path / "out")))
+    expected = logits(float_model_with(smollm2_folder, weights(tmp_path / "out")))
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-3)
     print(f"Linear weights: {linear / before:.4f} of float32; {result.result.seconds}")
 
 
-def test_gptq_and_what_it_is_converted_to(source: Path, tmp_path: Path) -> None:
-    quantize_folder(source, tmp_path / "gptq", RECIPE, format="gptq", **OPTIONS)
+def test_gptq_and_what_it_is_converted_to(smollm2_folder: Path, tmp_path: Path) -> None:
+    quantize_folder(smollm2_folder, tmp_path / "gptq", RECIPE, format="gptq", **OPTIONS)
     expected = weights(tmp_path / "gptq")
     for form in ("gptq_v2", "miniquant", "compressed-tensors"):
         convert_folder(tmp_path / "gptq", tmp_path / form, form)
@@ -86,17 +74,18 @@ def test_gptq_and_what_it_is_converted_to(source: Path, tmp_path: Path) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_gguf(source: Path, tmp_path: Path) -> None:
+def test_gguf(smollm2_folder: Path, tmp_path: Path) -> None:
     """transformers reads the file as the float model with the values of the codes."""
     gguf = GgufOptions(other="F32")
-    quantize_folder(source, tmp_path / "out", RECIPE, format="gguf", gguf=gguf, **OPTIONS)
-    quantize_folder(source, tmp_path / "gptq", RECIPE, format="gptq", **OPTIONS)  # the same codes: scales in float16
+    quantize_folder(smollm2_folder, tmp_path / "out", RECIPE, format="gguf", gguf=gguf, **OPTIONS)
+    # The same codes: scales in float16.
+    quantize_folder(smollm2_folder, tmp_path / "gptq", RECIPE, format="gptq", **OPTIONS)
     read: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", gguf_file=GGUF_FILE, dtype=torch.float32
     )
     expected = weights(tmp_path / "gptq")
     for name, value in expected.items():
         assert torch.equal(read.get_submodule(name).weight, value), name
-    torch.testing.assert_close(logits(read), logits(float_model_with(source, expected)), rtol=1e-4, atol=1e-3)
-    config = json.loads((source / "config.json").read_text())
+    torch.testing.assert_close(logits(read), logits(float_model_with(smollm2_folder, expected)), rtol=1e-4, atol=1e-3)
+    config = json.loads((smollm2_folder / "config.json").read_text())
     assert read.config.vocab_size == config["vocab_size"]

