@@ -96,8 +96,16 @@ at::Tensor damped_diagonal(const at::Tensor& hessian, const Damping& damping) {
 at::Tensor damped_lower_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
                                  const at::Tensor& column) {
   const at::Tensor triangle = lower_triangle(hessian, damping.factor, dtype, column);
-  set_diagonal_of_triangle(triangle, diagonal_of_triangle(triangle, hessian.size(0)).add_(damping.added));
+  set_diagonal_of_triangle(triangle, diagonal_of_damped_triangle(hessian, damping, dtype, column));
   return triangle;
+}
+
+at::Tensor diagonal_of_damped_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
+                                       const at::Tensor& column) {
+  // Multiplied before the cast: a value of float64 may be out of the range of float32.
+  const at::ScalarType wider = c10::promoteTypes(hessian.scalar_type(), dtype);
+  const at::Tensor diagonal = hessian.diagonal().to(wider).mul(damping.factor).to(dtype).add_(damping.added);
+  return column.defined() ? diagonal.index_select(0, column) : diagonal;
 }
 
 at::Tensor damped_panels(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype) {

@@ -34,6 +34,10 @@ at::Tensor damped_diagonal(const at::Tensor& hessian, const Damping& damping);
 at::Tensor damped_lower_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
                                  const at::Tensor& column = {});
 
+/// The diagonal of damped_lower_triangle(), `dtype` [K]. Arguments as above.
+at::Tensor diagonal_of_damped_triangle(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype,
+                                       const at::Tensor& column = {});
+
 /// D as symmetric_panels() lays it out. hessian: on the CPU.
 at::Tensor damped_panels(const at::Tensor& hessian, const Damping& damping, at::ScalarType dtype);
 

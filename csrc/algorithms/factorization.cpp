@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "algorithms/dispatch.h"
@@ -20,6 +21,7 @@ constexpr int64_t kBlockPanels = 4;
 
 /// How far the factorization of one panel of columns is; threads read it of one another. On a cache line of its own.
 struct alignas(64) PanelProgress {
+  std::atomic<bool> set;             ///< whether the rows of its diagonal block hold A
   std::atomic<int64_t> solved_from;  ///< rows of panels from this one on hold L
   std::atomic<int64_t> later_done;   ///< rows of panels from this one on: products of later blocks are subtracted
 };
@@ -27,6 +29,7 @@ struct alignas(64) PanelProgress {
 /// The steps of the factorization, in an order in which each step needs only earlier ones. Threads take them in that
 /// order and wait for what they need, so one parallel region is enough.
 ///
+///   for each panel, from the last:         A[panel, all]    is set, where it is not yet
 ///   for each block of panels [begin, end), from the last
 ///     for each panel `right` < end:        A[block, right]  -= L[after block, block]^T L[after block, right]
 ///     for each panel of the block, from the last, for each `right` <= panel
@@ -36,9 +39,10 @@ struct alignas(64) PanelProgress {
 template <typename T>
 class Factorization {
  public:
-  Factorization(T* triangle, int64_t columns)
-      : triangle_(triangle), layout_{columns}, progress_(static_cast<size_t>(layout_.panels())) {
+  Factorization(T* triangle, int64_t columns, const std::function<void(int64_t panel)>& set_rows)
+      : triangle_(triangle), layout_{columns}, set_rows_(set_rows), progress_(static_cast<size_t>(layout_.panels())) {
     for (PanelProgress& panel : progress_) {
+      panel.set.store(!set_rows_, std::memory_order_relaxed);
       panel.solved_from.store(layout_.panels(), std::memory_order_relaxed);
       panel.later_done.store(layout_.panels(), std::memory_order_relaxed);
     }
@@ -52,7 +56,7 @@ class Factorization {
     team.run([&] {
       team.take(pieces, [&](int64_t piece) {
         const Step& step = steps_[static_cast<size_t>(piece)];
-        if (!(step.panel < 0 ? subtract_later_blocks(team, step) : solve(team, step))) {
+        if (!take_step(team, step)) {
           team.stop();
         }
       });
@@ -61,8 +65,11 @@ class Factorization {
   }
 
  private:
-  /// Panels [begin, end) are the block; `panel` is one of them, or -1 for the products of later blocks.
+  enum class Kind { kSetRows, kSubtractLaterBlocks, kSolve };
+
+  /// Panels [begin, end) are the block, `panel` and `right` those of the comment above.
   struct Step {
+    Kind kind;
     int64_t begin;
     int64_t end;
     int64_t panel;
@@ -70,18 +77,36 @@ class Factorization {
   };
 
   void list_steps() {
+    for (int64_t panel = layout_.panels() - 1; set_rows_ && panel >= 0; --panel) {
+      steps_.push_back({.kind = Kind::kSetRows, .begin = panel, .end = panel + 1, .panel = panel, .right = 0});
+    }
     for (int64_t end = layout_.panels(); end > 0;) {
       const int64_t begin = std::max<int64_t>(0, end - kBlockPanels);
       for (int64_t right = end - 1; right >= 0; --right) {
-        steps_.push_back({begin, end, -1, right});
+        steps_.push_back({Kind::kSubtractLaterBlocks, begin, end, end, right});
       }
       for (int64_t panel = end - 1; panel >= begin; --panel) {
         for (int64_t right = panel; right >= 0; --right) {
-          steps_.push_back({begin, end, panel, right});
+          steps_.push_back({Kind::kSolve, begin, end, panel, right});
         }
       }
       end = begin;
     }
+  }
+
+  /// Returns false if a pivot is not positive or the team was stopped.
+  [[nodiscard]] bool take_step(const Team& team, const Step& step) {
+    switch (step.kind) {
+      case Kind::kSetRows:
+        set_rows_(step.panel);
+        progress(step.panel).set.store(true, std::memory_order_release);
+        return true;
+      case Kind::kSubtractLaterBlocks:
+        return subtract_later_blocks(team, step);
+      case Kind::kSolve:
+        return solve(team, step);
+    }
+    return false;
   }
 
   /// The first row of a panel's diagonal block.
@@ -110,7 +135,8 @@ class Factorization {
   [[nodiscard]] bool subtract_later_blocks(const Team& team, const Step& step) {
     const int64_t first = std::max(step.begin, step.right);
     for (int64_t panel = first; panel < step.end; ++panel) {
-      if (!wait_for_solved(team, panel, step.end)) {
+      if (!team.wait_until([&] { return progress(panel).set.load(std::memory_order_acquire); }) ||
+          !wait_for_solved(team, panel, step.end)) {
         return false;
       }
     }
@@ -155,17 +181,20 @@ class Factorization {
   const kernels::TypedKernels<T>& kernel_ = typed_kernels<T>();
   T* triangle_;
   TriangleLayout layout_;
+  const std::function<void(int64_t panel)>& set_rows_;
   std::vector<PanelProgress> progress_;
   std::vector<Step> steps_;
 };
 
 }  // namespace
 
-bool factor_from_last_row(const at::Tensor& triangle, int64_t columns) {
+bool factor_from_last_row(const at::Tensor& triangle, int64_t columns,
+                          const std::function<void(int64_t panel)>& set_rows) {
   TORCH_INTERNAL_ASSERT(triangle.numel() == TriangleLayout{columns}.size());
   bool factored = false;
-  dispatch_compute(triangle.scalar_type(),
-                   [&]<typename T> { factored = Factorization<T>(triangle.mutable_data_ptr<T>(), columns).run(); });
+  dispatch_compute(triangle.scalar_type(), [&]<typename T> {
+    factored = Factorization<T>(triangle.mutable_data_ptr<T>(), columns, set_rows).run();
+  });
   return factored;
 }
 

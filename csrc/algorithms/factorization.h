@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 
 namespace miniquant::algorithms {
 
@@ -12,8 +13,12 @@ namespace miniquant::algorithms {
 /// Returns whether it succeeded; where it did not, A is not positive definite to working precision and the contents are
 /// undefined.
 ///
+/// set_rows: if given, the rows of A that the diagonal block of a panel has are not there until set_rows(panel) sets
+/// them, the panels from last to first and on any thread.
+///
 /// Blocked and left-looking, from the last row up; gives the same bits for any number of threads. (Golub and Van Loan,
 /// Matrix Computations, 4.2, with rows and columns in reverse.)
-[[nodiscard]] bool factor_from_last_row(const at::Tensor& triangle, int64_t columns);
+[[nodiscard]] bool factor_from_last_row(const at::Tensor& triangle, int64_t columns,
+                                        const std::function<void(int64_t panel)>& set_rows = {});
 
 }  // namespace miniquant::algorithms

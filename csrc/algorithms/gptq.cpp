@@ -45,10 +45,19 @@ double magnification_of_errors(const at::Tensor& pivot, const at::Tensor& diagon
 bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, const Damping& damping, const at::Tensor& without_pivot,
                SweepFactor& factor) {
   const int64_t columns = hessian.size(0);
-  factor.triangle = damped_lower_triangle(hessian, damping, dtype, factor.column);
-  const at::Tensor diagonal = diagonal_of_triangle(factor.triangle, columns).masked_fill_(without_pivot, 1);
-  set_diagonal_of_triangle(factor.triangle, diagonal);
-  if (!factor_from_last_row(factor.triangle, columns)) {
+  const at::Tensor diagonal =
+      diagonal_of_damped_triangle(hessian, damping, dtype, factor.column).masked_fill_(without_pivot, 1);
+  bool factored = false;
+  if (factor.column.defined()) {
+    factor.triangle = lower_triangle(hessian, damping.factor, dtype, factor.column);
+    set_diagonal_of_triangle(factor.triangle, diagonal);
+    factored = factor_from_last_row(factor.triangle, columns);
+  } else {
+    const LowerTriangleRows rows(hessian, damping.factor, dtype, diagonal);
+    factor.triangle = rows.triangle();
+    factored = factor_from_last_row(factor.triangle, columns, [&](int64_t panel) { rows.set(panel); });
+  }
+  if (!factored) {
     return false;
   }
   factor.pivot = diagonal_of_triangle(factor.triangle, columns);

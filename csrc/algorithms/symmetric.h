@@ -14,6 +14,25 @@ namespace miniquant::algorithms {
 at::Tensor lower_triangle(const at::Tensor& hessian, double factor, at::ScalarType dtype,
                           const at::Tensor& column = {});
 
+/// lower_triangle() in natural order, whose rows are set later, a panel's rows at a time and on any thread.
+class LowerTriangleRows {
+ public:
+  /// diagonal: [K], of `dtype`: takes the place of that of the average. Other arguments as above.
+  LowerTriangleRows(const at::Tensor& hessian, double factor, at::ScalarType dtype, at::Tensor diagonal);
+
+  /// The triangle; rows that are not set yet are undefined.
+  [[nodiscard]] const at::Tensor& triangle() const { return triangle_; }
+
+  /// Sets the rows that the diagonal block of a panel has.
+  void set(int64_t panel) const;
+
+ private:
+  at::Tensor hessian_;
+  double factor_;
+  at::Tensor diagonal_;
+  at::Tensor triangle_;
+};
+
 /// All of factor * (H + H^T) / 2: a tensor of `dtype`, laid out by kernels::SymmetricLayout. Arguments as above.
 at::Tensor symmetric_panels(const at::Tensor& hessian, double factor, at::ScalarType dtype);
 

@@ -100,6 +100,14 @@ struct RefineProblem {
   T* row_loss;           ///< [N], e H e^T before and after
 };
 
+/// What decides whether a part of a matrix counts as finite and symmetric.
+template <typename T>
+struct SymmetryFigures {
+  bool finite;
+  T largest;            ///< max |H_ij|, if finite
+  T largest_asymmetry;  ///< max |H_ij - H_ji|, if finite
+};
+
 /// The kernels for one element type. A tile is `tile_rows` lanes wide and divides kPanelColumns.
 template <typename T>
 struct TypedKernels {
@@ -154,6 +162,21 @@ struct TypedKernels {
   /// `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld.
   void (*rank_update)(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
                       std::int64_t i_tile, std::int64_t j_tile);
+
+  /// The figures of all entries H[i, j] and H[j, i] with row_begin <= i < row_begin + kPanelColumns and j at most in
+  /// the square on the diagonal. H is [K, K]; row_begin is a multiple of kPanelColumns.
+  SymmetryFigures<T> (*survey_symmetry)(const T* h, std::int64_t columns, std::int64_t row_begin);
+
+  /// average[i][j] = (factor H + factor H^T) / 2 for the square of kPanelColumns rows and columns that begins at
+  /// (i_begin, j_begin), or as many rows as there are; 0 past the last column. Each product is rounded to the type of
+  /// the average. `average` is [rows][kPanelColumns].
+  void (*average_square_as_f32)(const T* h, std::int64_t columns, std::int64_t i_begin, std::int64_t j_begin,
+                                double factor, float* average);
+  void (*average_square_as_f64)(const T* h, std::int64_t columns, std::int64_t i_begin, std::int64_t j_begin,
+                                double factor, double* average);
+
+  /// to[j][i] = from[i][j] for i < rows and j < width.
+  void (*transpose)(const T* from, std::int64_t ld, std::int64_t rows, std::int64_t width, T* to, std::int64_t to_ld);
 
   /// The number of terms for which one call of `subtract_products` is fastest.
   std::int64_t terms_per_product;

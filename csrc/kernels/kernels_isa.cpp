@@ -12,6 +12,7 @@
 #include "kernels/rtn-inl.h"
 #include "kernels/scale_search-inl.h"
 #include "kernels/sweep-inl.h"
+#include "kernels/symmetric-inl.h"
 #include "kernels/target-inl.h"
 #include "kernels/vector-inl.h"
 
@@ -36,6 +37,10 @@ constexpr TypedKernels<T> kTypedKernels = {
     .quadratic_form = quadratic_form<T>,
     .pack_tile = pack_tile<T>,
     .rank_update = rank_update<T>,
+    .survey_symmetry = survey_symmetry<T>,
+    .average_square_as_f32 = average_square<T, float>,
+    .average_square_as_f64 = average_square<T, double>,
+    .transpose = transpose<T>,
     .terms_per_product = kTermsPerSum<T>,
     .subtract_products = subtract_products<T>,
     .factor_block = factor_block<T>,

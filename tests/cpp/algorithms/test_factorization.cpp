@@ -83,6 +83,21 @@ TEST_P(Factorization, FailsWhereverAPivotIsNotPositive) {
   EXPECT_FALSE(factor(at::ones({2, 2}, GetParam())).has_value()) << "singular";
 }
 
+// Rows that are set within the factorization, by any of two threads, give the bits of rows that are there before.
+TEST_P(Factorization, SetsTheRowsOfTheMatrixItself) {
+  const testing::ScopedThreads threads(2);
+  for (const int64_t columns : kSizes) {
+    const at::Tensor matrix = positive_definite(columns, GetParam());
+    const at::Tensor diagonal = matrix.diagonal() * 1.5;
+    at::Tensor expected = matrix.clone();
+    expected.diagonal().copy_(diagonal);
+    const LowerTriangleRows rows(matrix, 1.0, GetParam(), diagonal.contiguous());
+    ASSERT_TRUE(factor_from_last_row(rows.triangle(), columns, [&](int64_t panel) { rows.set(panel); })) << columns;
+    EXPECT_TRUE(at::equal(testing::dense_triangle(rows.triangle(), columns).to(at::kDouble), factor(expected).value()))
+        << columns;
+  }
+}
+
 TEST_P(Factorization, AcceptsAnEmptyMatrix) { EXPECT_TRUE(factor(at::empty({0, 0}, GetParam())).has_value()); }
 
 TEST_P(Factorization, ThreadsDoNotChangeABit) {
