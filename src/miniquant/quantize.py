@@ -449,9 +449,12 @@ def _accumulated(inputs: Sequence[Given], columns: int, dtype: torch.dtype, *, h
                 on_device.update(tokens, given.mask)
         except (ValueError, TypeError) as error:
             raise type(error)(f"batch {given.batch}: {error}") from error
-    if on_device is not None:
-        accumulator.merge(on_device.accumulator())
-    return accumulator
+    if on_device is None:
+        return accumulator
+    elsewhere = on_device.accumulator()
+    if accumulator.tokens:
+        elsewhere.merge(accumulator)
+    return elsewhere
 
 
 @dataclass

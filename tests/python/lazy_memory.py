@@ -108,7 +108,7 @@ def run(folder: Path, limit_mb: int, pattern: str) -> dict[str, Any]:
     from miniquant.lazy import LazyModel  # noqa: PLC0415
 
     batches: list[Tensor] = [torch.randint(0, VOCABULARY, (1, 192), generator=torch.Generator().manual_seed(1))] * 2
-    options = LayerOptions(bits=4, group_size=64, preset="fast", ridge=0.1)
+    options = LayerOptions(bits=4, group_size=64, preset="plain", ridge=0.1)
     recipe = Recipe(replace(options, skip=True), [Rule(pattern, options)])
     store = Nowhere()
     lazy = LazyModel(folder)
