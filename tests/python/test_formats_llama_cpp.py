@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ from gguf_examples import (
     save_tokenizer,
     sentence_piece,
 )
+from miniquant.float_models import load_gguf
 from miniquant.formats import LayerGrid
-from miniquant.formats.gguf_file import plan_gguf, write_gguf
+from miniquant.formats.gguf_file import GGUF_FILE, plan_gguf, write_gguf
 
 pytestmark = [
     pytest.mark.nightly,
@@ -60,6 +62,34 @@ for prompt in request["prompts"]:
         answer = server.handle_completions({"prompt": prompt, "logit_bias": [[request["letter"], 100.0]], **options})
     answers.append(answer if isinstance(answer, dict) else json.loads(answer))
 open(path, "w").write(json.dumps(answers))
+"""
+
+# The log probability of each token of a text after those before it, and how llama.cpp goes on after the first ones.
+# Each next token is forced to be the text's; what is told of it is from before that.
+READER = """
+import json, sys, xllamacpp
+request, path = json.load(sys.stdin), sys.argv[1]
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = request["model"], 512, 1, 0
+params.cpuparams.n_threads, params.warmup = 2, False
+server = xllamacpp.Server(params)
+
+def complete(prompt, **options):
+    answer = server.handle_completions({"prompt": prompt, "cache_prompt": True, **options})
+    return (answer if isinstance(answer, dict) else json.loads(answer))["choices"][0]
+
+found = []
+for tokens in request["texts"]:
+    values = []
+    for i in range(1, len(tokens)):
+        answer = complete(
+            tokens[:i], n_predict=1, n_probs=1, temperature=-1, logit_bias=[[tokens[i], 100.0]]
+        )["logprobs"]["content"][0]
+        assert answer["id"] == tokens[i], (answer, tokens[i])
+        values.append(answer["logprob"])
+    found.append(values)
+said = [complete(tokens[:16], n_predict=16, temperature=0, logit_bias=[])["text"] for tokens in request["texts"]]
+open(path, "w").write(json.dumps({"logprobs": found, "said": said}))
 """
 
 
@@ -238,3 +268,37 @@ def test_sentence_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
                 expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
             got = torch.tensor(answer["data"][0]["embedding"])
             assert float(torch.nn.functional.cosine_similarity(got, expected, dim=0)) > least
+
+
+@torch.inference_mode()
+def test_smollm2_predicts_and_goes_on_as_ours(smollm2_folder: Path, root: Path, tmp_path: Path) -> None:
+    """Its own arithmetic, with inputs of 8 bits: the perplexity is within 1%, and greedy texts begin alike."""
+    options = miniquant.LayerOptions(bits=4, group_size=32, preset="fast")
+    miniquant.quantize_folder(
+        smollm2_folder, tmp_path / "out", options, format="gguf", tokens=4096, sequence_length=256, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    text = (root / "docs" / "algorithm.md").read_text(encoding="ascii", errors="ignore")
+    ids = tokenizer(text)["input_ids"]
+    texts = [ids[begin : begin + 160] for begin in range(200, 200 + 4 * 640, 640)]
+    request = {"model": str(tmp_path / "out" / GGUF_FILE), "texts": texts}
+    run = subprocess.run(
+        [sys.executable, "-c", READER, str(tmp_path / "read.json")],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    theirs = json.loads((tmp_path / "read.json").read_text())
+    model: Any = load_gguf(tmp_path / "out" / GGUF_FILE, dtype=torch.float32)
+    rows = torch.tensor(texts)
+    ours = model(rows).logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    loss, expected = -float(torch.tensor(theirs["logprobs"]).mean()), -float(ours.mean())
+    print(f"perplexity: llama.cpp {math.exp(loss):.3f}, ours {math.exp(expected):.3f}")
+    assert abs(loss - expected) < math.log(1.01)
+    for tokens, said in zip(texts, theirs["said"], strict=True):
+        went_on = model.generate(torch.tensor([tokens[:16]]), max_new_tokens=16, do_sample=False)[0, 16:]
+        ours_said = tokenizer.decode(went_on)
+        print(repr(ours_said), repr(said))
+        assert ours_said[:12] == said[:12]
