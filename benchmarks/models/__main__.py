@@ -156,6 +156,32 @@ def line_of(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def write(bench: Benchmark, output: Path) -> None:
+    """Writes the rows so far: a run takes most of an hour."""
+    found = bench.rows[0]["scores"]["reference_perplexity"]
+    header = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
+    summary = (
+        f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}; one forward pass over the "
+        f"{bench.calibration.tokens} calibration tokens {bench.forward:.0f} s. Bytes are those of the decoder layers' "
+        "weights relative to float32."
+    )
+    results = {
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
+        "command": command_line("scripts/benchmark", "models"),
+        "forward_seconds": bench.forward,
+        "tokens": bench.calibration.tokens,
+        "evaluation_tokens": bench.evaluation.tokens,
+        "rows": bench.rows,
+    }
+    write_results(
+        results,
+        "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n",
+        output,
+        "models",
+    )
+
+
 def main() -> None:
     """Measures every scheme and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,30 +203,10 @@ def main() -> None:
         for name in arguments.presets:
             options = NEAREST if name == "nearest" else miniquant.LayerOptions(preset=name, group_size=GROUP_SIZE)
             bench.ours("RTN" if name == "nearest" else name, replace(options, bits=bits))
+            write(bench, arguments.output)
         if arguments.peers is not None:
             bench.peer(bits, arguments.peers)
-    found = bench.rows[0]["scores"]["reference_perplexity"]
-    header = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
-    summary = (
-        f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}; one forward pass over the "
-        f"{bench.calibration.tokens} calibration tokens {bench.forward:.0f} s. Bytes are those of the decoder layers' "
-        "weights relative to float32."
-    )
-    results = {
-        "machine": machine(torch.get_num_threads()),
-        "versions": versions(),
-        "command": command_line("scripts/benchmark", "models"),
-        "forward_seconds": bench.forward,
-        "tokens": bench.calibration.tokens,
-        "evaluation_tokens": bench.evaluation.tokens,
-        "rows": bench.rows,
-    }
-    write_results(
-        results,
-        "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n",
-        arguments.output,
-        "models",
-    )
+            write(bench, arguments.output)
 
 
 if __name__ == "__main__":
