@@ -302,8 +302,15 @@ def test_what_a_run_left_that_was_killed_at_its_end_is_removed(source: Path, who
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     moments: int, source: Path, whole: Path, tmp_path: Path
 ) -> None:
+    def begun(output: Path) -> Any:
+        """A process whose run has come to its first layer, after seconds of imports."""
+        process = resumable_run.started(resumable_run.run, source, output)
+        while process.is_alive() and not (output.with_name(f"{output.name}.partial") / "layers").exists():
+            time.sleep(0.002)
+        return process
+
+    process = begun(tmp_path / "first")
     start = time.perf_counter()
-    process = resumable_run.started(resumable_run.run, source, tmp_path / "first")
     process.join()
     seconds = time.perf_counter() - start
     assert process.exitcode == 0
@@ -313,10 +320,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     for moment in range(moments):
         output = tmp_path / str(moment) / "out"
         output.parent.mkdir()
-        # In the last moments the files are written.
-        time.sleep(0)
-        process = resumable_run.started(resumable_run.run, source, output)
-        process.join(seconds * draw.uniform(0.2, 1))
+        process = begun(output)
+        process.join(seconds * draw.uniform(0, 1))
         process.kill()
         process.join()
         layers = output.with_name("out.partial") / "layers"
@@ -329,6 +334,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
                 resumable_run.run(source, output, resume=True)
         assert nothing_is_left(output)
     print(f"finished layers when the run was killed: {kept}")
+    assert any(kept), "no run was killed between its first layer and its end"
 
 
 @pytest.mark.parametrize("largest", [500, 3_000, 20_000])
