@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Checks the C++ sources: clang-format all of them, clang-tidy those that the build compiles.
 
-clang-tidy takes seconds for each file that includes torch's headers, so a file that passed is not checked again until
-one of its dependencies changes: the file itself, a header of the project that it includes, its compile command,
-.clang-tidy or clang-tidy itself.
+clang-tidy takes seconds to read torch's headers. Therefore the sources of a folder are checked several at a time, one
+after the other in one translation unit, and one by one only if something is found there. A source that passed is not
+checked again until one of its dependencies changes: the file itself, a header of the project that it includes, its
+compile command, .clang-tidy or clang-tidy itself.
 """
 
 import argparse
@@ -14,13 +15,18 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("csrc", "tests", "examples", "benchmarks")
 SUFFIXES = (".h", ".cpp")
+BATCH_SIZE = 8  # sources read by one run of clang-tidy
+# readability-duplicate-include starts anew where a macro is defined.
+FORGET_INCLUDES = "#define MINIQUANT_NEXT_SOURCE\n#undef MINIQUANT_NEXT_SOURCE\n"
 # Flags of g++ that clang does not know, or that would make it write files.
 DROPPED_FLAGS = re.compile(
     r"-fno-sanitize-recover=.*|-fsanitize=.*|-fno-sanitize=.*|-Werror|-M[DFT]?.*|-Winvalid-pch|-fpch-preprocess"
@@ -102,8 +108,17 @@ def digest(parts: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
-    """Runs clang-tidy on the sources that changed since they passed; whether it finds nothing."""
+@dataclass(frozen=True)
+class Source:
+    """A source to check, the flags it is compiled with, and the file that says it passed."""
+
+    path: Path
+    flags: list[str]
+    stamp: Path
+
+
+def pending_sources(build: Path, only: list[Path]) -> tuple[list[Source], int]:
+    """The sources that changed since they passed, and how many there are in all."""
     passed = build.parent / "cache" / "clang-tidy"
     passed.mkdir(parents=True, exist_ok=True)
     version = subprocess.run(["clang-tidy", "--version"], check=True, capture_output=True).stdout
@@ -113,33 +128,70 @@ def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
     ]
     common = [version, *(file.read_bytes() for file in settings), Path(__file__).read_bytes()]
     headers = project_headers(build)
-    pending: list[tuple[Path, list[str], Path]] = []
+    pending: list[Source] = []
     commands = compile_commands(build)
-    for source, (command, output) in sorted(commands.items()):
-        if only and source not in only:
+    for path, (command, output) in sorted(commands.items()):
+        if only and path not in only:
             continue
         flags = tidy_command(command)
-        inputs = [path.read_bytes() for path in [source, *headers.get(output, [])] if path.is_file()]
-        stamp = passed / digest([*common, str(source).encode(), "\0".join(flags).encode(), *inputs])
+        inputs = [file.read_bytes() for file in [path, *headers.get(output, [])] if file.is_file()]
+        stamp = passed / digest([*common, str(path).encode(), "\0".join(flags).encode(), *inputs])
         if not stamp.exists():
-            pending.append((source, flags, stamp))
-    print(f"clang-tidy: {len(pending)} of {len(commands)} files changed since they passed", flush=True)
+            pending.append(Source(path, flags, stamp))
+    return pending, len(commands)
 
-    def check(item: tuple[Path, list[str], Path]) -> bool:
-        source, flags, stamp = item
+
+def batches_of(sources: Iterable[Source]) -> list[list[Source]]:
+    """Sources that can be read together: of one folder, which has one .clang-tidy, and compiled with the same flags."""
+    alike: dict[tuple[Path, str], list[Source]] = {}
+    for source in sources:
+        alike.setdefault((source.path.parent, "\0".join(source.flags)), []).append(source)
+    return [group[begin : begin + BATCH_SIZE] for group in alike.values() for begin in range(0, len(group), BATCH_SIZE)]
+
+
+def findings_of(batch: list[Source], build: Path) -> str:
+    """What clang-tidy says about sources read as one; empty where all is well."""
+    main, options = batch[0].path, []
+    with tempfile.TemporaryDirectory() as folder:
+        if len(batch) > 1:
+            # Not files that include the sources: the analyzer takes functions of the main file only. The file seems to
+            # lie in the sources' folder, because clang-tidy looks for .clang-tidy there.
+            main = main.with_name("clang_tidy_batch.cpp")
+            content, overlay = Path(folder) / main.name, Path(folder) / "overlay.json"
+            content.write_text("\n".join(f"{source.path.read_text()}\n{FORGET_INCLUDES}" for source in batch))
+            file = {"type": "file", "name": str(main), "external-contents": str(content)}
+            overlay.write_text(json.dumps({"version": 0, "roots": [file]}))
+            options = [f"--vfsoverlay={overlay}"]
         result = subprocess.run(
-            ["clang-tidy", "--quiet", str(source), "--", *flags], check=False, cwd=build, capture_output=True, text=True
+            ["clang-tidy", "--quiet", *options, str(main), "--", *batch[0].flags],
+            check=False,
+            cwd=build,
+            capture_output=True,
+            text=True,
         )
-        findings = result.stdout.strip()
-        if result.returncode == 0 and not findings:
-            stamp.touch()
-            print(f"  ok      {source.relative_to(ROOT)}", flush=True)
-            return True
-        print(f"  FAILED  {source.relative_to(ROOT)}\n{findings or result.stderr}", flush=True)
-        return False
+    return result.stdout.strip() or (result.stderr if result.returncode else "")
+
+
+def run_tidy(build: Path, only: list[Path], jobs: int) -> bool:
+    """Runs clang-tidy on the sources that changed since they passed; whether it finds nothing."""
+    pending, total = pending_sources(build, only)
+    print(f"clang-tidy: {len(pending)} of {total} files changed since they passed", flush=True)
+
+    def check(batch: list[Source]) -> bool:
+        findings = findings_of(batch, build)
+        if findings and len(batch) > 1:
+            return all(list(map(check, ([source] for source in batch))))  # all of them, also after a failure
+        for source in batch:
+            if not findings:
+                source.stamp.touch()
+            print(
+                f"  {'FAILED' if findings else 'ok    '}  {source.path.relative_to(ROOT)}\n{findings}".rstrip(),
+                flush=True,
+            )
+        return not findings
 
     with ThreadPoolExecutor(jobs) as pool:
-        return all(list(pool.map(check, pending)))
+        return all(list(pool.map(check, batches_of(pending))))
 
 
 def main() -> int:

@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
@@ -8,6 +7,7 @@
 #include <tuple>
 
 #include "miniquant/hessian.h"
+#include "ops/find_operator.h"
 
 namespace miniquant {
 namespace {
@@ -15,15 +15,10 @@ namespace {
 using OptionalTensor = const std::optional<at::Tensor>&;
 using Counts = std::tuple<at::Tensor, at::Tensor>;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 void add(HessianSums& sums, const HessianSums& other) {
   static const auto op =
-      find<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
-          "miniquant::accumulator_merge_");
+      ops::find_operator<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&,
+                              const at::Tensor&)>("miniquant::accumulator_merge_");
   op.call(sums.sums, sums.tokens, sums.weights, other.sums, other.tokens, other.weights);
 }
 
@@ -35,15 +30,16 @@ HessianSums no_tokens(const HessianSums& like) {
 
 at::Tensor hessian_of(const HessianSums& sums, std::optional<int64_t> half) {
   static const auto op =
-      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
+      ops::find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
           "miniquant::accumulator_hessian");
   return op.call(sums.sums, sums.tokens, sums.weights, half);
 }
 
 /// The numbers of tokens and of effective tokens.
 Counts counts_of(const HessianSums& sums, std::optional<int64_t> half) {
-  static const auto op = find<Counts(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
-      "miniquant::accumulator_tokens");
+  static const auto op =
+      ops::find_operator<Counts(const at::Tensor&, const at::Tensor&, const at::Tensor&, std::optional<int64_t>)>(
+          "miniquant::accumulator_tokens");
   return op.call(sums.sums, sums.tokens, sums.weights, half);
 }
 
@@ -65,9 +61,8 @@ HessianAccumulator::HessianAccumulator(const HessianSums& state) : sums_(no_toke
 
 void HessianAccumulator::update(const at::Tensor& inputs, const std::optional<at::Tensor>& mask,
                                 const std::optional<at::Tensor>& token_weights) {
-  static const auto op =
-      find<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, OptionalTensor, OptionalTensor)>(
-          "miniquant::accumulator_update_");
+  static const auto op = ops::find_operator<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&,
+                                                 OptionalTensor, OptionalTensor)>("miniquant::accumulator_update_");
   op.call(sums_.sums, sums_.tokens, sums_.weights, inputs, mask, token_weights);
 }
 

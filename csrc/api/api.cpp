@@ -1,17 +1,13 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "miniquant/miniquant.h"
+#include "ops/find_operator.h"
 #include "ops/signature.h"
 
 // The C++ functions: each calls its operator through the dispatcher, so C++ and Python get the same checks.
 
 namespace miniquant {
 namespace {
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at::Tensor& weight,
                 const at::Tensor& hessian, const GptqOptions& options) {
@@ -23,27 +19,26 @@ GptqResult call(const c10::TypedOperatorHandle<ops::GptqSignature>& op, const at
 }  // namespace
 
 QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
-  static const auto op = find<ops::RtnSignature>("miniquant::rtn");
+  static const auto op = ops::find_operator<ops::RtnSignature>("miniquant::rtn");
   auto [codes, scales, zero_points] = ops::call_rtn(op, weight, options);
   const QuantizationGrid& kind = options;
   return {kind, codes, scales, zero_points};
 }
 
 GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
-  static const auto op = find<ops::GptqSignature>("miniquant::gptq");
+  static const auto op = ops::find_operator<ops::GptqSignature>("miniquant::gptq");
   return call(op, weight, hessian, options);
 }
 
 GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GptqOptions& options) {
-  static const auto op = find<ops::GptqSignature>("miniquant::gptq_reference");
+  static const auto op = ops::find_operator<ops::GptqSignature>("miniquant::gptq_reference");
   return call(op, weight, hessian, options);
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                       int64_t group_size, std::optional<at::ScalarType> dtype) {
-  static const auto op =
-      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, std::optional<at::ScalarType>)>(
-          "miniquant::dequantize");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
+                                                       std::optional<at::ScalarType>)>("miniquant::dequantize");
   return op.call(codes, scales, zero_points, group_size, dtype);
 }
 
@@ -52,24 +47,24 @@ at::Tensor dequantize(const QuantizedWeight& quantized, std::optional<at::Scalar
 }
 
 at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  static const auto op = find<void(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
+  static const auto op = ops::find_operator<void(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
   op.call(hessian, inputs);
   return hessian;
 }
 
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
-  static const auto op =
-      find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("miniquant::quantization_loss");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
+      "miniquant::quantization_loss");
   return op.call(weight, dequantized, hessian);
 }
 
 at::Tensor pack(const at::Tensor& codes, int64_t bits) {
-  static const auto op = find<at::Tensor(const at::Tensor&, int64_t)>("miniquant::pack");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, int64_t)>("miniquant::pack");
   return op.call(codes, bits);
 }
 
 at::Tensor unpack(const at::Tensor& packed, int64_t bits, int64_t columns) {
-  static const auto op = find<at::Tensor(const at::Tensor&, int64_t, c10::SymInt)>("miniquant::unpack");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, int64_t, c10::SymInt)>("miniquant::unpack");
   return op.call(packed, bits, columns);
 }
 
@@ -79,12 +74,12 @@ at::Tensor quantization_loss(const at::Tensor& weight, const QuantizedWeight& qu
 }
 
 at::Tensor pack_int4(const at::Tensor& codes) {
-  static const auto op = find<at::Tensor(const at::Tensor&)>("miniquant::pack_int4");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&)>("miniquant::pack_int4");
   return op.call(codes);
 }
 
 at::Tensor unpack_int4(const at::Tensor& packed, int64_t columns) {
-  static const auto op = find<at::Tensor(const at::Tensor&, c10::SymInt)>("miniquant::unpack_int4");
+  static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, c10::SymInt)>("miniquant::unpack_int4");
   return op.call(packed, columns);
 }
 

@@ -1,13 +1,13 @@
 #include "miniquant/ridge.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
 #include <utility>
 
 #include "algorithms/ridge.h"
+#include "ops/find_operator.h"
 #include "ops/results.h"
 
 namespace miniquant {
@@ -23,8 +23,7 @@ std::vector<double> to_vector(const at::Tensor& values) {
 RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator, const GridOptions& grid) {
   using Signature =
       ops::RidgeTuple(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("miniquant::choose_ridge", "").typed<Signature>();
+  static const auto op = ops::find_operator<Signature>("miniquant::choose_ridge");
   TORCH_CHECK_VALUE(!grid.scales.has_value(), "choose_ridge: expected no scales, but got scales of shape ",
                     grid.scales->sizes());
   const auto [ridge, ridges, losses, fallbacks] =

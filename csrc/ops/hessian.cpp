@@ -329,7 +329,7 @@ std::tuple<at::Tensor, at::Tensor> meta_accumulator_tokens(const at::Tensor& sum
   return {at::empty({}, tokens.options()), at::empty({}, weights.options())};
 }
 
-void implement(torch::Library& m) {
+void implement_accumulator(torch::Library& m) {
   m.impl("hessian_update_", hessian_update_);
   m.impl("accumulator_update_", accumulator_update_);
   m.impl("accumulator_merge_", accumulator_merge_);
@@ -341,8 +341,8 @@ void implement(torch::Library& m) {
 }  // namespace miniquant::ops
 
 // As in cpu.cpp: the operator itself rejects what it does not support.
-TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) { miniquant::ops::implement(m); }
-TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement(m); }
+TORCH_LIBRARY_IMPL(miniquant, CompositeExplicitAutograd, m) { miniquant::ops::implement_accumulator(m); }
+TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement_accumulator(m); }
 
 TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
   m.impl("hessian_update_", miniquant::ops::meta_hessian_update_);

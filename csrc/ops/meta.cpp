@@ -24,7 +24,7 @@ QuantizedTuple empty_quantized(const at::Tensor& weight, const GridArguments& gr
           at::empty_symint({rows, groups}, bytes)};
 }
 
-QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
+QuantizedTuple meta_rtn(const at::Tensor& weight, const GridArguments& grid) {
   check_rtn_arguments("rtn", weight, grid);
   return empty_quantized(weight, grid);
 }
@@ -35,20 +35,20 @@ GptqTuple empty_gptq(const at::Tensor& weight, const GridArguments& grid) {
   return {codes, scales, zero_points, at::empty_symint({weight.sym_size(0)}, options)};
 }
 
-GptqTuple gptq(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
-               const SweepArguments& sweep) {
+GptqTuple meta_gptq(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                    const SweepArguments& sweep) {
   check_gptq_arguments("gptq", weight, hessian, grid, sweep);
   return empty_gptq(weight, grid);
 }
 
-GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
-                         const SweepArguments& sweep) {
+GptqTuple meta_gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
+                              const SweepArguments& sweep) {
   check_gptq_reference_arguments(weight, hessian, grid, sweep);
   return empty_gptq(weight, grid);
 }
 
-RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
-                        int64_t bits, int64_t group_size, bool symmetric) {
+RidgeTuple meta_choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
+                             int64_t tokens, int64_t bits, int64_t group_size, bool symmetric) {
   check_choose_ridge_arguments(weight, first, second, tokens,
                                {bits, group_size, symmetric, std::nullopt, std::nullopt, false, "absmax", {}});
   const auto options = weight.options().dtype(at::kDouble);
@@ -56,14 +56,14 @@ RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const
           at::empty({algorithms::kJudgedRidges}, options), at::empty({algorithms::kFallbacks}, options)};
 }
 
-at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
+at::Tensor meta_quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   check_quantization_loss_arguments(weight, dequantized, hessian);
   return at::empty_symint({weight.sym_size(0)},
                           weight.options().dtype(algorithms::compute_dtype(weight.scalar_type())));
 }
 
-at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
-                      int64_t group_size, std::optional<at::ScalarType> dtype) {
+at::Tensor meta_dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                           int64_t group_size, std::optional<at::ScalarType> dtype) {
   check_dequantize_arguments(codes, scales, zero_points, group_size, dtype);
   return at::empty_symint(codes.sym_sizes(), scales.options().dtype(dtype.value_or(scales.scalar_type())));
 }
@@ -78,15 +78,15 @@ at::Tensor empty_unpacked(const char* op, const at::Tensor& packed, int64_t bits
   return at::empty_symint({packed.sym_size(0), std::move(columns)}, packed.options().dtype(at::kChar));
 }
 
-at::Tensor pack(const at::Tensor& codes, int64_t bits) { return empty_packed("pack", codes, bits); }
+at::Tensor meta_pack(const at::Tensor& codes, int64_t bits) { return empty_packed("pack", codes, bits); }
 
-at::Tensor pack_int4(const at::Tensor& codes) { return empty_packed("pack_int4", codes, 4); }
+at::Tensor meta_pack_int4(const at::Tensor& codes) { return empty_packed("pack_int4", codes, 4); }
 
-at::Tensor unpack(const at::Tensor& packed, int64_t bits, c10::SymInt columns) {
+at::Tensor meta_unpack(const at::Tensor& packed, int64_t bits, c10::SymInt columns) {
   return empty_unpacked("unpack", packed, bits, std::move(columns));
 }
 
-at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
+at::Tensor meta_unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
   return empty_unpacked("unpack_int4", packed, 4, std::move(columns));
 }
 
@@ -94,14 +94,14 @@ at::Tensor unpack_int4(const at::Tensor& packed, c10::SymInt columns) {
 }  // namespace miniquant::ops
 
 TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
-  m.impl("rtn", miniquant::ops::rtn_operator<miniquant::ops::rtn>);
-  m.impl("gptq", miniquant::ops::gptq_operator<miniquant::ops::gptq>);
-  m.impl("gptq_reference", miniquant::ops::gptq_operator<miniquant::ops::gptq_reference>);
-  m.impl("choose_ridge", miniquant::ops::choose_ridge);
-  m.impl("quantization_loss", miniquant::ops::quantization_loss);
-  m.impl("dequantize", miniquant::ops::dequantize);
-  m.impl("pack", miniquant::ops::pack);
-  m.impl("unpack", miniquant::ops::unpack);
-  m.impl("pack_int4", miniquant::ops::pack_int4);
-  m.impl("unpack_int4", miniquant::ops::unpack_int4);
+  m.impl("rtn", miniquant::ops::rtn_operator<miniquant::ops::meta_rtn>);
+  m.impl("gptq", miniquant::ops::gptq_operator<miniquant::ops::meta_gptq>);
+  m.impl("gptq_reference", miniquant::ops::gptq_operator<miniquant::ops::meta_gptq_reference>);
+  m.impl("choose_ridge", miniquant::ops::meta_choose_ridge);
+  m.impl("quantization_loss", miniquant::ops::meta_quantization_loss);
+  m.impl("dequantize", miniquant::ops::meta_dequantize);
+  m.impl("pack", miniquant::ops::meta_pack);
+  m.impl("unpack", miniquant::ops::meta_unpack);
+  m.impl("pack_int4", miniquant::ops::meta_pack_int4);
+  m.impl("unpack_int4", miniquant::ops::meta_unpack_int4);
 }

@@ -15,7 +15,7 @@ using Arguments = std::vector<std::string>;
 
 Options parsed(const Arguments& arguments) { return std::get<Options>(parse_options(arguments)); }
 
-std::string error_of(const Arguments& arguments) {
+std::string parse_error(const Arguments& arguments) {
   try {
     static_cast<void>(parse_options(arguments));
   } catch (const InputError& error) {
@@ -274,15 +274,15 @@ TEST(Options, BadValuesAreNamed) {
       {{"--save", "", "--distribution", "normal"}, "--save: expected a name, but got an empty one"},
       {{"--refine", "-1"}, "--refine: expected an integer from 0 to 1024, but got '-1'"},
   };
-  for (const Case& c : cases) EXPECT_THAT(error_of(c.arguments), StartsWith(c.message)) << c.message;
+  for (const Case& c : cases) EXPECT_THAT(parse_error(c.arguments), StartsWith(c.message)) << c.message;
 }
 
 // CLI11 words these messages, and its versions differ; all of them name the option.
 TEST(Options, UnknownAndIncompleteOptionsAreNamed) {
-  EXPECT_THAT(error_of({"--bitz", "4"}), HasSubstr("--bitz"));
-  EXPECT_THAT(error_of({"stray"}), HasSubstr("stray"));
-  EXPECT_THAT(error_of({"--bits"}), HasSubstr("--bits"));
-  EXPECT_THAT(error_of({"--bits", "4", "--bits", "5"}), HasSubstr("--bits"));
+  EXPECT_THAT(parse_error({"--bitz", "4"}), HasSubstr("--bitz"));
+  EXPECT_THAT(parse_error({"stray"}), HasSubstr("stray"));
+  EXPECT_THAT(parse_error({"--bits"}), HasSubstr("--bits"));
+  EXPECT_THAT(parse_error({"--bits", "4", "--bits", "5"}), HasSubstr("--bits"));
 }
 
 TEST(Options, HelpAndVersion) {

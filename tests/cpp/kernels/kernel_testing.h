@@ -21,6 +21,9 @@
 
 namespace miniquant::kernels::testing {
 
+inline constexpr CodeRange kSymmetric4 = {-7, 7, true};
+inline constexpr CodeRange kAsymmetric4 = {-8, 7, false};
+
 /// Memory that ends at an unreadable page. The kernels have no sanitizer, so this page catches reads and writes past
 /// the end. The destructor checks the bytes before the memory.
 template <typename T>

@@ -18,7 +18,7 @@ namespace {
 constexpr std::int64_t kWidth = kPanelColumns;
 
 // one row; strips of four and eight rows less one, filled and plus one; a whole block
-constexpr std::int64_t kRows[] = {1, 2, 3, 4, 5, 7, 8, 9, 31, 47, 48};
+constexpr std::int64_t kOrders[] = {1, 2, 3, 4, 5, 7, 8, 9, 31, 47, 48};
 
 template <typename T>
 class Cholesky : public ::testing::Test {
@@ -47,7 +47,7 @@ TYPED_TEST(Cholesky, SubtractsTheProductsOfTwoBlocks) {
   using T = TypeParam;
   std::mt19937_64 generator(8);
   for_each_instruction_set<T>([&](const auto& kernel) {
-    for (const std::int64_t rows : kRows) {
+    for (const std::int64_t rows : kOrders) {
       for (const std::int64_t count : {std::int64_t{1}, std::int64_t{5}, kernel.terms_per_product}) {
         const GuardedBuffer<T> left(normal<T>(generator, count * kWidth));
         const GuardedBuffer<T> right(normal<T>(generator, count * kWidth));
@@ -75,7 +75,7 @@ TYPED_TEST(Cholesky, SubtractsTheProductsOfTwoBlocks) {
 TYPED_TEST(Cholesky, FactorTimesItsTransposeIsTheMatrix) {
   using T = TypeParam;
   std::mt19937_64 generator(9);
-  for (const std::int64_t n : kRows) {
+  for (const std::int64_t n : kOrders) {
     const std::vector<T> matrix = this->positive_definite(generator, n);
     for_each_instruction_set<T>([&](const auto& kernel) {
       SCOPED_TRACE(::testing::Message() << "n = " << n);
@@ -131,7 +131,7 @@ TYPED_TEST(Cholesky, SolvesABlock) {
   using T = TypeParam;
   std::mt19937_64 generator(10);
   for_each_instruction_set<T>([&](const auto& kernel) {
-    for (const std::int64_t n : kRows) {
+    for (const std::int64_t n : kOrders) {
       GuardedBuffer<T> l(this->positive_definite(generator, n));
       ASSERT_EQ(kernel.factor_block(l.data(), n), -1);
       GuardedBuffer<T> x(normal<T>(generator, n * kWidth));

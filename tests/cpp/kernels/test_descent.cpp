@@ -14,8 +14,6 @@
 namespace miniquant::kernels::testing {
 namespace {
 
-constexpr CodeRange kSymmetric4 = {-7, 7, true};
-
 /// A layer at the start of a descent.
 template <typename T>
 struct Start {

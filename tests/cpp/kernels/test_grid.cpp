@@ -12,8 +12,6 @@
 namespace miniquant::kernels::testing {
 namespace {
 
-constexpr CodeRange kSymmetric4 = {-7, 7, true};
-constexpr CodeRange kAsymmetric4 = {-8, 7, false};
 constexpr CodeRange kSymmetric8 = {-127, 127, true};
 constexpr CodeRange kAsymmetric8 = {-128, 127, false};
 

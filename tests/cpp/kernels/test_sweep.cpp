@@ -18,9 +18,6 @@
 namespace miniquant::kernels::testing {
 namespace {
 
-constexpr CodeRange kSymmetric4 = {-7, 7, true};
-constexpr CodeRange kAsymmetric4 = {-8, 7, false};
-
 /// How a sweep is cut into blocks and segments.
 struct Cut {
   std::int64_t segment_columns;
