@@ -4,7 +4,8 @@
     python lazy_memory.py whole FOLDER LIMIT_MB PATTERN   # loads the whole model
 
 LIMIT_MB is how much more private memory the process may take than it has when the run begins (RLIMIT_DATA); 0 is any.
-The limit counts address space, used or not, so with it the C library is told to give back what is freed at once.
+The C library is told to give back at once what is freed. Otherwise it keeps more or less of it from run to run, and the
+limit counts address space, used or not.
 """
 
 from __future__ import annotations
@@ -71,8 +72,7 @@ def make_llama(folder: Path, *, blocks: int, width: int, inner: int, max_shard_b
 def measured(mode: str, folder: Path, limit_mb: int = 0, pattern: str = "*") -> dict[str, Any]:
     """What the process of a run prints; "error" where it failed."""
     command = [sys.executable, __file__, mode, str(folder), str(limit_mb), pattern]
-    giving_back = {"MALLOC_MMAP_THRESHOLD_": "262144"} if limit_mb else {}
-    environment = {**os.environ, **giving_back}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"error": done.stderr}

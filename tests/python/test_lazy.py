@@ -554,7 +554,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     added = sizes[24] - sizes[6]
     assert added > 80 * 10**6
     assert many["resident"] <= 1.05 * few["resident"]
-    assert many["peak"] - few["peak"] <= 0.2 * added
+    assert many["peak"] - few["peak"] <= 0.15 * added
     whole = lazy_memory.measured("whole", tmp_path / "24")
     assert whole["peak"] >= sizes[24]  # what is measured sees weights
 
