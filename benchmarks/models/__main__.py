@@ -68,6 +68,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.work: Path = arguments.work
+        self.output: Path = arguments.output
         self.work.mkdir(parents=True, exist_ok=True)
         self.float_folder = self.work / "float"
         write_folder(self.float_folder)
@@ -128,7 +129,7 @@ class Benchmark:
             "scores": scores.to_dict(),
         }
         self.rows.append(row)
-        print(" | ".join(line_of(row)), flush=True)
+        write(self)
 
 
 def linear_bytes(folder: Path) -> int:
@@ -156,8 +157,8 @@ def line_of(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(bench: Benchmark, output: Path) -> None:
-    """Writes the rows so far: a run takes most of an hour."""
+def write(bench: Benchmark) -> None:
+    """Writes and prints the rows so far: a run takes most of an hour."""
     found = bench.rows[0]["scores"]["reference_perplexity"]
     header = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
     summary = (
@@ -177,7 +178,7 @@ def write(bench: Benchmark, output: Path) -> None:
     write_results(
         results,
         "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n",
-        output,
+        bench.output,
         "models",
     )
 
@@ -203,10 +204,8 @@ def main() -> None:
         for name in arguments.presets:
             options = NEAREST if name == "nearest" else miniquant.LayerOptions(preset=name, group_size=GROUP_SIZE)
             bench.ours("RTN" if name == "nearest" else name, replace(options, bits=bits))
-            write(bench, arguments.output)
         if arguments.peers is not None:
             bench.peer(bits, arguments.peers)
-            write(bench, arguments.output)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, const Damping& d
       diagonal_of_damped_triangle(hessian, damping, dtype, factor.column).masked_fill_(without_pivot, 1);
   bool factored = false;
   if (factor.column.defined()) {
-    factor.triangle = lower_triangle(hessian, damping.factor, dtype, factor.column);
+    factor.triangle = damped_lower_triangle(hessian, damping, dtype, factor.column);
     set_diagonal_of_triangle(factor.triangle, diagonal);
     factored = factor_from_last_row(factor.triangle, columns);
   } else {

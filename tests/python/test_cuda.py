@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import resumable_run
 import small_models
 from miniquant import LayerOptions, cli, dequantize, load, quantize_model
 from miniquant.modules import find_sites
-from miniquant.quantize import Stopped
-from miniquant.run import quantize_folder
 from model_folder import QUICK, VOCABULARY, make_folder
 from quantized_folders import quantized_folder
 from test_cli import TEXT
 from test_loading import distance, quantized_modules
-from test_resume import contents
+from test_resume import contents, interrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,29 +56,17 @@ def test_layers_are_those_of_a_run_on_the_cpu(kind: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def run(folder: Path, output: Path, **options: Any) -> Any:
-    batches = [dict(batch) for batch in 4 * small_models.text_batches()]
-    given = {"device": "cuda", "dtype": torch.bfloat16, "report": False, **options}
-    return quantize_folder(folder, output, OPTIONS, calibration=batches, tokens=10**6, **given)
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "float"
-    model: Any = small_models.MODELS["mixtral"][0]()
-    model.save_pretrained(folder)
-    run(folder, tmp_path / "whole")
-    done: list[str] = []
-    with pytest.raises(Stopped):
-        run(
-            folder,
-            tmp_path / "out",
-            progress=lambda layer, *_: done.append(layer.name),
-            stop=lambda: len(done) >= 7,
-        )
-    result = run(folder, tmp_path / "out", resume=True)
-    assert sum(layer.restored for layer in result.result.layers.values()) == len(done) > 0
+    folder = resumable_run.save(tmp_path / "float")
+    resumable_run.run(folder, tmp_path / "whole", **ON_GPU)
+    interrupted(folder, tmp_path / "out", 7, **ON_GPU)
+    result = resumable_run.run(folder, tmp_path / "out", resume=True, **ON_GPU)
+    assert sum(layer.restored for layer in result.result.layers.values()) == 7
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    run(folder, tmp_path / "at once", lazy=False)
+    resumable_run.run(folder, tmp_path / "at once", lazy=False, **ON_GPU)
     assert contents(tmp_path / "at once") == contents(tmp_path / "whole")
 
 

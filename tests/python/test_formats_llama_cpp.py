@@ -93,22 +93,27 @@ open(path, "w").write(json.dumps({"logprobs": found, "said": said}))
 """
 
 
-def llama_cpp(model: Path, prompts: list[Any], *, letter: int, vocabulary: int = 0) -> list[dict[str, Any]]:
-    """What llama.cpp answers to prompts, which are texts or lists of tokens; embeddings without a vocabulary's size."""
-    request = {"model": str(model), "prompts": prompts, "vocabulary": vocabulary, "letter": letter}
-    request["embedding"] = not vocabulary
-    answers = model.with_suffix(".json")
+def answers_of(program: str, request: dict[str, Any], timeout: int) -> Any:
+    """What one of the two programs writes."""
+    answers = Path(request["model"]).with_suffix(".json")
     run = subprocess.run(
-        [sys.executable, "-c", SERVER, str(answers)],
+        [sys.executable, "-c", program, str(answers)],
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     if run.returncode:
         pytest.fail(f"llama.cpp ended with {run.returncode}\n{run.stderr[-3000:]}")
-    out: list[dict[str, Any]] = json.loads(answers.read_text())
+    return json.loads(answers.read_text())
+
+
+def llama_cpp(model: Path, prompts: list[Any], *, letter: int, vocabulary: int = 0) -> list[dict[str, Any]]:
+    """What llama.cpp answers to prompts, which are texts or lists of tokens; embeddings without a vocabulary's size."""
+    request = {"model": str(model), "prompts": prompts, "vocabulary": vocabulary, "letter": letter}
+    request["embedding"] = not vocabulary
+    out: list[dict[str, Any]] = answers_of(SERVER, request, timeout=120)
     return out
 
 
@@ -282,15 +287,7 @@ def test_smollm2_predicts_and_goes_on_as_ours(smollm2_folder: Path, root: Path, 
     ids = tokenizer(text)["input_ids"]
     texts = [ids[begin : begin + 160] for begin in range(200, 200 + 4 * 640, 640)]
     request = {"model": str(tmp_path / "out" / GGUF_FILE), "texts": texts}
-    run = subprocess.run(
-        [sys.executable, "-c", READER, str(tmp_path / "read.json")],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    theirs = json.loads((tmp_path / "read.json").read_text())
+    theirs = answers_of(READER, request, timeout=600)
     model: Any = load_gguf(tmp_path / "out" / GGUF_FILE, dtype=torch.float32)
     rows = torch.tensor(texts)
     ours = model(rows).logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]

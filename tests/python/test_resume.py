@@ -25,6 +25,7 @@ from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, l
 from miniquant.modules import find_sites
 from miniquant.quantize import FinishedLayer, LayerResult, Stopped
 from miniquant.run import _Done, plan_folder, quantize_folder
+from miniquant.state import state_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
 from test_run import gguf_model
 
@@ -305,7 +306,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     def begun(output: Path) -> Any:
         """A process whose run has come to its first layer, after seconds of imports."""
         process = resumable_run.started(resumable_run.run, source, output)
-        while process.is_alive() and not (output.with_name(f"{output.name}.partial") / "layers").exists():
+        while process.is_alive() and not (state_folder(output) / "layers").exists():
             time.sleep(0.002)
         return process
 
@@ -324,7 +325,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
         process.join(seconds * draw.uniform(0, 1))
         process.kill()
         process.join()
-        layers = output.with_name("out.partial") / "layers"
+        layers = state_folder(output) / "layers"
         kept.append(len(list(layers.glob("0*.safetensors"))) if layers.exists() else None)
         if kept[-1] is not None or not output.exists():
             resumable_run.run(source, output, resume=True)
