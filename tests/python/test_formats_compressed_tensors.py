@@ -120,11 +120,11 @@ def grid(**changes: Any) -> LayerGrid:
     [
         ({}, []),
         ({"group_size": -1}, []),
-        ({"bits": 8}, ["vLLM's CPU kernels load 4 bits only, but it has 8"]),
-        ({"bits": 3}, ["3 bits are read by version 0.18 and newer"]),
+        ({"bits": 8}, ["vLLM's CPU kernels load 4 bits only, and on GPUs older versions 4 and 8, but it has 8"]),
+        ({"bits": 3}, ["3 bits are read by version 0.18 and newer", "but it has 3"]),
         ({"rows": 65}, ["need rows and columns in multiples of 32, but it has 65 rows"]),
         ({"rows": 48, "columns": 80, "group_size": 16}, ["multiples of 32, but it has 48 rows and 80 columns"]),
-        ({"bits": 7, "rows": 4}, ["7 bits are read by", "4 rows"]),
+        ({"bits": 7, "rows": 4}, ["7 bits are read by", "but it has 7", "4 rows"]),
         ({"symmetric": False}, ["with quantization_config=CompressedTensorsConfig(dequantize=True)"]),
     ],
 )

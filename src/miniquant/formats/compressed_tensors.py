@@ -69,10 +69,13 @@ class CompressedTensors(Format):
         if grid.bits in CHANGED_WIDTHS:
             warnings.append(
                 f"{METHOD}: layer {name!r}: {grid.bits} bits are read by version 0.18 and newer of the package "
-                "compressed-tensors; older ones expect gaps between the codes. vLLM does not load this width"
+                "compressed-tensors; older ones expect gaps between the codes"
             )
-        elif grid.bits != 4:
-            warnings.append(f"{METHOD}: layer {name!r}: vLLM's CPU kernels load 4 bits only, but it has {grid.bits}")
+        if grid.bits != 4:
+            warnings.append(
+                f"{METHOD}: layer {name!r}: vLLM's CPU kernels load 4 bits only, and on GPUs older versions 4 and 8, "
+                f"but it has {grid.bits}"
+            )
         if not grid.symmetric:
             warnings.append(
                 f"{METHOD}: layer {name!r}: transformers 5.23 with compressed-tensors 0.20 loads asymmetric grids only "
