@@ -8,6 +8,7 @@ load_library()
 
 from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
 from miniquant.calibration import Calibration, load_calibration  # noqa: E402
+from miniquant.convert import Converted, convert_folder  # noqa: E402
 from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
@@ -22,7 +23,7 @@ from miniquant.presets import preset  # noqa: E402
 from miniquant.quantize import LayerResult, ModelResult, QuantizationError, Stopped, quantize_model  # noqa: E402
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
-from miniquant.run import Converted, FolderResult, convert_folder, quantize_folder  # noqa: E402
+from miniquant.run import FolderResult, quantize_folder  # noqa: E402
 
 __version__ = str(torch.ops.miniquant.version())
 

@@ -25,6 +25,7 @@ import miniquant
 from miniquant import units
 from miniquant.architecture import transformers_package
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
+from miniquant.convert import convert_folder
 from miniquant.errors import INTERRUPTED, TERMINATED, line_of
 from miniquant.evaluate import Estimate, compare_embeddings
 from miniquant.evaluate import evaluate as evaluate_language
@@ -41,7 +42,7 @@ from miniquant.output import GgufOptions
 from miniquant.quantize import Stopped
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
-from miniquant.run import available_device, convert_folder, quantize_folder
+from miniquant.run import available_device, quantize_folder
 from miniquant.terminal import Progress, console_of, contents_tables, report_tables, table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

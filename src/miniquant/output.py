@@ -22,21 +22,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from miniquant.checkpoint import CONFIG, Checkpoint, CheckpointWriter
+from miniquant.checkpoint import CONFIG, Checkpoint, CheckpointWriter, check_output_folder
 from miniquant.formats import Format, Gguf, LayerFormat, LayerGrid
-from miniquant.formats.gguf_file import GgufPlan, OtherType, plan_gguf
+from miniquant.formats.gguf_file import GGUF_FILE, GgufPlan, OtherType, plan_gguf
 from miniquant.grid import QuantizedWeight
 from miniquant.modules import ExpertSite, LeftAlone, LinearSite, Site
 from miniquant.quantize import Plan
 from miniquant.recipe import LayerOptions, Recipe
+from miniquant.report import HTML_NAME, JSON_NAME
 
 LINEAR = "Linear"  # what our own format says of layers that others can hold, too
 LINEAR_ONLY = ("compressed-tensors", "gptq", "gptq_v2")
+_GGUF_NAMES = {GGUF_FILE, JSON_NAME, HTML_NAME}
 _WEIGHT = ".weight"
 _MOST_PROBLEMS = 10
 _MOST_JOINED = 4  # tensors whose order in a weight is looked up
@@ -268,6 +271,25 @@ def plan_output(source: Source, plan: Plan, recipe: Recipe, form: LayerFormat, g
         planned = plan_gguf(source.checkpoint.config, shapes, grids, folder=source.checkpoint.folder, **vars(gguf))
         warnings = condensed(planned.warnings, grids)
     return OutputPlan(plan, layers, contents, tied, scale_dtype, planned, tuple(warnings))
+
+
+def check_apart(caller: str, source: Path, output: Path) -> None:
+    """Refuses an output that is the source, or lies in it, or has it in it."""
+    one, two = source.resolve(), output.resolve()
+    if one == two or one in two.parents or two in one.parents:
+        raise ValueError(f"{caller}: expected an output apart from the model {source}, but got {output}")
+
+
+def check_output(output: Path, form: LayerFormat, *, overwrite: bool) -> None:
+    """Whether the output may be written."""
+    if isinstance(form, Gguf) and overwrite and holds_a_gguf_file(output):
+        return
+    check_output_folder(output, overwrite=overwrite)
+
+
+def holds_a_gguf_file(output: Path) -> bool:
+    """Whether a folder has what is written with a GGUF file, and nothing else."""
+    return output.is_dir() and {path.name for path in output.iterdir()} <= _GGUF_NAMES
 
 
 def planned_grid(rows: int, columns: int, options: LayerOptions, scale_dtype: torch.dtype) -> LayerGrid:

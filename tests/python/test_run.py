@@ -23,13 +23,14 @@ from format_layers import as_read, same
 from miniquant import Calibration, LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, quantize_model, rtn
 from miniquant.calibration import load_calibration
 from miniquant.checkpoint import Checkpoint
+from miniquant.convert import convert_folder
 from miniquant.formats import FORMATS, LayerGrid, Native, format_of
 from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import read_gguf
 from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
 from miniquant.report import read_report
-from miniquant.run import convert_folder, fast_dtype, plan_folder, quantize_folder
+from miniquant.run import fast_dtype, plan_folder, quantize_folder
 from test_formats_gptq import published_weight
 
 if TYPE_CHECKING:
