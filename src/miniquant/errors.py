@@ -49,6 +49,8 @@ def _in_words(text: str) -> str:
     """A message with options and commands instead of arguments and functions."""
     text = _FUNCTION.sub("", text, count=1) if _FUNCTION.match(text) else text
     text = re.sub(rf"\b({_OPTIONS})=True\b", lambda match: f"--{match[1].replace('_', '-')}", text)
+    text = re.sub(r'\bunseen="(\w+)"', r"--unseen \1", text)
+    text = text.replace("--resume and another unseen", "--resume and another --unseen")
     for function, command in _COMMANDS.items():
         text = re.sub(rf"\b{function}\b", command, text)
     return text

@@ -110,6 +110,10 @@ class QuantizationError(RuntimeError):
         self.result = result
 
 
+class TooFewTokensError(QuantizationError):
+    """Layers saw too few tokens, and the recipe's `unseen` says that this is an error, or proposes what cannot be."""
+
+
 class Stopped(RuntimeError):  # noqa: N818  (somebody asked for it)
     """A run ended at a layer's boundary because it was asked to.
 
@@ -696,10 +700,10 @@ class _Quantizer:
             f"{site.name} saw {tokens} of {self._options[id(site)].tokens_needed(site.columns)}{more}"
             for site, tokens, more in layers
         )
-        raise QuantizationError(
+        raise TooFewTokensError(
             f"quantize_model: expected every layer to see as many tokens as it needs, but {listed} "
-            '(calibrate on more tokens, skip such layers, or choose unseen "rtn", or "siblings" for experts; a layer '
-            "that saw none may be one whose weight the model uses without calling it)",
+            '(unseen="rtn" rounds such layers to nearest, unseen="siblings" is for experts; or skip them, or calibrate '
+            "on more tokens; a layer that saw none may be one whose weight the model uses without calling it)",
             [site.name for site, *_ in layers],
             self._result,
         )

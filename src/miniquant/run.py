@@ -6,6 +6,7 @@ beside it. So a run may end in any way, by Ctrl-C, kill -9 or a full disk, and w
 last finished layer to the same bytes.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -68,6 +69,7 @@ from miniquant.quantize import (
     LayerResult,
     ModelResult,
     Stopped,
+    TooFewTokensError,
     as_recipe,
     held_out_of,
     plan_model,
@@ -260,6 +262,7 @@ def plan_folder(
         "software": _software(),
     }
     notes = (*planned.warnings, *_check_same(output, before, asked))
+    asked["software"] = asked["software"] if before is None else before.get("software")
     plan = FolderPlan(
         source, output, form, planned, recipe, calibration, held_out, chosen, asked, before is not None, notes,
         max_shard_bytes, overwrite, trust_remote_code,
@@ -281,7 +284,7 @@ class FolderPlan:
         calibration: batches of tokens.
         held_out: the part of these that is held out; None: what the calibration has.
         dtype: in which the model will run.
-        asked: what tells this run from another.
+        asked: what tells this run from another; the software is that of the run's beginning.
         resumed: whether it goes on with finished layers of an earlier one.
         notes: what readers of the format will not do, and what may change bytes of a resumed run.
         max_shard_bytes: of a file of weights.
@@ -358,6 +361,7 @@ class FolderPlan:
         with self.state() as state:
             if self.resumed:
                 notes.append(f"{len(state)} of {len(planned.plan.layers)} layers are from a run that had ended before")
+                state.note(self.asked)
             else:
                 state.begin(self.asked)
             done = _Done(planned, state)
@@ -475,6 +479,8 @@ def _unfinished(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any
 def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> list[str]:
     """Refuses to go on with a run of which something else was asked.
 
+    Where layers that see too few tokens were an error, so that none is done, they may be dealt with in another way.
+
     Returns:
         Notes: what may change bytes, as other versions of libraries do.
     """
@@ -482,7 +488,8 @@ def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[s
         return []
     lines = differences(
         {key: value for key, value in before.items() if key != "software"},
-        {key: value for key, value in asked.items() if key != "software"},
+        {key: value for key, value in asked.items() if key != "software"}
+        | {"recipe": _with_errors_of(asked["recipe"], before.get("recipe"))},
     )
     if lines:
         listed = "".join(f"\n  {line}" for line in lines)
@@ -492,6 +499,24 @@ def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[s
         )
     software = differences({"software": before.get("software")}, {"software": asked["software"]})
     return [f"layers may differ from those of one run: {line}" for line in software]
+
+
+def _with_errors_of(recipe: Mapping[str, Any], before: Any) -> Mapping[str, Any]:
+    """A recipe with ``unseen = "error"`` wherever the one before, if it has the same rules, says that."""
+    options = _options_of(before)
+    if len(options) != len(_options_of(recipe)):
+        return recipe
+    recipe = copy.deepcopy(dict(recipe))
+    for new, old in zip(_options_of(recipe), options, strict=True):
+        if "unseen" in new and old.get("unseen") == "error":
+            new["unseen"] = "error"
+    return recipe
+
+
+def _options_of(recipe: Any) -> list[dict[str, Any]]:
+    """The parts of a recipe, as JSON has it, that state options; none where it is damaged."""
+    parts = [recipe.get("defaults"), *recipe["rules"]] if isinstance(recipe, Mapping) and "rules" in recipe else []
+    return parts if all(isinstance(part, dict) for part in parts) else []
 
 
 def peak_memory() -> int:
@@ -689,8 +714,10 @@ def _saying_what_is_kept(state: RunState, planned: OutputPlan) -> Iterator[None]
     """What ends a run says how to go on."""
     try:
         yield
-    except (OSError, Stopped, KeyboardInterrupt) as error:
+    except (OSError, Stopped, TooFewTokensError, KeyboardInterrupt) as error:
         said = f"{len(state)} of {len(planned.plan.layers)} layers are kept in {state.folder}: go on with resume=True"
+        if isinstance(error, TooFewTokensError):
+            raise TooFewTokensError(f"{error} ({said} and another unseen)", error.layers, error.result) from error
         if isinstance(error, Stopped):
             raise Stopped(f"quantize_folder: stopped; {said}", error.result) from error
         if isinstance(error, OSError) and error.errno is not None:

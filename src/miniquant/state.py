@@ -166,8 +166,12 @@ class RunState:
         self._kept.clear()
         with _naming("what is asked", self.folder / RUN):
             (self.folder / _LAYERS).mkdir()
-            with replacing(self.folder / RUN) as new:
-                new.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        self.note(asked)
+
+    def note(self, asked: Mapping[str, Any]) -> None:
+        """Writes what is asked, in place of what was."""
+        with _naming("what is asked", self.folder / RUN), replacing(self.folder / RUN) as new:
+            new.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
     def _remove_all(self) -> None:
         for path in filter(_is_ours, self.folder.iterdir()):
@@ -226,7 +230,10 @@ class RunState:
             OSError: where it cannot be read.
         """
         said, quantized = self._read(site.name)
-        if said.get("options") != options.to_dict() or tuple(quantized.codes.shape) != (site.rows, site.columns):
+        stated = said.get("options")
+        if isinstance(stated, dict) and stated.get("unseen") == "error":  # it saw enough, whatever is asked now
+            stated = {**stated, "unseen": options.unseen}
+        if stated != options.to_dict() or tuple(quantized.codes.shape) != (site.rows, site.columns):
             raise self._damaged(site.name, f"one of shape {[site.rows, site.columns]} with options {options}")
         try:
             result = LayerResult(

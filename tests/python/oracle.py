@@ -239,7 +239,7 @@ def gptq(
         zero_tie_distance=zero_tie,
         tie_tolerance=tie_tolerance(pivoted, bits),
         loss_rounding=float(
-            (8 * columns * np.finfo(np.float64).eps) ** 2 * quadratic_form(original, damped).max(initial=0.0)
+            (8 * columns * np.finfo(np.float64).eps) ** 2 * np.max(quadratic_form(original, damped), initial=0.0)
         ),
     )
 

@@ -246,6 +246,11 @@ def test_without_arguments_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
             2,
             "expected b (go on with --resume)",
         ),
+        (
+            RuntimeError('a: saw 1 (unseen="rtn" rounds) (go on with resume=True and another unseen)'),
+            1,
+            "saw 1 (--unseen rtn rounds) (go on with --resume and another --unseen)",
+        ),
         (ValueError("a: b, which trust_remote_code=True would run"), 2, "b, which --trust-remote-code would run"),
         (ValueError("c (quantize_folder makes one)"), 2, "c (miniquant quantize makes one)"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "a/b: No such file or directory"),

@@ -23,7 +23,7 @@ import resumable_run
 import small_models
 from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
 from miniquant.modules import find_sites
-from miniquant.quantize import FinishedLayer, LayerResult, Stopped
+from miniquant.quantize import FinishedLayer, LayerResult, Stopped, TooFewTokensError
 from miniquant.run import _Done, plan_folder, quantize_folder
 from miniquant.state import state_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
@@ -410,6 +410,32 @@ def test_another_run_is_refused_saying_what_differs(source: Path, whole: Path, t
         assert {path: path.read_bytes() for path in before} == before
     resumable_run.run(source, output, resume=True, dtype=None)  # as the run before
     assert contents(output) == contents(whole)
+
+
+def test_too_few_tokens_can_be_dealt_with_in_a_resumed_run(source: Path, tmp_path: Path) -> None:
+    rules = [Rule("model.layers.1.self_attn.o_proj", {"min_tokens": 10**6}), *resumable_run.RECIPE.rules]
+    recipe = Recipe(resumable_run.RECIPE.defaults, rules)
+    output = tmp_path / "out"
+    said = "model.layers.1.self_attn.o_proj saw .* layers are kept in .*: go on with resume=True and another unseen"
+    with pytest.raises(TooFewTokensError, match=said) as caught:
+        resumable_run.run(source, output, recipe=recipe)
+    assert caught.value.layers == ("model.layers.1.self_attn.o_proj",)
+    done = len(caught.value.result.layers)
+    assert 0 < done < 24
+    software = json.loads((state_folder(output) / "run.json").read_text())["software"]
+    nearest = Recipe(replace(recipe.defaults, unseen="rtn"), rules)
+    with pytest.raises(ValueError, match=r"recipe: defaults.bits: 3, in the other 4"):
+        resumable_run.run(source, output, recipe=Recipe(replace(nearest.defaults, bits=3), rules), resume=True)
+    interrupted(source, output, done + 1, recipe=nearest, resume=True)
+    state = json.loads((state_folder(output) / "run.json").read_text())
+    assert state["recipe"]["defaults"]["unseen"] == "rtn"
+    assert state["software"] == software
+    with pytest.raises(ValueError, match=r'recipe: defaults.unseen: "error", in the other "rtn"'):
+        resumable_run.run(source, output, recipe=recipe, resume=True)
+    result = resumable_run.run(source, output, recipe=nearest, resume=True)
+    assert sum(layer.restored for layer in result.result.layers.values()) == done + 1
+    resumable_run.run(source, tmp_path / "whole", recipe=nearest)
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 def test_an_unfinished_run_is_forgotten_where_that_is_said(source: Path, whole: Path, tmp_path: Path) -> None:
