@@ -19,6 +19,7 @@ from format_layers import KINDS, random_layer, same
 from miniquant import linear
 from miniquant.formats import LayerGrid, Native
 from miniquant.linear import KERNEL_TOKENS, QuantizedLinear, kernel_group, unpack_anywhere
+from test_compile import COMPILES_CPP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -457,6 +458,7 @@ def test_compiled_and_exported(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@COMPILES_CPP
 def test_inductor() -> None:
     torch.compiler.reset()
     quantized = quantized_of("blocks of 64 rows")
