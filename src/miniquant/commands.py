@@ -6,14 +6,11 @@ import json
 import logging
 import math
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from miniquant import units
 from miniquant.architecture import transformers_package
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.convert import convert_folder
-from miniquant.errors import INTERRUPTED, TERMINATED, line_of
+from miniquant.errors import line_of
 from miniquant.evaluate import Estimate, compare_embeddings
 from miniquant.evaluate import evaluate as evaluate_language
 from miniquant.float_models import (
@@ -43,10 +40,11 @@ from miniquant.quantize import Stopped
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
 from miniquant.run import available_device, quantize_folder
+from miniquant.state import kept_layers, state_folder
+from miniquant.stopping import stop_when_asked
 from miniquant.terminal import Progress, console_of, contents_tables, report_tables, table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_STOPPED_BY: Mapping[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 
 
 def print_versions() -> None:
@@ -165,13 +163,14 @@ def quantize(
         _out(preflight_tables(plan, width=console_of(sys.stdout).width))
         return
     quietly = quiet(transformers_package())
-    with naming, _stop_when_asked(console) as stop, quietly, Progress(tokens=tokens, console=console) as progress:
+    stopping = stop_when_asked(console, lambda: _kept(output_dir))
+    with naming, stopping as stop, quietly, Progress(tokens=tokens, console=console) as progress:
         progress.stage(f"reads {model_dir}")
         try:
             result = quantize_folder(model_dir, output_dir, progress=progress.layer, stop=stop, **arguments)
         except Stopped as error:
             print(line_of(error), file=sys.stderr)
-            raise typer.Exit(_STOPPED_BY.get(stop.signal, INTERRUPTED)) from None
+            raise typer.Exit(stop.code) from None
     report = read_report(result.folder)
     _out(report_tables(report, width=console_of(sys.stdout).width))
     where = result.folder / HTML_NAME
@@ -180,33 +179,11 @@ def quantize(
         print(f"next: miniquant evaluate {result.folder} --against {model_dir} --text FILE")
 
 
-class _Stop(threading.Event):
-    """Set by a signal."""
-
-    signal: int = signal.SIGINT
-
-
-@contextmanager
-def _stop_when_asked(console: Any) -> Iterator[_Stop]:
-    """While entered, Ctrl-C and SIGTERM set an event; the second one interrupts."""
-    stop = _Stop()
-
-    def asked(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.signal = number
-        stop.set()
-        console.print(Text("stops at the end of this layer; once more: at once", style="yellow"))
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield stop
-        return
-    before = {number: signal.signal(number, asked) for number in _STOPPED_BY}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _kept(output: Path) -> str:
+    """What a run that was ended left, and how to go on."""
+    folder = state_folder(output)
+    layers = len(kept_layers(folder)) if folder.is_dir() else 0
+    return f"{layers} layers are kept in {folder}: go on with --resume" if layers else "no layer was finished"
 
 
 # Evaluating

@@ -388,6 +388,49 @@ def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: in
     assert len(read_report(at / "out")["layers"]) == 42
 
 
+# The lock of a mutex that is locked waits for ever, and signals do not interrupt it.
+BLOCKED = """
+import ctypes, sys
+from miniquant import cli, quantize
+solve, solved = quantize.gptq_auto, []
+def blocked(*arguments, **options):
+    if len(solved) == 3:
+        print("blocks", file=sys.stderr, flush=True)
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)
+    solved.append(True)
+    return solve(*arguments, **options)
+quantize.gptq_auto = blocked
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, errors.INTERRUPTED), (signal.SIGTERM, errors.TERMINATED)])
+@pytest.mark.usefixtures("slow")
+def test_a_signal_ends_a_layer_that_takes_long(at: Path, number: signal.Signals, code: int) -> None:
+    model = str(at.joinpath("text.txt").resolve().parent / "slow")
+    arguments = ("quantize", model, "out", *QUICK, "--tokens", "2048")
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, *arguments], cwd=at, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "blocks\n":
+            break
+    start = time.perf_counter()
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait() == code, rest
+    assert time.perf_counter() - start < 2  # 0.8, on a busy machine
+    kept = re.search(r"stopped within a layer; (\d+) layers are kept in out\.partial: go on with --resume", rest)
+    assert kept is not None, rest
+    assert int(kept[1]) >= 3
+    assert not (at / "out").exists()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert len(read_report(at / "out")["layers"]) == 42
+
+
 def test_output_into_a_pipe_that_closes(at: Path) -> None:
     command = f"{shlex.quote(sys.executable)} -m miniquant inspect quantized --layers | head -1"
     run = subprocess.run(["bash", "-c", command], cwd=at, capture_output=True, text=True, check=True)
