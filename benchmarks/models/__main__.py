@@ -5,7 +5,8 @@ groups of 64, and saved in the format compressed-tensors. Each figure is of the 
 reads it. llm-compressor quantizes the same model with the same tokens, in the environment of the peers.
 
 The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
-second half for evaluation. The result is written to results/models.json and models.md.
+second half for evaluation. The result is written to results/models.json and models.md; with ``--add`` the rows of other
+bits that are there already stay.
 """
 
 from __future__ import annotations
@@ -90,7 +91,19 @@ class Benchmark:
         self.reference = miniquant.Reference(model, max_bytes=1 << 33)
         self.reference.keep(self.evaluation.batches)
         self.float_bytes = linear_bytes(self.float_folder)
-        self.rows: list[dict[str, Any]] = []
+        self.rows = self._earlier(arguments.bits) if arguments.add else []
+
+    def _earlier(self, bits: list[int]) -> list[dict[str, Any]]:
+        """The rows of other bits that were measured before, on the same processor and tokens."""
+        before = json.loads((self.output / "models.json").read_text(encoding="utf-8"))
+        now = {
+            "machine": machine(torch.get_num_threads()),
+            "tokens": self.calibration.tokens,
+            "evaluation_tokens": self.evaluation.tokens,
+        }
+        if other := [name for name, value in now.items() if before[name] != value]:
+            raise ValueError(f"--add: expected the rows in {self.output} to be of the same {', '.join(other)}")
+        return [row for row in before["rows"] if row["bits"] not in bits]
 
     def ours(self, name: str, options: miniquant.LayerOptions) -> None:
         """Quantizes with our package."""
@@ -111,7 +124,11 @@ class Benchmark:
         script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
         arguments = (self.float_folder, batches, folder, bits, GROUP_SIZE, torch.get_num_threads())
         said = subprocess.run(
-            [python, script, *map(str, arguments)], check=True, cwd=self.work, stdout=subprocess.PIPE, text=True
+            [python.absolute(), script, *map(str, arguments)],
+            check=True,
+            cwd=self.work,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
         answer = json.loads(said.strip().splitlines()[-1])
         self._add(f"{PEER} {answer['version']}", bits, folder, answer["seconds"], {})
@@ -124,11 +141,11 @@ class Benchmark:
             "bits": bits,
             "seconds": seconds,
             "parts": parts,
-            "beyond_forward": seconds / self.forward - 1,
+            "forward_seconds": self.forward,
             "bytes": linear_bytes(folder) / self.float_bytes,
             "scores": scores.to_dict(),
         }
-        self.rows.append(row)
+        self.rows = sorted([*self.rows, row], key=lambda row: -row["bits"])
         write(self)
 
 
@@ -160,20 +177,21 @@ def line_of(row: dict[str, Any]) -> list[str]:
 def write(bench: Benchmark) -> None:
     """Writes and prints the rows so far: a run takes most of an hour."""
     found = bench.rows[0]["scores"]["reference_perplexity"]
+    forward = min(row["forward_seconds"] for row in bench.rows)
     header = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
     summary = (
         f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}; one forward pass over the "
-        f"{bench.calibration.tokens} calibration tokens {bench.forward:.0f} s. Bytes are those of the decoder layers' "
+        f"{bench.calibration.tokens} calibration tokens {forward:.0f} s. Bytes are those of the decoder layers' "
         "weights relative to float32."
     )
     results = {
         "machine": machine(torch.get_num_threads()),
         "versions": versions(),
         "command": command_line("scripts/benchmark", "models"),
-        "forward_seconds": bench.forward,
         "tokens": bench.calibration.tokens,
         "evaluation_tokens": bench.evaluation.tokens,
-        "rows": bench.rows,
+        "forward_seconds": forward,
+        "rows": [{**row, "beyond_forward": row["seconds"] / forward - 1} for row in bench.rows],
     }
     write_results(
         results,
@@ -194,6 +212,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
     parser.add_argument("--work", type=Path, default=SCRATCH / "models", help="folder for models")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other bits that were measured before")
     parser.add_argument("--quick", action="store_true", help="few tokens, 4 bits, preset fast; below build/")
     arguments = parser.parse_args()
     if arguments.quick:
