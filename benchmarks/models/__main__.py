@@ -85,23 +85,23 @@ class Benchmark:
         self.evaluation = miniquant.load_calibration(
             self.work / "evaluation.txt", tokenizer, tokens=arguments.evaluation_tokens, **options
         )
+        self.setting: dict[str, Any] = {
+            "machine": machine(torch.get_num_threads()),
+            "tokens": self.calibration.tokens,
+            "evaluation_tokens": self.evaluation.tokens,
+        }
+        self.rows = self._earlier(arguments.bits) if arguments.add else []
         model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
         model.eval()
         self.forward = min(forward_seconds(model, self.calibration.batches) for _ in range(2))
         self.reference = miniquant.Reference(model, max_bytes=1 << 33)
         self.reference.keep(self.evaluation.batches)
         self.float_bytes = linear_bytes(self.float_folder)
-        self.rows = self._earlier(arguments.bits) if arguments.add else []
 
     def _earlier(self, bits: list[int]) -> list[dict[str, Any]]:
         """The rows of other bits that were measured before, on the same processor and tokens."""
         before = json.loads((self.output / "models.json").read_text(encoding="utf-8"))
-        now = {
-            "machine": machine(torch.get_num_threads()),
-            "tokens": self.calibration.tokens,
-            "evaluation_tokens": self.evaluation.tokens,
-        }
-        if other := [name for name, value in now.items() if before[name] != value]:
+        if other := [name for name, value in self.setting.items() if before[name] != value]:
             raise ValueError(f"--add: expected the rows in {self.output} to be of the same {', '.join(other)}")
         return [row for row in before["rows"] if row["bits"] not in bits]
 
@@ -185,11 +185,9 @@ def write(bench: Benchmark) -> None:
         "weights relative to float32."
     )
     results = {
-        "machine": machine(torch.get_num_threads()),
+        **bench.setting,
         "versions": versions(),
         "command": command_line("scripts/benchmark", "models"),
-        "tokens": bench.calibration.tokens,
-        "evaluation_tokens": bench.evaluation.tokens,
         "forward_seconds": forward,
         "rows": [{**row, "beyond_forward": row["seconds"] / forward - 1} for row in bench.rows],
     }

@@ -182,7 +182,7 @@ def quantize(
 def _kept(output: Path) -> str:
     """What a run that was ended left, and how to go on."""
     folder = state_folder(output)
-    layers = len(kept_layers(folder)) if folder.is_dir() else 0
+    layers = len(kept_layers(folder))
     return f"{layers} layers are kept in {folder}: go on with --resume" if layers else "no layer was finished"
 
 

@@ -262,7 +262,8 @@ def plan_folder(
         "software": _software(),
     }
     notes = (*planned.warnings, *_check_same(output, before, asked))
-    asked["software"] = asked["software"] if before is None else before.get("software")
+    if before is not None:
+        asked["software"] = before.get("software")
     plan = FolderPlan(
         source, output, form, planned, recipe, calibration, held_out, chosen, asked, before is not None, notes,
         max_shard_bytes, overwrite, trust_remote_code,
@@ -486,11 +487,8 @@ def _check_same(output: Path, before: Mapping[str, Any] | None, asked: Mapping[s
     """
     if before is None:
         return []
-    lines = differences(
-        {key: value for key, value in before.items() if key != "software"},
-        {key: value for key, value in asked.items() if key != "software"}
-        | {"recipe": _with_errors_of(asked["recipe"], before.get("recipe"))},
-    )
+    known = {"software": before.get("software"), "recipe": _with_errors_of(asked["recipe"], before.get("recipe"))}
+    lines = differences(before, {**asked, **known})
     if lines:
         listed = "".join(f"\n  {line}" for line in lines)
         raise ValueError(

@@ -34,7 +34,7 @@ from model_folder import QUICK, VOCABULARY, make_folder
 from small_models import bert, decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -357,9 +357,9 @@ def slow(base: Path) -> Path:
     return make_folder(base / "slow", decoder("Llama", vocab_size=VOCABULARY, max_position_embeddings=128, **sizes))
 
 
-def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def started(*arguments: str, cwd: Path, program: Sequence[str] = ("-m", "miniquant")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "miniquant", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -368,24 +368,41 @@ def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, errors.INTERRUPTED), (signal.SIGTERM, errors.TERMINATED)])
-@pytest.mark.usefixtures("slow")
-def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: int) -> None:
+def signalled(at: Path, number: signal.Signals, code: int, line: str, kept: str, **options: Any) -> tuple[int, float]:
+    """Sends a signal to a run over the slow model when it prints a line that a pattern matches, and resumes it.
+
+    Returns:
+        How many layers it says are kept, and seconds from the signal to its end, with this exit code.
+    """
     arguments = ("quantize", str(at.joinpath("text.txt").resolve().parent / "slow"), "out", *QUICK, "--tokens", "2048")
-    process = started(*arguments, cwd=at)
+    process = started(*arguments, cwd=at, **options)
     assert process.stderr is not None
-    for line in process.stderr:
-        if re.match(r"\d+/42 ", line):
+    for printed in process.stderr:
+        if re.match(line, printed):
             break
+    start = time.perf_counter()
     process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait() == code, rest
-    kept = re.search(r"(\d+) of 42 layers are kept in out\.partial: go on with --resume", rest)
-    assert kept is not None, rest
+    seconds = time.perf_counter() - start
+    said = re.search(rf"{kept} layers are kept in out\.partial: go on with --resume", rest)
+    assert said is not None, rest
     assert "Traceback" not in rest
     assert not (at / "out").exists()
     assert cli.main([*arguments, "--resume"]) == 0
     assert len(read_report(at / "out")["layers"]) == 42
+    return int(said[1]), seconds
+
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, errors.INTERRUPTED), (signal.SIGTERM, errors.TERMINATED)]
+)
+
+
+@SIGNALS
+@pytest.mark.usefixtures("slow")
+def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: int) -> None:
+    signalled(at, number, code, r"\d+/42 ", r"(\d+) of 42")
 
 
 # The lock of a mutex that is locked waits for ever, and signals do not interrupt it.
@@ -406,29 +423,13 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, errors.INTERRUPTED), (signal.SIGTERM, errors.TERMINATED)])
+@SIGNALS
 @pytest.mark.usefixtures("slow")
 def test_a_signal_ends_a_layer_that_takes_long(at: Path, number: signal.Signals, code: int) -> None:
-    model = str(at.joinpath("text.txt").resolve().parent / "slow")
-    arguments = ("quantize", model, "out", *QUICK, "--tokens", "2048")
-    process = subprocess.Popen(
-        [sys.executable, "-c", BLOCKED, *arguments], cwd=at, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line == "blocks\n":
-            break
-    start = time.perf_counter()
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait() == code, rest
-    assert time.perf_counter() - start < 2  # 0.8, on a busy machine
-    kept = re.search(r"stopped within a layer; (\d+) layers are kept in out\.partial: go on with --resume", rest)
-    assert kept is not None, rest
-    assert int(kept[1]) >= 3
-    assert not (at / "out").exists()
-    assert cli.main([*arguments, "--resume"]) == 0
-    assert len(read_report(at / "out")["layers"]) == 42
+    kept = r"stopped within a layer; (\d+)"
+    layers, seconds = signalled(at, number, code, "blocks\n", kept, program=("-c", BLOCKED))
+    assert layers >= 3
+    assert seconds < 2  # 0.8, on a busy machine
 
 
 def test_output_into_a_pipe_that_closes(at: Path) -> None:
