@@ -6,119 +6,91 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <iterator>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "algorithms/parallel.h"
 #include "kernels/arithmetic.h"
+#include "kernels/kernels.h"
 
 namespace miniquant::algorithms {
 namespace {
 
-/// Whether all bits of an exponent are set: the encoding of infinities and NaN (IEEE 754, 3.4).
+/// Values in one piece of work.
+constexpr int64_t kPiece = 16'384;
+
+/// The chosen instruction set's kernel for values of the size of Bits.
 template <typename Bits>
-bool any_with_exponent(const Bits* values, int64_t count, Bits exponent) {
-  Bits found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    found |= static_cast<Bits>((values[i] & exponent) == exponent);
+auto largest_magnitude_bits() {
+  if constexpr (sizeof(Bits) == 2) {
+    return kernels::kernels().largest_magnitude_bits_16;
+  } else if constexpr (sizeof(Bits) == 4) {
+    return kernels::kernels().largest_magnitude_bits_32;
+  } else {
+    return kernels::kernels().largest_magnitude_bits_64;
   }
-  return found != 0;
 }
 
-constexpr int64_t kPiece = 65'536;
-
+/// The bits of the largest magnitude of a dense tensor.
 template <typename Bits>
-bool all_finite(const at::Tensor& tensor, Bits exponent) {
-  const int64_t count = tensor.numel();
-  const auto* const values = static_cast<const Bits*>(tensor.const_data_ptr());
-  std::atomic<bool> finite = true;
-  for_pieces(kernels::ceil_div(count, kPiece), count, [&](int64_t piece) {
-    const int64_t begin = piece * kPiece;
-    if (any_with_exponent(values + begin, std::min(kPiece, count - begin), exponent)) {
-      finite.store(false, std::memory_order_relaxed);
-    }
-  });
-  return finite.load();
-}
-
-/// The bits of a value without its sign.
-template <typename Bits>
-Bits magnitude_of(Bits value) {
-  using Unsigned = std::make_unsigned_t<Bits>;
-  return static_cast<Bits>(static_cast<Unsigned>(value) & static_cast<Unsigned>(std::numeric_limits<Bits>::max()));
-}
-
-/// max of `count` magnitudes, as bits: magnitudes compare like the integers that their bits are, and every infinity and
-/// NaN is above all others.
-template <typename Bits>
-Bits largest_bits(const Bits* values, int64_t count) {
-  constexpr int64_t kLanes = 64 / sizeof(Bits);  // independent maxima, so the loop is vectorized
-  std::array<Bits, kLanes> largest{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const auto magnitude = magnitude_of(values[i + lane]);
-      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-    }
-  }
-  for (; i < count; ++i) {
-    largest[0] = std::max(largest[0], magnitude_of(values[i]));
-  }
-  return *std::ranges::max_element(largest);
-}
-
-template <typename T, typename Bits>
-T largest_magnitude(const at::Tensor& tensor) {
+Bits largest_bits(const at::Tensor& tensor) {
+  const auto kernel = largest_magnitude_bits<Bits>();
   const int64_t count = tensor.numel();
   const auto* const values = static_cast<const Bits*>(tensor.const_data_ptr());
   std::vector<Bits> of_piece(kernels::ceil_div(count, kPiece));
   for_pieces(std::ssize(of_piece), count, [&](int64_t piece) {
     const int64_t begin = piece * kPiece;
-    of_piece[piece] = largest_bits(values + begin, std::min(kPiece, count - begin));
+    of_piece[piece] = kernel(values + begin, std::min(kPiece, count - begin));
   });
-  return count == 0 ? T(0) : std::bit_cast<T>(*std::ranges::max_element(of_piece));
+  return count == 0 ? Bits(0) : *std::ranges::max_element(of_piece);
+}
+
+/// body.operator()<T, Bits>() for a dense tensor on the CPU of elements T, with the integer of T's size. Returns false
+/// where the tensor is another.
+template <typename Body>
+bool dispatch_bits(const at::Tensor& tensor, const Body& body) {
+  if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      body.template operator()<float, int32_t>();
+      return true;
+    case at::kDouble:
+      body.template operator()<double, int64_t>();
+      return true;
+    case at::kBFloat16:
+      body.template operator()<c10::BFloat16, int16_t>();
+      return true;
+    case at::kHalf:
+      body.template operator()<c10::Half, int16_t>();
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
 
 double largest_magnitude(const at::Tensor& tensor) {
-  if (tensor.is_cpu() && tensor.is_non_overlapping_and_dense()) {
-    switch (tensor.scalar_type()) {
-      case at::kFloat:
-        return largest_magnitude<float, int32_t>(tensor);
-      case at::kDouble:
-        return largest_magnitude<double, int64_t>(tensor);
-      case at::kBFloat16:
-        return largest_magnitude<c10::BFloat16, int16_t>(tensor);
-      case at::kHalf:
-        return largest_magnitude<c10::Half, int16_t>(tensor);
-      default:
-        break;
-    }
+  double largest = 0.0;
+  if (dispatch_bits(tensor, [&]<typename T, typename Bits> {
+        largest = static_cast<double>(std::bit_cast<T>(largest_bits<Bits>(tensor)));
+      })) {
+    return largest;
   }
   return tensor.numel() == 0 ? 0.0 : tensor.abs().max().to(at::kDouble).item<double>();
 }
 
 bool all_finite(const at::Tensor& tensor) {
-  if (tensor.is_cpu() && tensor.is_non_overlapping_and_dense()) {
-    switch (tensor.scalar_type()) {
-      case at::kFloat:
-        return all_finite<uint32_t>(tensor, 0x7F80'0000U);
-      case at::kDouble:
-        return all_finite<uint64_t>(tensor, 0x7FF0'0000'0000'0000U);
-      case at::kBFloat16:
-        return all_finite<uint16_t>(tensor, 0x7F80U);
-      case at::kHalf:
-        return all_finite<uint16_t>(tensor, 0x7C00U);
-      default:
-        break;
-    }
+  bool finite = true;
+  if (dispatch_bits(tensor, [&]<typename T, typename Bits> {
+        finite = largest_bits<Bits>(tensor) < std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
+      })) {
+    return finite;
   }
   return at::isfinite(tensor).all().item<bool>();
 }

@@ -196,6 +196,12 @@ struct KernelTable {
   InstructionSet instruction_set;
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+
+  /// max of `count` magnitudes of 2, 4 or 8 byte floating-point values as bits, which compare like integers; those of
+  /// infinities and NaN are above all others. 0 where there are no values.
+  std::int16_t (*largest_magnitude_bits_16)(const std::int16_t* values, std::int64_t count);
+  std::int32_t (*largest_magnitude_bits_32)(const std::int32_t* values, std::int64_t count);
+  std::int64_t (*largest_magnitude_bits_64)(const std::int64_t* values, std::int64_t count);
 };
 
 /// The kernels of one instruction set, which this CPU must support.

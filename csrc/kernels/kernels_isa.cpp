@@ -1,8 +1,11 @@
 // The table of all kernels for one instruction set, the one that this compilation is for: kernels/target-inl.h. Each
 // kernel's header includes its parts; start reading at sweep-inl.h.
 
+#include <cstdint>
+
 #include "kernels/cholesky-inl.h"
 #include "kernels/descent-inl.h"
+#include "kernels/finite-inl.h"
 #include "kernels/instruction_set.h"
 #include "kernels/kernels.h"
 #include "kernels/microkernel-inl.h"
@@ -69,6 +72,9 @@ const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA) = {
     named::MINIQUANT_KERNEL_ISA,
     MINIQUANT_KERNEL_ISA::kTypedKernels<float>,
     MINIQUANT_KERNEL_ISA::kTypedKernels<double>,
+    MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int16_t>,
+    MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int32_t>,
+    MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int64_t>,
 };
 
 }  // namespace miniquant::kernels

@@ -96,13 +96,19 @@ inline std::vector<InstructionSet> fused_instruction_sets() {
 
 constexpr const char* kNeedsTwoFused = "needs a CPU with two instruction sets that fuse multiply-adds";
 
-/// Calls body(kernels) for every instruction set that this CPU supports; the trace of a failure names it.
-template <typename T, typename Body>
-void for_each_instruction_set(const Body& body) {
+/// Calls body(table) for every instruction set that this CPU supports; the trace of a failure names it.
+template <typename Body>
+void for_each_table(const Body& body) {
   for (const InstructionSet instruction_set : supported_instruction_sets()) {
     SCOPED_TRACE(name(instruction_set));
-    body(typed_kernels<T>(kernels_for(instruction_set)));
+    body(kernels_for(instruction_set));
   }
+}
+
+/// The same with the kernels for T.
+template <typename T, typename Body>
+void for_each_instruction_set(const Body& body) {
+  for_each_table([&](const KernelTable& table) { body(typed_kernels<T>(table)); });
 }
 
 /// The type in which the oracle of a kernel for T sums.
