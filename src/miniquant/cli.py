@@ -19,6 +19,7 @@ from miniquant.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, code_of, line
 
 Preset = Literal["best", "fast", "plain"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "miniquant"]
+TokenWeights = Literal["uniform", "norm", "position", "norm+position"]
 Unseen = Literal["error", "siblings", "rtn"]
 OtherType = Literal["F16", "F32", "BF16", "Q8_0"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -172,6 +173,15 @@ def quantize(
             help="Added to the Hessian's diagonal, relative to its mean; auto finds it in the tokens.",
         ),
     ] = None,
+    token_weights: Annotated[
+        TokenWeights | None,
+        typer.Option(
+            rich_help_panel=_RECIPE,
+            show_default="norm+position",
+            help="How much a token counts: norm: by 1 / |x|^2 of a layer's input x; position: the first of a text "
+            "more, because all later ones attend to it.",
+        ),
+    ] = None,
     unseen: Annotated[
         Unseen | None,
         typer.Option(
@@ -316,6 +326,7 @@ def quantize(
                 "symmetric": symmetric,
                 "preset": preset,
                 "ridge": ridge,
+                "token_weights": token_weights,
                 "unseen": unseen,
                 "min_tokens": min_tokens,
             },

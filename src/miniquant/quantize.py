@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from miniquant.loss import quantization_loss
 from miniquant.modules import ExpertSite, LeftAlone, Site, find_sites
 from miniquant.recipe import LayerOptions, Recipe
 from miniquant.ridge import gptq_auto
+from miniquant.token_weights import TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
 
 # Fewer held-out tokens than these say too little about a layer.
@@ -37,7 +38,8 @@ class LayerResult:
     """One quantized layer.
 
     Losses are what the layer's squared output error is per token (:func:`miniquant.quantization_loss`, summed over
-    rows), with the values that the model now computes with; None where no token says. Of a layer with more than 256
+    rows; the mean over tokens as ``options.token_weights`` weighs them), with the values that the model now computes
+    with; None where no token says. Of a layer with more than 256
     rows they are taken from 256 evenly spaced ones, the same for each loss, times N / 256.
 
     Attributes:
@@ -339,7 +341,7 @@ def quantize_planned(
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
     result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
     result.notes += () if note is None else (note,)
-    quantizer = _Quantizer(plan, result, scale_dtype, weights, progress, store, stop)
+    quantizer = _Quantizer(model, plan, result, scale_dtype, weights, progress, store, stop)
     sites = [site for site, _ in plan.layers]
     quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, going_on=quantizer.check_stop))
     return result
@@ -405,7 +407,7 @@ def _held_out_batches(sizes: Sequence[int], part: float) -> tuple[int, str | Non
 
 
 class _DeviceSums:
-    """X^T X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`.
+    """X^T diag(w) X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`.
 
     Halves are made as there: a batch that is longer than all before is cut so that both have as many tokens, any other
     goes to the half that has fewer.
@@ -414,31 +416,47 @@ class _DeviceSums:
     def __init__(self, columns: int, dtype: torch.dtype, device: torch.device, *, halves: bool) -> None:
         self._sums = torch.zeros(2 if halves else 1, columns, columns, dtype=dtype, device=device)
         self._tokens = [0] * len(self._sums)
+        self._weights = torch.zeros(2, len(self._sums), dtype=torch.float64, device=device)
 
-    def update(self, inputs: Tensor, mask: Tensor | None) -> None:
+    def update(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
         rows = inputs.flatten(0, -2) if mask is None else inputs[mask]
+        of_rows = None if weights is None else weights.flatten() if mask is None else weights[mask]
         if not bool(rows.isfinite().all()):
             raise ValueError("expected inputs to be finite, but got others")
         lighter, cut = self._tokens.index(min(self._tokens)), len(rows)
         if len(self._tokens) == 2 and cut > sum(self._tokens):
             cut = (cut + max(self._tokens) - min(self._tokens) + 1) // 2
-        parts = [(lighter, rows[:cut]), (1 - lighter, rows[cut:])] if cut < len(rows) else [(lighter, rows)]
-        for number, part in parts:
-            wide = part.to(self._sums.dtype)
-            self._sums[number].addmm_(wide.T, wide)
+        cuts = [(lighter, slice(cut)), (1 - lighter, slice(cut, None))] if cut < len(rows) else [(lighter, slice(None))]
+        for number, cut_out in cuts:
+            part = rows[cut_out].to(self._sums.dtype)
+            weighted = part if of_rows is None else part * of_rows[cut_out, None].to(part.dtype)
+            self._sums[number].addmm_(weighted.T, part)
             self._tokens[number] += len(part)
+            for power, row in enumerate(self._weights, start=1):
+                total = float(len(part)) if of_rows is None else of_rows[cut_out].double().pow(power).sum()
+                row[number] += total
 
     def accumulator(self) -> HessianAccumulator:
-        sums = self._sums.cpu()
-        if len(self._tokens) == 2:
-            return HessianAccumulator.from_sums(sums, self._tokens)
-        return HessianAccumulator.from_sums(sums[0], self._tokens[0])
+        accumulator = HessianAccumulator(self._sums.shape[-1], self._sums.dtype, halves=len(self._tokens) == 2)
+        tokens = torch.tensor(self._tokens)
+        # Rounding leaves the two triangles of a weighted product apart.
+        sums = ((self._sums + self._sums.mT) / 2).cpu()
+        accumulator.load_state_dict({"sums": sums, "tokens": tokens, "weights": self._weights.cpu()})
+        return accumulator
 
 
-def _accumulated(inputs: Sequence[Given], columns: int, dtype: torch.dtype, *, halves: bool) -> HessianAccumulator:
-    """The Hessian of what batches give to a layer."""
+def _accumulated(
+    inputs: Sequence[Given],
+    columns: int,
+    dtype: torch.dtype,
+    weighing: "_Weighing",
+    *,
+    halves: bool,
+) -> tuple[HessianAccumulator, "_Sample"]:
+    """The Hessian of what batches give to a layer, and how many tokens the sample amounts to."""
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
+    sample = _Sample()
     for given in inputs:
         tokens = given.tokens()
         if tokens.shape[-1] != columns:
@@ -446,19 +464,56 @@ def _accumulated(inputs: Sequence[Given], columns: int, dtype: torch.dtype, *, h
         if not tokens.numel():
             continue
         try:
+            weights, sampled = weigh(tokens, given.mask, weighing.scheme, causal=weighing.causal)
             if tokens.device.type == "cpu":
-                accumulator.update(tokens, mask=given.mask)
+                accumulator.update(tokens, mask=given.mask, token_weights=weights)
             else:
                 on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
-                on_device.update(tokens, given.mask)
+                on_device.update(tokens, given.mask, weights)
+            sample.add(tokens, given.mask, sampled)
         except (ValueError, TypeError) as error:
             raise type(error)(f"batch {given.batch}: {error}") from error
     if on_device is None:
-        return accumulator
+        return accumulator, sample
     elsewhere = on_device.accumulator()
     if accumulator.tokens:
         elsewhere.merge(accumulator)
-    return elsewhere
+    return elsewhere, sample
+
+
+class _Weighing(NamedTuple):
+    """How a layer's tokens are weighed (token_weights.py)."""
+
+    scheme: TokenWeights
+    causal: bool
+
+
+@dataclass
+class _Sample:
+    """The sums of the weights that tokens have as a sample, and of their squares."""
+
+    weights: float = 0.0
+    squares: float = 0.0
+
+    def add(self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+        """Adds the tokens of a batch."""
+        if weights is None:
+            count = float(tokens.shape[:-1].numel() if mask is None else mask.sum())
+            self.weights += count
+            self.squares += count
+        else:
+            counted = (weights if mask is None else weights[mask.to(weights.device)]).double()
+            self.weights += float(counted.sum())
+            self.squares += float(counted.square().sum())
+
+    def merge(self, other: "_Sample") -> None:
+        self.weights += other.weights
+        self.squares += other.squares
+
+    @property
+    def effective_tokens(self) -> float:
+        """(sum w)^2 / sum w^2, at least 1."""
+        return max(1.0, self.weights**2 / self.squares) if self.squares else 1.0
 
 
 @dataclass
@@ -467,14 +522,16 @@ class _Hessians:
 
     calibration: HessianAccumulator
     held_out: HessianAccumulator
+    sample: _Sample  # of calibration
 
     @classmethod
     def empty(cls, columns: int, dtype: torch.dtype) -> "_Hessians":
-        return cls(HessianAccumulator(columns, dtype, halves=True), HessianAccumulator(columns, dtype))
+        return cls(HessianAccumulator(columns, dtype, halves=True), HessianAccumulator(columns, dtype), _Sample())
 
     def merge(self, other: "_Hessians") -> None:
         self.calibration.merge(other.calibration)
         self.held_out.merge(other.held_out)
+        self.sample.merge(other.sample)
 
 
 # Layers
@@ -500,6 +557,7 @@ class _Quantizer:
 
     def __init__(
         self,
+        model: nn.Module,
         plan: Plan,
         result: ModelResult,
         scale_dtype: torch.dtype | None,
@@ -520,7 +578,8 @@ class _Quantizer:
         self._store = store
         self._stop = stop
         self._seconds = dict.fromkeys(("hessians", "solver", "judging"), 0.0)
-        self._inputs: tuple[int, torch.dtype] | None = None  # of the layer at hand
+        self._causal = causal_sites(model, [site for site, _ in plan.layers])
+        self._inputs: tuple[int, torch.dtype, _Weighing] | None = None  # of the layer at hand
         self._last: _Hessians | None = None  # of these inputs
         self._ridges: dict[Any, float] = {}  # found in them: by grid
         self._pools: dict[tuple[str, str], _Hessians] = {}
@@ -608,10 +667,14 @@ class _Quantizer:
     def _come_to(self, visit: Visit) -> None:
         """Forgets Hessians and ridges of other inputs than those of the layer at hand."""
         dtype = torch.float64 if visit.site.dtype == torch.float64 else torch.float32
-        if self._inputs != (visit.inputs_id, dtype):
-            self._inputs = visit.inputs_id, dtype
+        inputs = visit.inputs_id, dtype, self._weighing(visit.site)
+        if self._inputs != inputs:
+            self._inputs = inputs
             self._last = None
             self._ridges.clear()
+
+    def _weighing(self, site: Site) -> _Weighing:
+        return _Weighing(self._options[id(site)].token_weights, id(site) in self._causal)
 
     def _hessians(self, visit: Visit) -> _Hessians:
         """Of the tokens that batches give to a layer; those of the layer before, where it was given the same."""
@@ -621,12 +684,12 @@ class _Quantizer:
         columns, dtype = visit.site.columns, self._inputs[1]
         start = time.perf_counter()
         first_held_out = self._result.batches
+        weighing = self._weighing(visit.site)
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
-        hessians = _Hessians(
-            _accumulated(calibration, columns, dtype, halves=True),
-            _accumulated(held_out, columns, dtype, halves=False),
-        )
+        accumulated, sample = _accumulated(calibration, columns, dtype, weighing, halves=True)
+        judged, _ = _accumulated(held_out, columns, dtype, weighing, halves=False)
+        hessians = _Hessians(accumulated, judged, sample)
         self._seconds["hessians"] += time.perf_counter() - start
         self._last = hessians
         return hessians
@@ -784,7 +847,9 @@ class _Quantizer:
                 ridge = self._ridges[grid]
                 quantized = gptq(weight, hessians.calibration.hessian(), ridge=ridge, **arguments)
             else:
-                found = gptq_auto(weight, hessians.calibration, **arguments)
+                found = gptq_auto(
+                    weight, hessians.calibration, effective_tokens=hessians.sample.effective_tokens, **arguments
+                )
                 quantized, ridge = found, found.ridge
                 if shared:
                     self._ridges[grid] = ridge

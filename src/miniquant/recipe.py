@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from miniquant.presets import Preset, preset
+from miniquant.token_weights import TokenWeights
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
@@ -64,6 +65,9 @@ class LayerOptions:
         symmetric: which of the two grids (see the package).
         preset: of :func:`miniquant.preset`.
         ridge: relative to the Hessian's mean diagonal; "auto" finds it in the tokens (:func:`miniquant.gptq_auto`).
+        token_weights: how much each token counts in the Hessian (:mod:`miniquant.token_weights`): "uniform": alike;
+            "norm": by 1 / |x|^2 of its input x; "position": the first of a causal sequence of T tokens
+            1 + (T - 1) / 4 times; or both.
         unseen: what happens to a layer that saw fewer tokens than :meth:`tokens_needed`: "error" stops the run,
             "siblings" takes the Hessian of all tokens of the layer's siblings, "rtn" rounds to nearest.
         min_tokens: how many tokens the layer must see; None is the rule of :meth:`tokens_needed`.
@@ -78,6 +82,7 @@ class LayerOptions:
     symmetric: bool = True
     preset: Preset = "best"
     ridge: float | Literal["auto"] = "auto"
+    token_weights: TokenWeights = "norm+position"  # noqa: S105  (no password)
     unseen: Unseen = "error"
     min_tokens: int | None = None
     skip: bool = False

@@ -1,6 +1,7 @@
 """The ridge chosen from the data, and GPTQ with that ridge."""
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,14 +72,15 @@ def choose_ridge(
     bits: int = 4,
     group_size: int = 64,
     symmetric: bool = True,
+    effective_tokens: float | None = None,
 ) -> RidgeChoice:
     """Chooses the ridge by cross-validation on the calibration tokens.
 
     Some rows of the weight are quantized with the Hessian of one half of the tokens, and their loss is measured with
     the Hessian of the other half; then the other way round. The ridge of least loss is chosen. If a half has fewer
     tokens than columns, ridges below (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data",
-    says why. With token weights the effective number of tokens is used. The choice costs four to ten factorizations
-    of H, and as many sweeps over at most 128 rows.
+    says why. With token weights the effective number of tokens is used, or what `effective_tokens` says. The choice
+    costs four to ten factorizations of H, and as many sweeps over at most 128 rows.
 
     Args:
         weight: [N, K].
@@ -86,17 +88,23 @@ def choose_ridge(
         bits: 2 to 8.
         group_size: columns per scale; -1 is one group per row.
         symmetric: a symmetric or an asymmetric grid.
+        effective_tokens: at least 1; None is ``accumulator.effective_tokens``. That one is too few where a weight is
+            large not because a token stands for others, but because many tokens that are nearly equal matter more.
 
     Raises:
         ValueError, TypeError: for a bad argument.
     """
     _check_accumulator("choose_ridge", accumulator)
+    if effective_tokens is not None and not 1 <= effective_tokens < math.inf:
+        raise ValueError(
+            f"choose_ridge: expected effective_tokens to be finite and at least 1, but got {effective_tokens}"
+        )
     ridge, ridges, losses, fallbacks = call(
         "choose_ridge",
         weight,
         accumulator.half(0),
         accumulator.half(1),
-        round(accumulator.effective_tokens),
+        round(accumulator.effective_tokens if effective_tokens is None else effective_tokens),
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -107,7 +115,9 @@ def choose_ridge(
     return RidgeChoice(float(ridge), tuple(ridges[tried].tolist()), tuple(held_out), tuple(fallbacks.tolist()))
 
 
-def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -> AutoGptqResult:
+def gptq_auto(
+    weight: Tensor, accumulator: HessianAccumulator, *, effective_tokens: float | None = None, **options: Any
+) -> AutoGptqResult:
     """:func:`miniquant.gptq` with the ridge that :func:`choose_ridge` chooses: the recommended call.
 
     If the Hessian is not positive definite with that ridge, the choice's ``fallbacks`` are tried in turn; the result
@@ -116,6 +126,7 @@ def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -
     Args:
         weight: [N, K].
         accumulator: an accumulator with ``halves=True``, each half with at least one token.
+        effective_tokens: as in :func:`choose_ridge`.
         options: the options of :func:`miniquant.gptq`, except ``ridge``.
 
     Raises:
@@ -136,7 +147,7 @@ def gptq_auto(weight: Tensor, accumulator: HessianAccumulator, **options: Any) -
         if name not in _OPTIONS:
             raise TypeError(f"gptq_auto: expected an option of gptq ({', '.join(_OPTIONS)}), but got {name!r}")
     grid = {name: options[name] for name in ("bits", "group_size", "symmetric") if name in options}
-    choice = choose_ridge(weight, accumulator, **grid)
+    choice = choose_ridge(weight, accumulator, effective_tokens=effective_tokens, **grid)
     hessian = accumulator.hessian()
 
     failed: list[float] = []

@@ -30,6 +30,7 @@ from miniquant.commands import Asked, parse_rule
 from miniquant.formats import gguf_file
 from miniquant.recipe import FormatName, Unseen
 from miniquant.report import read_report
+from miniquant.token_weights import TokenWeights
 from model_folder import QUICK, VOCABULARY, make_folder
 from small_models import bert, decoder
 
@@ -118,10 +119,11 @@ def test_help_fits(width: int) -> None:
 def test_choices_and_defaults_are_the_librarys() -> None:
     assert set(get_args(cli.Preset)) == set(get_args(miniquant.presets.Preset))
     assert get_args(cli.Format) == get_args(FormatName)
+    assert get_args(cli.TokenWeights) == get_args(TokenWeights)
     assert get_args(cli.Unseen) == get_args(Unseen)
     assert set(get_args(cli.OtherType)) == set(get_args(gguf_file.OtherType))
     text, options = help_of("quantize"), LayerOptions()
-    for name in ("bits", "group_size", "preset", "ridge", "unseen"):
+    for name in ("bits", "group_size", "preset", "ridge", "token_weights", "unseen"):
         shown = re.search(rf"│ --{name.replace('_', '-')} .*?default: \((\S+)\)", text, re.DOTALL)
         assert shown is not None
         assert shown[1] == str(getattr(options, name))

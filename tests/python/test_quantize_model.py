@@ -39,6 +39,7 @@ from miniquant.quantize import (
     quantize_model,
     siblings_of,
 )
+from miniquant.token_weights import norm_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,9 +76,10 @@ BATCHES = [inputs_with_structure(64, 32, seed) for seed in range(8)]
 
 
 def accumulated(batches: Sequence[Tensor], *, halves: bool = False) -> HessianAccumulator:
+    """Of inputs that are no causal sequences, with the weights that are the default."""
     accumulator = HessianAccumulator(batches[0].shape[-1], halves=halves)
     for batch in batches:
-        accumulator.update(batch)
+        accumulator.update(batch, token_weights=norm_weights(batch))
     return accumulator
 
 
@@ -520,7 +522,7 @@ def test_too_few_tokens_and_those_of_the_siblings(kind: type[nn.Module]) -> None
         own = HessianAccumulator(32, halves=True)
         for x, (_, of) in zip(given[:7], ROUTED[:7], strict=True):
             if (of == expert).any():
-                own.update(x[of == expert])
+                own.update(x[of == expert], token_weights=norm_weights(x[of == expert]))
         pool.merge(own)
     for name, tokens in ((names[5], 3), (names[7], 0)):
         layer = result.layers[name]
@@ -637,8 +639,9 @@ def test_halves_on_a_device_are_those_of_the_accumulator(lengths: tuple[int, ...
     expected = HessianAccumulator(8, torch.float64, halves=True)
     for number, length in enumerate(lengths):
         batch = torch.randn(length, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-        on_device.update(batch, None)
-        expected.update(batch)
+        weights = None if number == 1 else torch.rand(length, generator=torch.Generator().manual_seed(number))
+        on_device.update(batch, None, weights)
+        expected.update(batch, token_weights=weights)
     found = on_device.accumulator()
     assert [found.half_tokens(half) for half in range(2)] == [expected.half_tokens(half) for half in range(2)]
     for half in range(2):
@@ -652,10 +655,11 @@ def test_sums_on_a_device_are_those_of_the_accumulator() -> None:
         on_device = _DeviceSums(32, torch.float32, torch.device("cpu"), halves=halves)
         expected = HessianAccumulator(32, halves=halves)
         for batch, mask in zip(BATCHES, masks, strict=True):
-            on_device.update(batch, mask)
-            expected.update(batch, mask=mask)
+            on_device.update(batch, mask, norm_weights(batch))
+            expected.update(batch, mask=mask, token_weights=norm_weights(batch))
         found = on_device.accumulator()
         assert found.tokens == expected.tokens
+        assert found.effective_tokens == pytest.approx(expected.effective_tokens)
         torch.testing.assert_close(found.hessian(), expected.hessian())
         if halves:
             assert abs(found.half_tokens(0) - found.half_tokens(1)) <= 64
@@ -663,5 +667,5 @@ def test_sums_on_a_device_are_those_of_the_accumulator() -> None:
                 assert found.half_tokens(half) == expected.half_tokens(half)
                 torch.testing.assert_close(found.half(half), expected.half(half))
     with pytest.raises(ValueError, match="expected inputs to be finite"):
-        on_device.update(torch.full((1, 32), math.nan), None)
+        on_device.update(torch.full((1, 32), math.nan), None, None)
     assert isinstance(quantize_model(chain(), BATCHES, FAST), ModelResult)

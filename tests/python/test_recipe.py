@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import miniquant
 from miniquant.presets import Preset
 from miniquant.recipe import SCHEMA, FormatName, LayerOptions, Recipe, Rule, Unseen
+from miniquant.token_weights import SCHEMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,7 @@ NAMES = [
     for block in range(12)
     for layer in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 ]
-OPTIONS = "bits, group_size, symmetric, preset, ridge, unseen, min_tokens, skip"
+OPTIONS = "bits, group_size, symmetric, preset, ridge, token_weights, unseen, min_tokens, skip"
 SCHEMA_DOCUMENT: dict[str, Any] = json.loads(SCHEMA.read_text())
 
 
@@ -172,6 +173,7 @@ OPTION_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "symmetric": st.booleans(),
     "preset": st.sampled_from(get_args(Preset)),
     "ridge": st.just("auto") | st.floats(0, allow_infinity=False) | st.integers(0, 3),
+    "token_weights": st.sampled_from(SCHEMES),
     "unseen": st.sampled_from(get_args(Unseen)),
     "min_tokens": st.none() | st.integers(1, 2**63 - 1),
     "skip": st.booleans(),
@@ -227,6 +229,7 @@ def test_schema_is_one_and_has_the_options() -> None:
     assert list(rule) == ["pattern", *options]
     assert all(rule[name] == {"$ref": f"#/$defs/options/properties/{name}"} for name in options)
     assert options["preset"]["enum"] == list(get_args(Preset))
+    assert options["token_weights"]["enum"] == list(SCHEMES)
     assert options["unseen"]["enum"] == list(get_args(Unseen))
     assert SCHEMA_DOCUMENT["properties"]["format"]["enum"] == [*get_args(FormatName), None]
     for schema in (*options.values(), rule["pattern"], *SCHEMA_DOCUMENT["properties"].values()):
@@ -269,6 +272,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"ridge": 10**400}, 'ridge to be "auto", or a finite number of at least 0, but got 1000'),
     ({"ridge": "Auto"}, "ridge to be \"auto\", or a finite number of at least 0, but got 'Auto'"),
     ({"ridge": False}, 'ridge to be "auto", or a finite number of at least 0, but got False'),
+    (
+        {"token_weights": "l2"},
+        "token_weights to be one of uniform, norm, position, norm+position, but got 'l2'",
+    ),
     ({"unseen": "ignore"}, "unseen to be one of error, siblings, rtn, but got 'ignore'"),
     ({"min_tokens": 0}, "min_tokens to be a positive integer, but got 0"),
     ({"min_tokens": 1.5}, "min_tokens to be a positive integer, but got 1.5"),

@@ -1,0 +1,100 @@
+"""How much each calibration token counts in a layer's Hessian, X diag(w) X^T.
+
+Plain GPTQ counts all tokens alike. Two things are wrong with that, and each has a weight of its own:
+
+- ``norm``: w = 1 / |x|^2, so every token's *relative* output error counts the same. Without it a few tokens with large
+  inputs decide what the layer keeps.
+- ``position``: the first token of a causal sequence counts 1 + (T - 1) / 4 times. Attention heads of language models
+  park their attention on it (Xiao et al. 2023, arXiv:2309.17453), so its error reaches every later token. If a token's
+  values have independent errors e_j, the error of query i is sum_j a_ij e_j, and the square of e_j counts
+  sum_i a_ij^2 times in all outputs. For the first token a^2 is a quarter or so on average over heads and layers
+  (docs/quality.md has the measurement), for others the sum is below 1.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from miniquant.modules import ExpertSite, Site
+
+TokenWeights = Literal["uniform", "norm", "position", "norm+position"]
+SCHEMES: tuple[TokenWeights, ...] = get_args(TokenWeights)
+
+# The mean of the squared attention that a later token pays to the first.
+SQUARED_ATTENTION = 0.25
+# A token whose |x|^2 is this part of the median counts no more than one at that bound: weights stay finite.
+LEAST_NORM = 1e-4
+
+
+def causal_sites(model: nn.Module, sites: list[Site]) -> set[int]:
+    """The ids of those sites whose inputs are tokens in causal order.
+
+    A site is taken for causal where the nearest module around it that has an attention with an attribute ``is_causal``
+    (as transformers' have) has one that says True: encoders, vision towers and cross-attention are not.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    states: dict[str, bool] = {}
+    for name, module in modules.items():
+        stated = getattr(module, "is_causal", None)
+        if not isinstance(stated, bool):
+            continue
+        states[name] = states.get(name, False) or stated
+        while name:
+            name = name.rpartition(".")[0]  # noqa: PLW2901  (the modules around it)
+            states[name] = states.get(name, False) or stated
+    return {id(site) for site in sites if _is_causal(site, states)}
+
+
+def _is_causal(site: Site, states: dict[str, bool]) -> bool:
+    if isinstance(site, ExpertSite) or site.geometry is not None:
+        return False  # its inputs are not in the order of a text
+    name = site.name
+    while name:
+        name = name.rpartition(".")[0]
+        if name in states:
+            return states[name]
+    return False
+
+
+def norm_weights(inputs: Tensor) -> Tensor:
+    """1 / |x|^2 of tokens [..., K], bounded for the smallest, float64 [...]; 1 of tokens that are not finite."""
+    squares: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float64).square()
+    if not squares.numel():
+        return squares
+    least = LEAST_NORM * squares.median()
+    least = torch.where(least > 0, least, squares.mean())
+    usable = squares.isfinite() & (least > 0)
+    return torch.where(usable, squares.clamp(min=least), torch.ones_like(squares)).reciprocal()
+
+
+def position_weights(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Of tokens [B, T, K]: 1, but 1 + (T - 1) / 4 for the first that is no padding; T counts no padding either."""
+    shape = inputs.shape[:-1]
+    counted = torch.ones(shape, dtype=torch.bool, device=inputs.device) if mask is None else mask.to(inputs.device)
+    first = counted & (counted.cumsum(-1) == 1)
+    after = (counted.sum(-1, keepdim=True) - 1).clamp(min=0)
+    return 1 + first * (SQUARED_ATTENTION * after.double())
+
+
+def weigh(
+    inputs: Tensor, mask: Tensor | None, scheme: TokenWeights, *, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of a batch's tokens.
+
+    Args:
+        inputs: [..., K].
+        mask: bool [...], False for padding; None: there is none.
+        scheme: which weights.
+        causal: whether inputs are [B, T, K] in causal order; otherwise positions count alike.
+
+    Returns:
+        The weights [...], and those without the position's factor, None where all are 1. The second ones say how many
+        tokens the sample amounts to: the first tokens of sequences are nearly the same vector, so they count often
+        without being few samples of much.
+    """
+    sampled = norm_weights(inputs) if scheme in ("norm", "norm+position") else None
+    if not causal or inputs.dim() != 3 or scheme not in ("position", "norm+position"):
+        return sampled, sampled
+    factors = position_weights(inputs, mask)
+    return factors if sampled is None else sampled * factors, sampled
