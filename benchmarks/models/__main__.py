@@ -6,7 +6,7 @@ reads it. llm-compressor quantizes the same model with the same tokens, in the e
 
 The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
 second half for evaluation. The result is written to results/models.json and models.md; with ``--add`` the rows of other
-bits that are there already stay.
+bits and schemes that are there already stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,18 @@ from scripts.smollm2 import write_folder
 
 GROUP_SIZE = 64
 LENGTH = 512
-# Rounding to nearest is what happens to a layer that saw fewer tokens than it needs.
-NEAREST = miniquant.LayerOptions(preset="plain", unseen="rtn", min_tokens=1 << 40, group_size=GROUP_SIZE)
+ALIKE = ", tokens alike"
+UNIFORM: dict[str, Any] = {"token_weights": "uniform"}
+# By name, as the table has it, in the order of its rows.
+SCHEMES: dict[str, dict[str, Any]] = {
+    # Rounding to nearest is what happens to a layer that saw fewer tokens than it needs.
+    "RTN": {"preset": "plain", "unseen": "rtn", "min_tokens": 1 << 40},
+    "plain": {"preset": "plain", **UNIFORM},
+    f"fast{ALIKE}": {"preset": "fast", **UNIFORM},
+    "fast": {"preset": "fast"},
+    f"best{ALIKE}": {"preset": "best", **UNIFORM},
+    "best": {"preset": "best"},
+}
 PEER = "llm-compressor"
 
 
@@ -90,7 +99,7 @@ class Benchmark:
             "tokens": self.calibration.tokens,
             "evaluation_tokens": self.evaluation.tokens,
         }
-        self.rows = self._earlier(arguments.bits) if arguments.add else []
+        self.rows = self._earlier(arguments) if arguments.add else []
         model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
         model.eval()
         self.forward = min(forward_seconds(model, self.calibration.batches) for _ in range(2))
@@ -98,16 +107,21 @@ class Benchmark:
         self.reference.keep(self.evaluation.batches)
         self.float_bytes = linear_bytes(self.float_folder)
 
-    def _earlier(self, bits: list[int]) -> list[dict[str, Any]]:
-        """The rows of other bits that were measured before, on the same processor and tokens."""
+    def _earlier(self, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+        """The rows of other bits or schemes that were measured before, on the same processor and tokens."""
         before = json.loads((self.output / "models.json").read_text(encoding="utf-8"))
         if other := [name for name, value in self.setting.items() if before[name] != value]:
             raise ValueError(f"--add: expected the rows in {self.output} to be of the same {', '.join(other)}")
-        return [row for row in before["rows"] if row["bits"] not in bits]
+        schemes = [*arguments.schemes, *([PEER] if arguments.peers else [])]
+        return [
+            row
+            for row in before["rows"]
+            if row["bits"] not in arguments.bits or not any(place_of(row["scheme"]) == place_of(one) for one in schemes)
+        ]
 
     def ours(self, name: str, options: miniquant.LayerOptions) -> None:
         """Quantizes with our package."""
-        folder = self.work / f"{name}-{options.bits}"
+        folder = self.work / f"{name.replace(', ', '-').replace(' ', '-')}-{options.bits}"
         start = time.perf_counter()
         done = miniquant.quantize_folder(
             self.float_folder, folder, options, calibration=self.calibration, dtype=torch.float32, overwrite=True
@@ -145,8 +159,13 @@ class Benchmark:
             "bytes": linear_bytes(folder) / self.float_bytes,
             "scores": scores.to_dict(),
         }
-        self.rows = sorted([*self.rows, row], key=lambda row: -row["bits"])
+        self.rows = sorted([*self.rows, row], key=lambda row: (-row["bits"], place_of(row["scheme"])))
         write(self)
+
+
+def place_of(scheme: str) -> int:
+    """Where a scheme's row stands among those of equal bits: peers, whose names have a version, come last."""
+    return list(SCHEMES).index(scheme) if scheme in SCHEMES else len(SCHEMES)
 
 
 def linear_bytes(folder: Path) -> int:
@@ -206,21 +225,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="for calibration")
     parser.add_argument("--evaluation-tokens", type=int, default=16384)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--presets", nargs="+", default=["nearest", "plain", "fast", "best"])
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
     parser.add_argument("--work", type=Path, default=SCRATCH / "models", help="folder for models")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--add", action="store_true", help="keep the rows of other bits that were measured before")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other bits and schemes")
     parser.add_argument("--quick", action="store_true", help="few tokens, 4 bits, preset fast; below build/")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.tokens, arguments.evaluation_tokens = 2048, 2048
-        arguments.bits, arguments.presets, arguments.output = [4], ["fast"], SCRATCH
+        arguments.bits, arguments.schemes, arguments.output = [4], ["fast"], SCRATCH
     bench = Benchmark(arguments)
     for bits in arguments.bits:
-        for name in arguments.presets:
-            options = NEAREST if name == "nearest" else miniquant.LayerOptions(preset=name, group_size=GROUP_SIZE)
-            bench.ours("RTN" if name == "nearest" else name, replace(options, bits=bits))
+        for name in arguments.schemes:
+            bench.ours(name, miniquant.LayerOptions(bits=bits, group_size=GROUP_SIZE, **SCHEMES[name]))
         if arguments.peers is not None:
             bench.peer(bits, arguments.peers)
 

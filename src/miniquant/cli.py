@@ -161,7 +161,7 @@ def quantize(
         typer.Option(
             rich_help_panel=_RECIPE,
             show_default="best",
-            help="best: least loss; fast: half way there in a third of the time; plain: GPTQ as published.",
+            help="best: least loss; fast: half way there in a third of the time; plain: the solver as published.",
         ),
     ] = None,
     ridge: Annotated[
