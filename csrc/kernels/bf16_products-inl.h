@@ -110,7 +110,7 @@ MINIQUANT_NOINLINE void add_upper(const Bf16Problem& problem, const SquareView& 
   }
 }
 
-void add_square(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace) {
+[[maybe_unused]] void add_square(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace) {
   const std::int64_t panels = problem.layout.panels();
   const std::int64_t side = problem.square_panels;
   const SquareView square = {j * side, min_of((j + 1) * side, panels), i * side, min_of((i + 1) * side, panels),
