@@ -58,8 +58,9 @@ at::Tensor bound(const at::Tensor& inputs, const at::Tensor& token_weights) {
 }
 
 TEST_P(HessianBf16, IsTheProductOfTheInputsInFloat64) {
-  // one token, one column; odd sizes; the tokens of one run of sums, and one more; several runs
-  for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {512, 13}, {513, 70}, {2000, 37}, {33, 300}}) {
+  // one token, one column; odd sizes; the tokens of one run of sums, and one more; several runs; several passes of
+  // float16
+  for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {512, 13}, {513, 70}, {2000, 37}, {1100, 330}}) {
     for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
       const at::Tensor inputs = testing::normal({tokens, columns}, 1, dtype);
       for (const at::Tensor& weights : {at::Tensor(), weights_of(tokens)}) {
