@@ -22,8 +22,8 @@ using kernels::Bf16Product;
 
 /// Bytes of packed tiles, unless one run of tokens has more: as many as the Hessian, so that a pass over it costs
 /// little beside the products, and within these limits. Fewer stay in caches, and new memory takes time.
-constexpr int64_t kFewestPackedBytes = int64_t{4} << 20;
-constexpr int64_t kMostPackedBytes = int64_t{64} << 20;
+constexpr int64_t kFewestPackedBytes = int64_t{4} * 1024 * 1024;
+constexpr int64_t kMostPackedBytes = int64_t{64} * 1024 * 1024;
 
 /// Tokens per pass are a multiple of this, so sums in registers are long.
 constexpr int64_t kTokensPerRun = 512;

@@ -50,20 +50,20 @@ struct PairedTile {
   MINIQUANT_INLINE void set_pair(std::int64_t pair, PackWords::type even, PackWords::type odd, std::int64_t parts) {
     constexpr std::uint32_t kLeadingBits = 0xFFFF0000;
     for (std::int64_t p = 0;; ++p) {
-      const PackWords::type even_bits = even & kLeadingBits;
-      const PackWords::type odd_bits = odd & kLeadingBits;
-      *reinterpret_cast<PackWords::unaligned*>(part[p] + pair * kBf16Columns) = odd_bits | (even_bits >> 16);
+      const PackWords::type even_leading = even & kLeadingBits;
+      const PackWords::type odd_leading = odd & kLeadingBits;
+      *reinterpret_cast<PackWords::unaligned*>(part[p] + pair * kBf16Columns) = odd_leading | (even_leading >> 16);
       if (p + 1 == parts) {
         return;
       }
-      even = remainder(even, even_bits);
-      odd = remainder(odd, odd_bits);
+      even = remainder(even, even_leading);
+      odd = remainder(odd, odd_leading);
     }
   }
 
  private:
-  static MINIQUANT_INLINE PackWords::type remainder(PackWords::type bits, PackWords::type leading) {
-    return reinterpret_cast<PackWords::type>(reinterpret_cast<PackFloats::type>(bits) -
+  static MINIQUANT_INLINE PackWords::type remainder(PackWords::type value, PackWords::type leading) {
+    return reinterpret_cast<PackWords::type>(reinterpret_cast<PackFloats::type>(value) -
                                              reinterpret_cast<PackFloats::type>(leading));
   }
 };

@@ -53,7 +53,8 @@ at::Tensor oracle(const at::Tensor& inputs, const at::Tensor& token_weights, boo
 /// of sums) eps |X|^T |X|, and the rounding of weighted inputs.
 at::Tensor bound(const at::Tensor& inputs, const at::Tensor& token_weights) {
   constexpr int64_t kTokensPerSum = 64;
-  const auto terms = static_cast<double>(kTokensPerSum + inputs.size(0) / kTokensPerSum + 1 + 1);
+  const int64_t sums = inputs.size(0) / kTokensPerSum + 1;
+  const auto terms = static_cast<double>(kTokensPerSum + sums + 1);
   return oracle(inputs, token_weights, true) * (terms * std::numeric_limits<float>::epsilon());
 }
 
