@@ -8,7 +8,9 @@
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/hessian_bf16.h"
 #include "algorithms/parallel.h"
+#include "kernels/bf16.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -54,6 +56,25 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   });
 }
 
+/// hessian += X^T diag(w) X with products in the dtype of `hessian`, which is contiguous; inputs X [n, K].
+template <typename T>
+void add_in_type_of(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights) {
+  // X^T diag(w) X = Y^T Y, where the rows of Y are those of X times sqrt(w)
+  const at::Tensor factors =
+      token_weights.defined() ? token_weights.sqrt().to(hessian.scalar_type()).unsqueeze(1) : at::Tensor();
+  const int64_t lanes = typed_kernels<T>().tile_rows;
+  const int64_t pass = std::min(kTokensPerPass, inputs.size(0));
+  const at::Tensor tiles = at::empty({kernels::ceil_div(inputs.size(1), lanes), pass, lanes}, hessian.options());
+  for (int64_t token = 0; token < inputs.size(0); token += pass) {
+    const int64_t count = std::min(pass, inputs.size(0) - token);
+    at::Tensor tokens = inputs.narrow(0, token, count).to(hessian.scalar_type());
+    if (factors.defined()) {
+      tokens = tokens * factors.narrow(0, token, count);
+    }
+    add_products(hessian.mutable_data_ptr<T>(), tokens.contiguous(), tiles.mutable_data_ptr<T>());
+  }
+}
+
 }  // namespace
 
 void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights) {
@@ -63,23 +84,12 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   }
   // inputs that share memory with the sum must not change while they are read
   const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
-  const at::Tensor sum = hessian.contiguous();
-  // X^T diag(w) X = Y^T Y, where the rows of Y are those of X times sqrt(w)
-  const at::Tensor factors =
-      token_weights.defined() ? token_weights.sqrt().to(sum.scalar_type()).unsqueeze(1) : at::Tensor();
-  dispatch_compute(hessian.scalar_type(), [&]<typename T> {
-    const int64_t lanes = typed_kernels<T>().tile_rows;
-    const int64_t pass = std::min(kTokensPerPass, all_tokens.size(0));
-    const at::Tensor tiles = at::empty({kernels::ceil_div(columns, lanes), pass, lanes}, sum.options());
-    for (int64_t token = 0; token < all_tokens.size(0); token += pass) {
-      const int64_t count = std::min(pass, all_tokens.size(0) - token);
-      at::Tensor tokens = all_tokens.narrow(0, token, count).to(sum.scalar_type());
-      if (factors.defined()) {
-        tokens = tokens * factors.narrow(0, token, count);
-      }
-      add_products(sum.mutable_data_ptr<T>(), tokens.contiguous(), tiles.mutable_data_ptr<T>());
-    }
-  });
+  at::Tensor sum = hessian.contiguous();
+  if (prefers_bf16(kernels::bf16_kernels(), sum, all_tokens, token_weights)) {
+    add_bf16_products(*kernels::bf16_kernels(), sum, all_tokens, token_weights);
+  } else {
+    dispatch_compute(sum.scalar_type(), [&]<typename T> { add_in_type_of<T>(sum, all_tokens, token_weights); });
+  }
   if (!sum.is_same(hessian)) {
     hessian.copy_(sum);
   }

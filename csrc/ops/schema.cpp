@@ -50,6 +50,7 @@ TORCH_LIBRARY(miniquant, m) {
   // No tensor among the arguments: one implementation serves every dispatch key.
   m.def("version() -> str", [] { return std::string(miniquant::ops::version()); });
   m.def("instruction_set() -> str", [] { return std::string(miniquant::ops::instruction_set()); });
+  m.def("bfloat16_unit() -> str", [] { return std::string(miniquant::ops::bfloat16_unit()); });
 }
 
 // The operators have no derivatives: results never require a gradient, whatever the inputs.

@@ -6,7 +6,7 @@ from miniquant._library import load_library
 
 load_library()
 
-from miniquant.build import instruction_set  # noqa: E402  (the operators must exist first)
+from miniquant.build import bfloat16_unit, instruction_set  # noqa: E402  (the operators must exist first)
 from miniquant.calibration import Calibration, load_calibration  # noqa: E402
 from miniquant.convert import Converted, convert_folder  # noqa: E402
 from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
@@ -49,6 +49,7 @@ __all__ = [
     "Rule",
     "SavedLayer",
     "Stopped",
+    "bfloat16_unit",
     "choose_ridge",
     "compare_embeddings",
     "contents_of",

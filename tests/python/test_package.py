@@ -78,6 +78,23 @@ def test_instruction_set_is_that_of_the_kernels() -> None:
     assert run.stdout == "baseline\n"
 
 
+@pytest.mark.parametrize("forced", ["", "baseline", "avx512_bf16", "amx_bf16"])
+def test_the_environment_names_the_unit_for_bfloat16(forced: str) -> None:
+    code = "import miniquant; print(miniquant.bfloat16_unit())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MINIQUANT_ISA": forced},
+        check=False,
+    )
+    if run.returncode != 0:
+        assert "MINIQUANT_ISA: expected one of the instruction sets supported here (baseline" in run.stderr
+        pytest.skip(f"this CPU has no {forced}")
+    units = ("none", "avx512_bf16", "amx_bf16")
+    assert run.stdout.strip() in (units if forced == "" else ("none" if forced == "baseline" else forced,))
+
+
 def test_results_are_named() -> None:
     weight = torch.randn(3, 8)
     rounded = miniquant.rtn(weight, group_size=4)

@@ -30,5 +30,10 @@ TEST(Build, InstructionSetIsThatOfTheOperatorAndKeepsItsName) {
   setenv("MINIQUANT_ISA", restored.c_str(), 1);
 }
 
+TEST(Build, UnitIsThatOfTheOperator) {
+  EXPECT_EQ(bfloat16_unit(), ask_operator("miniquant::bfloat16_unit"));
+  EXPECT_THAT(std::string(bfloat16_unit()), ::testing::AnyOf("none", "avx512_bf16", "amx_bf16"));
+}
+
 }  // namespace
 }  // namespace miniquant

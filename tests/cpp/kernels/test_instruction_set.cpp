@@ -46,10 +46,23 @@ std::string message_of_choice() {
   return "no exception";
 }
 
+std::vector<Bf16Unit> supported_units() {
+  std::vector<Bf16Unit> supported;
+  for (const Bf16Unit candidate : kBf16Units) {
+    if (candidate != Bf16Unit::kNone && is_supported(candidate)) {
+      supported.push_back(candidate);
+    }
+  }
+  return supported;
+}
+
 std::string supported_names() {
   std::string names;
   for (const InstructionSet candidate : testing::supported_instruction_sets()) {
     names += (names.empty() ? "" : ", ") + std::string(name(candidate));
+  }
+  for (const Bf16Unit candidate : supported_units()) {
+    names += ", " + std::string(name(candidate));
   }
   return names;
 }
@@ -110,11 +123,36 @@ TEST(InstructionSet, TakesEverySupportedOverride) {
   for (const InstructionSet candidate : testing::supported_instruction_sets()) {
     const ScopedOverride forced(name(candidate));
     EXPECT_EQ(choose_instruction_set(), candidate) << name(candidate);
+    EXPECT_EQ(choose_bf16_unit(), Bf16Unit::kNone) << name(candidate);
   }
 }
 
+TEST(InstructionSet, TakesEverySupportedUnitWithTheStrongestInstructionSet) {
+  for (const Bf16Unit candidate : supported_units()) {
+    const ScopedOverride forced(name(candidate));
+    EXPECT_EQ(choose_bf16_unit(), candidate) << name(candidate);
+    EXPECT_EQ(choose_instruction_set(), testing::supported_instruction_sets().back());
+  }
+}
+
+TEST(InstructionSet, ChoosesTheTileUnitWhereverItIsSupported) {
+  const std::vector<Bf16Unit> supported = supported_units();
+  if (supported.empty() || std::string(name(supported.back())) != "amx_bf16") {
+    GTEST_SKIP() << "needs a CPU with amx_bf16";
+  }
+  const ScopedOverride unset(nullptr);
+  EXPECT_EQ(choose_bf16_unit(), supported.back());
+}
+
+TEST(InstructionSet, NamesItsUnits) {
+  EXPECT_STREQ(name(Bf16Unit::kNone), "none");
+  EXPECT_STREQ(name(static_cast<Bf16Unit>(17)), "unknown");
+  EXPECT_TRUE(is_supported(Bf16Unit::kNone));
+  EXPECT_FALSE(is_supported(static_cast<Bf16Unit>(17)));
+}
+
 TEST(InstructionSet, RefusesUnknownOverridesWithTheSupportedNames) {
-  for (const char* value : {"sse", "AVX2", " baseline", "avx51", "unknown"}) {
+  for (const char* value : {"sse", "AVX2", " baseline", "avx51", "unknown", "none", "emulated"}) {
     const ScopedOverride forced(value);
     EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
                                        supported_names() + "), but got '" + value + "'");
@@ -123,6 +161,14 @@ TEST(InstructionSet, RefusesUnknownOverridesWithTheSupportedNames) {
 
 TEST(InstructionSet, RefusesAnOverrideThatThisCpuCannotRun) {
   for (const InstructionSet candidate : kInstructionSets) {
+    if (is_supported(candidate)) {
+      continue;
+    }
+    const ScopedOverride forced(name(candidate));
+    EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
+                                       supported_names() + "), but got '" + name(candidate) + "'");
+  }
+  for (const Bf16Unit candidate : kBf16Units) {
     if (is_supported(candidate)) {
       continue;
     }

@@ -1,0 +1,188 @@
+#include "algorithms/hessian_bf16.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "algorithms/parallel.h"
+#include "kernels/arithmetic.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+using kernels::Bf16Kernels;
+using kernels::Bf16Layout;
+using kernels::Bf16Parts;
+using kernels::Bf16Product;
+
+/// Bytes of packed tiles, unless one run of tokens has more: as many as the Hessian, so that a pass over it costs
+/// little beside the products, and within these limits. Fewer stay in caches, and new memory takes time.
+constexpr int64_t kFewestPackedBytes = int64_t{4} * 1024 * 1024;
+constexpr int64_t kMostPackedBytes = int64_t{64} * 1024 * 1024;
+
+/// Tokens per pass are a multiple of this, so sums in registers are long.
+constexpr int64_t kTokensPerRun = 512;
+
+/// Multiply-adds in the time of one that a float32 kernel takes.
+constexpr int64_t kSpeedup = 8;
+
+/// The number of parts of X on the left and of diag(w) X on the right, in bfloat16, that hold every bit: bfloat16 has 8
+/// significant bits, float16 11, and a product with a weight, in float32, 24.
+struct Split {
+  int64_t left;
+  int64_t right;
+
+  [[nodiscard]] int64_t products() const { return left * right; }
+};
+
+Split split_of(at::ScalarType dtype, bool weighted) {
+  const int64_t parts = dtype == at::kBFloat16 ? 1 : 2;
+  return {parts, weighted ? 3 : parts};
+}
+
+std::vector<Bf16Product> products_of(Split split) {
+  std::vector<Bf16Product> products;
+  for (int64_t left = 0; left < split.left; ++left) {
+    for (int64_t right = 0; right < split.right; ++right) {
+      products.push_back({left, right});
+    }
+  }
+  return products;
+}
+
+/// Squares (j, i) of the lower triangle. Those on the diagonal are half the work, so they come last.
+std::vector<std::pair<int64_t, int64_t>> squares_of(int64_t count) {
+  std::vector<std::pair<int64_t, int64_t>> squares;
+  for (int64_t j = count - 1; j >= 0; --j) {
+    for (int64_t i = 0; i < j; ++i) {
+      squares.emplace_back(j, i);
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    squares.emplace_back(j, j);
+  }
+  return squares;
+}
+
+/// The tokens of one pass: X on the left and diag(w) X on the right; `right` is undefined where they are the same.
+struct Tokens {
+  at::Tensor left;
+  at::Tensor right;
+};
+
+Tokens tokens_of(const at::Tensor& inputs, const at::Tensor& token_weights) {
+  const bool exact = inputs.scalar_type() == at::kBFloat16;
+  Tokens tokens{(exact ? inputs : inputs.to(at::kFloat)).contiguous(), {}};
+  if (token_weights.defined()) {
+    tokens.right = inputs.to(at::kFloat).mul_(token_weights.to(at::kFloat).unsqueeze(1)).contiguous();
+  }
+  return tokens;
+}
+
+void pack(const Bf16Kernels& kernels, const at::Tensor& tokens, Bf16Layout layout, int64_t block, Bf16Parts left,
+          Bf16Parts right) {
+  if (tokens.scalar_type() == at::kBFloat16) {
+    kernels.pack_bf16(static_cast<const uint16_t*>(tokens.const_data_ptr()), layout, block, left, right);
+  } else {
+    kernels.pack_f32(tokens.const_data_ptr<float>(), layout, block, left, right);
+  }
+}
+
+/// Packed tiles of both sides.
+struct Packed {
+  Bf16Parts left;
+  Bf16Parts right;
+};
+
+void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, const Packed& packed,
+              const std::vector<Bf16Product>& products) {
+  const Bf16Layout layout{.columns = tokens.left.size(1), .tokens = tokens.left.size(0)};
+  // Smaller squares where there are few, so that all threads have work; the sums are the same.
+  constexpr int64_t kManyPanels = 64;
+  const int64_t side = layout.panels() < kManyPanels ? 8 : kernels::kBf16MaxSquarePanels;
+  const auto squares = squares_of(kernels::ceil_div(layout.panels(), side));
+  const kernels::Bf16Problem problem{
+      .layout = layout,
+      .left = packed.left.values,
+      .right = packed.right.values,
+      .products = products.data(),
+      .product_count = static_cast<int64_t>(products.size()),
+      .square_panels = side,
+      .hessian = hessian,
+  };
+  const auto square_count = static_cast<int64_t>(squares.size());
+  const int64_t operations = layout.tokens * layout.columns * layout.columns / 2 * problem.product_count / kSpeedup;
+  // The first pieces pack one block of tokens each. The others wait for all of these, and update one square each.
+  Team team(team_size(std::max(square_count, layout.blocks()), operations));
+  Pieces pieces(layout.blocks() + square_count);
+  std::atomic<int64_t> blocks_packed = 0;
+  team.run([&] {
+    at::Tensor workspace;
+    team.take(pieces, [&](int64_t piece) {
+      if (piece < layout.blocks()) {
+        if (tokens.right.defined()) {
+          pack(kernels, tokens.left, layout, piece, packed.left, {});
+          pack(kernels, tokens.right, layout, piece, {}, packed.right);
+        } else {
+          pack(kernels, tokens.left, layout, piece, packed.left, packed.right);
+        }
+        blocks_packed.fetch_add(1, std::memory_order_release);
+      } else if (team.wait_until([&] { return blocks_packed.load(std::memory_order_acquire) == layout.blocks(); })) {
+        if (!workspace.defined()) {
+          workspace = at::empty({kernels::kBf16SquareElements}, at::kFloat);
+        }
+        const auto [j, i] = squares[static_cast<size_t>(piece - layout.blocks())];
+        kernels.add_square(problem, j, i, workspace.mutable_data_ptr<float>());
+      }
+    });
+  });
+}
+
+/// Weights so large or small that products with them would leave the range of float32 are for the float32 kernels,
+/// which take their square roots.
+bool moderate(const at::Tensor& token_weights) {
+  constexpr double kSmallest = 0x1p-60;
+  constexpr double kLargest = 0x1p60;
+  return token_weights.ge(kSmallest).logical_and(token_weights.le(kLargest)).all().item<bool>();
+}
+
+}  // namespace
+
+bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& hessian, const at::Tensor& inputs,
+                  const at::Tensor& token_weights) {
+  const at::ScalarType dtype = inputs.scalar_type();
+  return kernels != nullptr && hessian.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
+         split_of(dtype, token_weights.defined()).products() <= kernels->most_products &&
+         (!token_weights.defined() || moderate(token_weights));
+}
+
+void add_bf16_products(const Bf16Kernels& kernels, at::Tensor& hessian, const at::Tensor& inputs,
+                       const at::Tensor& token_weights) {
+  const int64_t columns = inputs.size(1);
+  const int64_t count = inputs.size(0);
+  const Split split = split_of(inputs.scalar_type(), token_weights.defined());
+  const std::vector<Bf16Product> products = products_of(split);
+  const int64_t packed_bytes = std::clamp<int64_t>(columns * columns * static_cast<int64_t>(sizeof(float)),
+                                                   kFewestPackedBytes, kMostPackedBytes);
+  const int64_t run_elements = Bf16Layout{columns, kTokensPerRun}.size() * (split.left + split.right);
+  const int64_t runs = std::max<int64_t>(packed_bytes / (run_elements * static_cast<int64_t>(sizeof(uint16_t))), 1);
+  const int64_t pass = std::min(runs * kTokensPerRun, count);
+  const int64_t part_size = Bf16Layout{columns, pass}.size();
+  const at::Tensor tiles = at::empty({split.left + split.right, part_size}, at::kShort);
+  auto* const values = static_cast<uint16_t*>(tiles.mutable_data_ptr());
+  const Packed packed{{values, split.left}, {values + split.left * part_size, split.right}};
+  for (int64_t token = 0; token < count; token += pass) {
+    const int64_t tokens = std::min(pass, count - token);
+    add_pass(kernels, hessian.mutable_data_ptr<float>(),
+             tokens_of(inputs.narrow(0, token, tokens),
+                       token_weights.defined() ? token_weights.narrow(0, token, tokens) : token_weights),
+             packed, products);
+  }
+}
+
+}  // namespace miniquant::algorithms

@@ -1,0 +1,129 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/arithmetic.h"
+#include "kernels/bf16.h"
+#include "kernels/bf16_sums-inl.h"
+#include "kernels/short_vector-inl.h"
+#include "kernels/symmetric-inl.h"
+#include "kernels/target-inl.h"
+#include MINIQUANT_BF16_HEADER
+
+// H += sum of left^T right, one square of H at a time: sums of tiles in a workspace, then the addition to both
+// triangles. Bf16Multiplier, in the unit's file, adds the products of 2 x 2 tiles:
+//   begin(sums, fresh)                            begins sums that are added to `sums`, or set them where `fresh`
+//   add(left, right, panel_stride, blocks, sums)  sums[j][i] += sum over the tokens t of the blocks left[j][t]
+//   right[t][i] end(sums, fresh)                              `sums` has them all
+// Its constructor and destructor set up and release the unit, which other code on this thread uses too.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
+
+/// The panels of one square, and the sums of its tiles.
+struct SquareView {
+  std::int64_t j_begin;
+  std::int64_t j_end;
+  std::int64_t i_begin;
+  std::int64_t i_end;
+  float* sums;  ///< [j - j_begin][i - i_begin] tiles: kSumRow, kSumTile
+
+  /// The first i panel past those that row j of panels needs: the diagonal ends it.
+  [[nodiscard]] MINIQUANT_INLINE std::int64_t i_end_of(std::int64_t j) const { return min_of(i_end, j + 1); }
+  [[nodiscard]] MINIQUANT_INLINE float* tile(std::int64_t j, std::int64_t i) const {
+    return sums + (j - j_begin) * kSumRow + (i - i_begin) * kSumTile;
+  }
+};
+
+/// Sums over the tokens of one run. Pairs of panels above the diagonal are left out.
+MINIQUANT_INLINE void add_run(const Bf16Problem& problem, const SquareView& square, std::int64_t block,
+                              Bf16Multiplier& multiplier) {
+  const Bf16Layout layout = problem.layout;
+  const std::int64_t blocks = layout.run_blocks(block);
+  const std::int64_t panel_stride = blocks * kBf16TileElements;
+  for (std::int64_t i = square.i_begin; i < square.i_end; i += 2) {
+    for (std::int64_t j = i > square.j_begin ? i : square.j_begin; j < square.j_end; j += 2) {
+      float* const sums = square.tile(j, i);
+      multiplier.begin(sums, block == 0);
+      for (std::int64_t p = 0; p < problem.product_count; ++p) {
+        const Bf16Product product = problem.products[p];
+        multiplier.add(problem.left + product.left * layout.size() + layout.offset(j, block),
+                       problem.right + product.right * layout.size() + layout.offset(i, block), panel_stride, blocks,
+                       sums);
+      }
+      multiplier.end(sums, block == 0);
+    }
+  }
+}
+
+/// hessian[row, column] += tiles[column / kBf16Columns][row][column % kBf16Columns] for the rows of one panel and the
+/// columns of `count` panels.
+MINIQUANT_INLINE void add_strip(const Bf16Problem& problem, std::int64_t row_panel, std::int64_t column_panel,
+                                std::int64_t count, const float* tiles) {
+  using Sums = ShortVector<float, kBf16Columns>::unaligned;
+  const std::int64_t columns = problem.layout.columns;
+  const std::int64_t row_begin = row_panel * kBf16Columns;
+  const std::int64_t column_begin = column_panel * kBf16Columns;
+  const std::int64_t width = min_of(columns - column_begin, count * kBf16Columns);
+  const std::int64_t whole = width / kBf16Columns;
+  for (std::int64_t r = 0; r < min_of(columns - row_begin, kBf16Columns); ++r) {
+    float* const row = problem.hessian + (row_begin + r) * columns + column_begin;
+    const float* const sums = tiles + r * kBf16Columns;
+    for (std::int64_t t = 0; t < whole; ++t) {
+      *reinterpret_cast<Sums*>(row + t * kBf16Columns) += *reinterpret_cast<const Sums*>(sums + t * kSumTile);
+    }
+    for (std::int64_t c = whole * kBf16Columns; c < width; ++c) {
+      row[c] += sums[whole * kSumTile + c % kBf16Columns];
+    }
+  }
+}
+
+/// The upper triangle of a tile on the diagonal = the lower.
+MINIQUANT_INLINE void mirror(float* tile) {
+  for (std::int64_t j = 0; j < kBf16Columns; ++j) {
+    for (std::int64_t i = 0; i < j; ++i) {
+      tile[i * kBf16Columns + j] = tile[j * kBf16Columns + i];
+    }
+  }
+}
+
+MINIQUANT_NOINLINE void add_lower(const Bf16Problem& problem, const SquareView& square) {
+  for (std::int64_t j = square.j_begin; j < square.j_end; ++j) {
+    if (j < square.i_end) {
+      mirror(square.tile(j, j));
+    }
+    add_strip(problem, j, square.i_begin, square.i_end_of(j) - square.i_begin, square.tile(j, square.i_begin));
+  }
+}
+
+MINIQUANT_NOINLINE void add_upper(const Bf16Problem& problem, const SquareView& square) {
+  alignas(64) float strip[kBf16MaxSquarePanels * kSumTile];
+  for (std::int64_t i = square.i_begin; i < square.i_end; ++i) {
+    const std::int64_t begin = i + 1 > square.j_begin ? i + 1 : square.j_begin;
+    for (std::int64_t j = begin; j < square.j_end; ++j) {
+      transpose(square.tile(j, i), kBf16Columns, kBf16Columns, kBf16Columns, strip + (j - begin) * kSumTile,
+                kBf16Columns);
+    }
+    if (begin < square.j_end) {
+      add_strip(problem, i, begin, square.j_end - begin, strip);
+    }
+  }
+}
+
+[[maybe_unused]] void add_square(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace) {
+  const std::int64_t panels = problem.layout.panels();
+  const std::int64_t side = problem.square_panels;
+  const SquareView square = {j * side, min_of((j + 1) * side, panels), i * side, min_of((i + 1) * side, panels),
+                             workspace};
+  {
+    Bf16Multiplier multiplier;
+    for (std::int64_t block = 0; block < problem.layout.blocks(); block += kBf16RunBlocks) {
+      add_run(problem, square, block, multiplier);
+    }
+  }
+  add_lower(problem, square);
+  add_upper(problem, square);
+}
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/bf16.h"
+#include "kernels/target-inl.h"
+
+// The layout of a square's sums: tiles [kBf16Columns][kBf16Columns], in rows of kBf16MaxSquarePanels tiles.
+
+namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
+namespace {
+
+constexpr std::int64_t kSumTile = kBf16Columns * kBf16Columns;
+constexpr std::int64_t kSumRow = kBf16MaxSquarePanels * kSumTile;
+
+/// Tile (j, i) of 2 x 2.
+MINIQUANT_INLINE float* sum_tile(float* sums, std::int64_t j, std::int64_t i) {
+  return sums + j * kSumRow + i * kSumTile;
+}
+
+/// Sums 0 for 2 x 2 tiles.
+MINIQUANT_INLINE void clear_sums(float* sums) {
+  for (std::int64_t j = 0; j < 2; ++j) {
+    for (std::int64_t element = 0; element < 2 * kSumTile; ++element) {
+      sums[j * kSumRow + element] = 0.0F;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA
