@@ -11,7 +11,7 @@
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-MINIQUANT_INLINE float value_of(std::uint16_t bits) { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+MINIQUANT_INLINE float value_of(std::uint16_t bits) { return __builtin_bit_cast(float, std::uint32_t{bits} << 16U); }
 
 /// sum[j][i] += sum over pairs of tokens of one tile.
 MINIQUANT_INLINE void multiply_tile(const std::uint16_t* left, const std::uint16_t* right, float* sum) {

@@ -51,7 +51,9 @@ def print_versions() -> None:
     """Versions of what decides results."""
     packages = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
     print(f"miniquant {miniquant.__version__}")
-    print(f"torch {torch.__version__}, kernels {miniquant.instruction_set()}, bfloat16 unit {miniquant.bfloat16_unit()}")
+    print(
+        f"torch {torch.__version__}, kernels {miniquant.instruction_set()}, bfloat16 unit {miniquant.bfloat16_unit()}"
+    )
     for package in ("transformers", "compressed-tensors", "gguf", "matplotlib"):
         print(package, importlib.metadata.version(package) if package in packages else "not installed")
     print(f"Python {platform.python_version()}")

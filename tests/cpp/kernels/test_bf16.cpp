@@ -20,8 +20,8 @@ namespace {
 
 using Bits = std::vector<std::uint16_t>;
 
-std::uint16_t bf16(float value) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16); }
-float value_of(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+std::uint16_t bf16(float value) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16U); }
+float value_of(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16U); }
 
 Bits normal_bf16(std::mt19937_64& generator, std::int64_t count) {
   Bits bits;
@@ -101,11 +101,11 @@ TEST_P(Bf16, PacksEveryTokenOnceAndZerosPastThem) {
 
 TEST_P(Bf16, PartsOfFloat32AddUpToIt) {
   std::mt19937_64 generator(2);
-  std::vector<float> values = normal<float>(generator, 40 * 33);
+  std::vector<float> values = normal<float>(generator, std::int64_t{40} * 33);
   // the largest of float32; the smallest whose parts are all normal; the last bit set; zeros
   constexpr float kLargest = std::numeric_limits<float>::max();
   const std::vector<float> special = {kLargest, -kLargest, 0x1p-103F, -0x1.fffffep-80F, 0x1.000002p0F, 0.0F, -0.0F};
-  std::copy(special.begin(), special.end(), values.begin());
+  std::ranges::copy(special, values.begin());
   const Bf16Layout layout{33, 40};
   const GuardedBuffer<float> rows(values);
   Packed packed(layout, 2, 3);
@@ -177,7 +177,8 @@ TEST_P(Bf16, AddsTheProductsToBothTriangles) {
       GuardedBuffer<float> hessian(normal<float>(generator, columns * columns));
       const std::vector<float> before = hessian.values();
       add_all(kernels(), packed, {{0, 0}}, 4, hessian.data());
-      const auto roundings = static_cast<double>(2 * std::min<std::int64_t>(tokens, 128) + tokens / 128 + 3);
+      const std::int64_t sums = tokens / 128;
+      const auto roundings = static_cast<double>(2 * std::min<std::int64_t>(tokens, 128) + sums + 3);
       for (std::int64_t j = 0; j < columns; ++j) {
         for (std::int64_t i = 0; i < columns; ++i) {
           double expected = before[static_cast<std::size_t>(j * columns + i)];
@@ -212,11 +213,11 @@ TEST_P(Bf16, AddsEveryProductOfTheList) {
   // Random parts on both sides have no symmetric sum; what is mirrored is the lower triangle.
   for (std::int64_t part = 0; part < 3; ++part) {
     const Bits bits = integers();
-    std::copy(bits.begin(), bits.end(), packed.right.data() + part * layout.size());
+    std::ranges::copy(bits, packed.right.data() + part * layout.size());
   }
   for (std::int64_t part = 0; part < 2; ++part) {
     const Bits bits = integers();
-    std::copy(bits.begin(), bits.end(), packed.left.data() + part * layout.size());
+    std::ranges::copy(bits, packed.left.data() + part * layout.size());
   }
   const std::vector<Bf16Product> products = {{0, 2}, {1, 0}, {1, 1}};
   GuardedBuffer<float> hessian(std::vector<float>(static_cast<std::size_t>(layout.columns * layout.columns), 1.0F));
