@@ -7,8 +7,8 @@ Plain GPTQ counts all tokens alike. Two things are wrong with that, and each has
 - ``position``: the first token of a causal sequence counts 1 + (T - 1) / 4 times. Attention heads of language models
   park their attention on it (Xiao et al. 2023, arXiv:2309.17453), so its error reaches every later token. If a token's
   values have independent errors e_j, the error of query i is sum_j a_ij e_j, and the square of e_j counts
-  sum_i a_ij^2 times in all outputs. For the first token a^2 is a quarter or so on average over heads and layers
-  (docs/quality.md has the measurement), for others the sum is below 1.
+  sum_i a_ij^2 times in all outputs. For the first token a^2 is a quarter or so on average over heads and layers; for
+  others the sum is below 1 (docs/algorithm.md, "Weights of tokens").
 """
 
 from typing import Literal, get_args
