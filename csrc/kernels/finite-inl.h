@@ -31,7 +31,8 @@ Bits largest_magnitude_bits(const Bits* values, std::int64_t count) {
     result = largest[lane] > result ? largest[lane] : result;
   }
   for (; i < count; ++i) {
-    const Bits magnitude = static_cast<Bits>(values[i] & kMagnitude);
+    const Bits value = values[i];
+    const Bits magnitude = value < 0 ? static_cast<Bits>(value - std::numeric_limits<Bits>::min()) : value;
     result = magnitude > result ? magnitude : result;
   }
   return result;

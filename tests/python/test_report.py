@@ -401,6 +401,8 @@ def test_tables_have_every_kind_or_layer(made: dict[str, Any]) -> None:
 def test_notes_beyond_ten_are_counted(made: dict[str, Any]) -> None:
     noted = copy.deepcopy(made)
     noted["notes"] = [f"note {number}" for number in range(13)]
+    for layer in noted["layers"]:
+        layer["notes"] = []
     output = printed(noted, 80)
     assert output.count("note: note") == 10
     assert "note: and 3 more" in output

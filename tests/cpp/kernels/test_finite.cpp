@@ -66,7 +66,7 @@ TEST(LargestMagnitudeOfHalves, IsThatOfAScalarLoop) {
       std::int16_t largest = 0;
       for (std::int64_t i = 0; i < count; ++i) {
         bits[i] = static_cast<std::int16_t>(generator());
-        largest = std::max(largest, static_cast<std::int16_t>(bits[i] & 0x7FFF));
+        largest = std::max(largest, static_cast<std::int16_t>(static_cast<std::uint16_t>(bits[i]) % 0x8000U));
       }
       ASSERT_EQ(table.largest_magnitude_bits_16(bits.data(), count), largest) << count;
     }
