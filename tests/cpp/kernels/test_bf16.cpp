@@ -18,13 +18,13 @@
 namespace miniquant::kernels::testing {
 namespace {
 
-using Bits = std::vector<std::uint16_t>;
+using Halves = std::vector<std::uint16_t>;
 
 std::uint16_t bf16(float value) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16U); }
 float value_of(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16U); }
 
-Bits normal_bf16(std::mt19937_64& generator, std::int64_t count) {
-  Bits bits;
+Halves normal_bf16(std::mt19937_64& generator, std::int64_t count) {
+  Halves bits;
   for (const float value : normal<float>(generator, count)) {
     bits.push_back(bf16(value));
   }
@@ -72,13 +72,13 @@ struct Packed {
 };
 
 // One column; a panel less one, a panel, a panel plus one; two panels plus one; more than a square of 16 panels.
-constexpr std::int64_t kColumns[] = {1, 15, 16, 17, 33, 290};
+constexpr std::int64_t kBf16Widths[] = {1, 15, 16, 17, 33, 290};
 // One token; odd and even numbers of tokens; a block, and one more; a run of 512 and a part of the next.
 constexpr std::int64_t kTokens[] = {1, 2, 31, 32, 33, 547};
 
 TEST_P(Bf16, PacksEveryTokenOnceAndZerosPastThem) {
   std::mt19937_64 generator(1);
-  for (const std::int64_t columns : kColumns) {
+  for (const std::int64_t columns : kBf16Widths) {
     for (const std::int64_t tokens : kTokens) {
       SCOPED_TRACE(::testing::Message() << columns << " columns, " << tokens << " tokens");
       const Bf16Layout layout{columns, tokens};
@@ -165,7 +165,7 @@ void add_all(const Bf16Kernels& kernels, const Packed& packed, const std::vector
 // those of the additions to other sums and to H.
 TEST_P(Bf16, AddsTheProductsToBothTriangles) {
   std::mt19937_64 generator(3);
-  for (const std::int64_t columns : kColumns) {
+  for (const std::int64_t columns : kBf16Widths) {
     for (const std::int64_t tokens : kTokens) {
       SCOPED_TRACE(::testing::Message() << columns << " columns, " << tokens << " tokens");
       const Bf16Layout layout{columns, tokens};
@@ -203,7 +203,7 @@ TEST_P(Bf16, AddsEveryProductOfTheList) {
   std::uniform_int_distribution<int> integer(-3, 3);
   const Bf16Layout layout{45, 67};
   const auto integers = [&] {
-    Bits bits(static_cast<std::size_t>(layout.size()));
+    Halves bits(static_cast<std::size_t>(layout.size()));
     for (std::uint16_t& one : bits) {
       one = bf16(static_cast<float>(integer(generator)));
     }
@@ -212,11 +212,11 @@ TEST_P(Bf16, AddsEveryProductOfTheList) {
   Packed packed(layout, 2, 3);
   // Random parts on both sides have no symmetric sum; what is mirrored is the lower triangle.
   for (std::int64_t part = 0; part < 3; ++part) {
-    const Bits bits = integers();
+    const Halves bits = integers();
     std::ranges::copy(bits, packed.right.data() + part * layout.size());
   }
   for (std::int64_t part = 0; part < 2; ++part) {
-    const Bits bits = integers();
+    const Halves bits = integers();
     std::ranges::copy(bits, packed.left.data() + part * layout.size());
   }
   const std::vector<Bf16Product> products = {{0, 2}, {1, 0}, {1, 1}};
@@ -257,7 +257,7 @@ TEST_P(Bf16, SizesOfSquaresDoNotChangeABit) {
 /// X^T X for one token X.
 std::vector<float> square_of_token(const Bf16Kernels& kernels, const std::vector<float>& values) {
   const Bf16Layout layout{static_cast<std::int64_t>(values.size()), 1};
-  Bits bits;
+  Halves bits;
   for (const float value : values) {
     bits.push_back(bf16(value));
   }
