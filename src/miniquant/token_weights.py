@@ -11,6 +11,7 @@ Plain GPTQ counts all tokens alike. Two things are wrong with that, and each has
   others the sum is below 1 (docs/algorithm.md, "Weights of tokens").
 """
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +26,8 @@ SCHEMES: tuple[TokenWeights, ...] = get_args(TokenWeights)
 SQUARED_ATTENTION = 0.25
 # A token whose |x|^2 is this part of the median counts no more than one at that bound: weights stay finite.
 LEAST_NORM = 1e-4
+# Norms whose squares float32 holds with all its digits, for as many columns as there are.
+IN_RANGE_OF_FLOAT32 = (1e-15, 1e15)
 
 
 def causal_sites(model: nn.Module, sites: list[Site]) -> set[int]:
@@ -33,33 +36,44 @@ def causal_sites(model: nn.Module, sites: list[Site]) -> set[int]:
     A site is taken for causal where the nearest module around it that has an attention with an attribute ``is_causal``
     (as transformers' have) has one that says True: encoders, vision towers and cross-attention are not.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     states: dict[str, bool] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules(remove_duplicate=False):
         stated = getattr(module, "is_causal", None)
-        if not isinstance(stated, bool):
-            continue
-        states[name] = states.get(name, False) or stated
-        while name:
-            name = name.rpartition(".")[0]  # noqa: PLW2901  (the modules around it)
-            states[name] = states.get(name, False) or stated
+        if isinstance(stated, bool):
+            for around in (name, *_modules_around(name)):
+                states[around] = states.get(around, False) or stated
     return {id(site) for site in sites if _is_causal(site, states)}
 
 
 def _is_causal(site: Site, states: dict[str, bool]) -> bool:
     if isinstance(site, ExpertSite) or site.geometry is not None:
         return False  # its inputs are not in the order of a text
-    name = site.name
+    return next((states[name] for name in _modules_around(site.name) if name in states), False)
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """The names of the modules that a module is in, nearest first; the last one is the model's, ""."""
     while name:
         name = name.rpartition(".")[0]
-        if name in states:
-            return states[name]
-    return False
+        yield name
+
+
+def _norms(inputs: Tensor) -> Tensor:
+    """|x| of tokens [..., K], float64 [...].
+
+    Summed in float32 where no square leaves its range: float64 takes several times as long.
+    """
+    if inputs.dtype != torch.float64:
+        norms: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float32)
+        if bool(norms.clamp(*IN_RANGE_OF_FLOAT32).eq(norms).all()):
+            return norms.double()
+    wide: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float64)
+    return wide
 
 
 def norm_weights(inputs: Tensor) -> Tensor:
     """1 / |x|^2 of tokens [..., K], bounded for the smallest, float64 [...]; 1 of tokens that are not finite."""
-    squares: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float64).square()
+    squares = _norms(inputs).square()
     if not squares.numel():
         return squares
     least = LEAST_NORM * squares.median()

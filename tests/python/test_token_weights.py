@@ -23,6 +23,8 @@ def test_norm_weights_make_every_token_as_long() -> None:
     assert weights.shape == (2, 5)
     scaled = INPUTS * weights.sqrt().unsqueeze(-1)
     torch.testing.assert_close(scaled.square().sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    for factor in (2.0**100, 2.0**-100):  # squares leave the range of float32
+        torch.testing.assert_close(norm_weights(INPUTS * factor) * factor**2, weights, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
