@@ -112,12 +112,13 @@ class Benchmark:
         before = json.loads((self.output / "models.json").read_text(encoding="utf-8"))
         if other := [name for name, value in self.setting.items() if before[name] != value]:
             raise ValueError(f"--add: expected the rows in {self.output} to be of the same {', '.join(other)}")
-        schemes = [*arguments.schemes, *([PEER] if arguments.peers else [])]
-        return [
-            row
-            for row in before["rows"]
-            if row["bits"] not in arguments.bits or not any(place_of(row["scheme"]) == place_of(one) for one in schemes)
-        ]
+
+        def is_measured_anew(row: dict[str, Any]) -> bool:
+            is_peer = row["scheme"] not in SCHEMES  # its name has a version
+            chosen = arguments.peers is not None if is_peer else row["scheme"] in arguments.schemes
+            return chosen and row["bits"] in arguments.bits
+
+        return [row for row in before["rows"] if not is_measured_anew(row)]
 
     def ours(self, name: str, options: miniquant.LayerOptions) -> None:
         """Quantizes with our package."""

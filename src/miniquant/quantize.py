@@ -39,8 +39,8 @@ class LayerResult:
 
     Losses are what the layer's squared output error is per token (:func:`miniquant.quantization_loss`, summed over
     rows; the mean over tokens as ``options.token_weights`` weighs them), with the values that the model now computes
-    with; None where no token says. Of a layer with more than 256
-    rows they are taken from 256 evenly spaced ones, the same for each loss, times N / 256.
+    with; None where no token says. Of a layer with more than 256 rows they are taken from 256 evenly spaced ones, the
+    same for each loss, times N / 256.
 
     Attributes:
         name: of the layer.
@@ -429,8 +429,9 @@ class _DeviceSums:
         cuts = [(lighter, slice(cut)), (1 - lighter, slice(cut, None))] if cut < len(rows) else [(lighter, slice(None))]
         for number, cut_out in cuts:
             part = rows[cut_out].to(self._sums.dtype)
-            weighted = part if of_rows is None else part * of_rows[cut_out, None].to(part.dtype)
-            self._sums[number].addmm_(weighted.T, part)
+            if of_rows is not None:
+                part = part * of_rows[cut_out, None].sqrt().to(part.dtype)
+            self._sums[number].addmm_(part.T, part)
             self._tokens[number] += len(part)
             for power, row in enumerate(self._weights, start=1):
                 total = float(len(part)) if of_rows is None else of_rows[cut_out].double().pow(power).sum()
@@ -438,10 +439,8 @@ class _DeviceSums:
 
     def accumulator(self) -> HessianAccumulator:
         accumulator = HessianAccumulator(self._sums.shape[-1], self._sums.dtype, halves=len(self._tokens) == 2)
-        tokens = torch.tensor(self._tokens)
-        # Rounding leaves the two triangles of a weighted product apart.
-        sums = ((self._sums + self._sums.mT) / 2).cpu()
-        accumulator.load_state_dict({"sums": sums, "tokens": tokens, "weights": self._weights.cpu()})
+        state = {"sums": self._sums.cpu(), "tokens": torch.tensor(self._tokens), "weights": self._weights.cpu()}
+        accumulator.load_state_dict(state)
         return accumulator
 
 
@@ -681,10 +680,10 @@ class _Quantizer:
         if self._last is not None:
             return self._last
         assert self._inputs is not None  # noqa: S101  (set by _come_to)
-        columns, dtype = visit.site.columns, self._inputs[1]
+        columns = visit.site.columns
+        _, dtype, weighing = self._inputs
         start = time.perf_counter()
         first_held_out = self._result.batches
-        weighing = self._weighing(visit.site)
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
         accumulated, sample = _accumulated(calibration, columns, dtype, weighing, halves=True)

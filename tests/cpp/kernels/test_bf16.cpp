@@ -76,8 +76,10 @@ constexpr std::int64_t kBf16Widths[] = {1, 15, 16, 17, 33, 290};
 // One token; odd and even numbers of tokens; a block, and one more; a run of 512 and a part of the next.
 constexpr std::int64_t kTokens[] = {1, 2, 31, 32, 33, 547};
 
-TEST_P(Bf16, PacksEveryTokenOnceAndZerosPastThem) {
-  std::mt19937_64 generator(1);
+/// body(rows, packed) for random rows [tokens, columns] of all these sizes, packed as one part; the trace of a failure
+/// names the size.
+template <typename Body>
+void for_each_size(const Bf16Kernels& kernels, std::mt19937_64& generator, const Body& body) {
   for (const std::int64_t columns : kBf16Widths) {
     for (const std::int64_t tokens : kTokens) {
       SCOPED_TRACE(::testing::Message() << columns << " columns, " << tokens << " tokens");
@@ -85,18 +87,26 @@ TEST_P(Bf16, PacksEveryTokenOnceAndZerosPastThem) {
       const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, tokens * columns));
       Packed packed(layout, 1, 1);
       for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-        kernels().pack_bf16(rows.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
+        kernels.pack_bf16(rows.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
       }
-      for (std::int64_t token = 0; token < layout.blocks() * kBf16Tokens; ++token) {
-        for (std::int64_t column = 0; column < layout.panels() * kBf16Columns; ++column) {
-          const bool inside = token < tokens && column < columns;
-          const std::uint16_t expected = inside ? rows[token * columns + column] : std::uint16_t{0};
-          ASSERT_EQ(packed.left_at(0, token, column), expected) << token << ", " << column;
-          ASSERT_EQ(packed.right_at(0, token, column), expected) << token << ", " << column;
-        }
-      }
+      body(rows, packed);
     }
   }
+}
+
+TEST_P(Bf16, PacksEveryTokenOnceAndZerosPastThem) {
+  std::mt19937_64 generator(1);
+  for_each_size(kernels(), generator, [&](const GuardedBuffer<std::uint16_t>& rows, const Packed& packed) {
+    const auto [columns, tokens] = packed.layout;
+    for (std::int64_t token = 0; token < packed.layout.blocks() * kBf16Tokens; ++token) {
+      for (std::int64_t column = 0; column < packed.layout.panels() * kBf16Columns; ++column) {
+        const bool inside = token < tokens && column < columns;
+        const std::uint16_t expected = inside ? rows[token * columns + column] : std::uint16_t{0};
+        ASSERT_EQ(packed.left_at(0, token, column), expected) << token << ", " << column;
+        ASSERT_EQ(packed.right_at(0, token, column), expected) << token << ", " << column;
+      }
+    }
+  });
 }
 
 TEST_P(Bf16, PartsOfFloat32AddUpToIt) {
@@ -165,36 +175,27 @@ void add_all(const Bf16Kernels& kernels, const Packed& packed, const std::vector
 // those of the additions to other sums and to H.
 TEST_P(Bf16, AddsTheProductsToBothTriangles) {
   std::mt19937_64 generator(3);
-  for (const std::int64_t columns : kBf16Widths) {
-    for (const std::int64_t tokens : kTokens) {
-      SCOPED_TRACE(::testing::Message() << columns << " columns, " << tokens << " tokens");
-      const Bf16Layout layout{columns, tokens};
-      const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, tokens * columns));
-      Packed packed(layout, 1, 1);
-      for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-        kernels().pack_bf16(rows.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
-      }
-      GuardedBuffer<float> hessian(normal<float>(generator, columns * columns));
-      const std::vector<float> before = hessian.values();
-      add_all(kernels(), packed, {{0, 0}}, 4, hessian.data());
-      const std::int64_t sums = tokens / 128;
-      const auto roundings = static_cast<double>(2 * std::min<std::int64_t>(tokens, 128) + sums + 3);
-      for (std::int64_t j = 0; j < columns; ++j) {
-        for (std::int64_t i = 0; i < columns; ++i) {
-          double expected = before[static_cast<std::size_t>(j * columns + i)];
-          double magnitude = std::abs(expected);
-          for (std::int64_t token = 0; token < tokens; ++token) {
-            const double product = static_cast<double>(value_of(rows[token * columns + j])) *
-                                   static_cast<double>(value_of(rows[token * columns + i]));
-            expected += product;
-            magnitude += std::abs(product);
-          }
-          ASSERT_LE(std::abs(hessian[j * columns + i] - expected), roundings * kEps<float> * magnitude)
-              << j << ", " << i;
+  for_each_size(kernels(), generator, [&](const GuardedBuffer<std::uint16_t>& rows, const Packed& packed) {
+    const auto [columns, tokens] = packed.layout;
+    GuardedBuffer<float> hessian(normal<float>(generator, columns * columns));
+    const std::vector<float> before = hessian.values();
+    add_all(kernels(), packed, {{0, 0}}, 4, hessian.data());
+    const std::int64_t sums = tokens / 128;
+    const auto roundings = static_cast<double>(2 * std::min<std::int64_t>(tokens, 128) + sums + 3);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      for (std::int64_t i = 0; i < columns; ++i) {
+        double expected = before[static_cast<std::size_t>(j * columns + i)];
+        double magnitude = std::abs(expected);
+        for (std::int64_t token = 0; token < tokens; ++token) {
+          const double product = static_cast<double>(value_of(rows[token * columns + j])) *
+                                 static_cast<double>(value_of(rows[token * columns + i]));
+          expected += product;
+          magnitude += std::abs(product);
         }
+        ASSERT_LE(std::abs(hessian[j * columns + i] - expected), roundings * kEps<float> * magnitude) << j << ", " << i;
       }
     }
-  }
+  });
 }
 
 // Small integers: every sum is exact, so all products count once and in the right place.
@@ -226,7 +227,7 @@ TEST_P(Bf16, AddsEveryProductOfTheList) {
     for (std::int64_t i = 0; i <= j; ++i) {
       float expected = 1.0F;
       for (const auto [left, right] : products) {
-        for (std::int64_t token = 0; token < layout.blocks() * kBf16Tokens; ++token) {
+        for (std::int64_t token = 0; token < packed.layout.blocks() * kBf16Tokens; ++token) {
           expected += value_of(packed.left_at(left, token, j)) * value_of(packed.right_at(right, token, i));
         }
       }

@@ -160,22 +160,18 @@ TEST(InstructionSet, RefusesUnknownOverridesWithTheSupportedNames) {
 }
 
 TEST(InstructionSet, RefusesAnOverrideThatThisCpuCannotRun) {
-  for (const InstructionSet candidate : kInstructionSets) {
-    if (is_supported(candidate)) {
-      continue;
+  const auto refuses_unsupported = [](const auto& candidates) {
+    for (const auto candidate : candidates) {
+      if (is_supported(candidate)) {
+        continue;
+      }
+      const ScopedOverride forced(name(candidate));
+      EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
+                                         supported_names() + "), but got '" + name(candidate) + "'");
     }
-    const ScopedOverride forced(name(candidate));
-    EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
-                                       supported_names() + "), but got '" + name(candidate) + "'");
-  }
-  for (const Bf16Unit candidate : kBf16Units) {
-    if (is_supported(candidate)) {
-      continue;
-    }
-    const ScopedOverride forced(name(candidate));
-    EXPECT_EQ(message_of_choice(), "MINIQUANT_ISA: expected one of the instruction sets supported here (" +
-                                       supported_names() + "), but got '" + name(candidate) + "'");
-  }
+  };
+  refuses_unsupported(kInstructionSets);
+  refuses_unsupported(kBf16Units);
 }
 
 }  // namespace
