@@ -54,10 +54,9 @@ void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Bo
 
 /// kernel(problem, row_begin, row_end, workspace) for pieces of `rows`, in parallel. Each thread has its own workspace,
 /// of workspace_of(problem, rows per piece) elements T. `operations`: approximate multiply-adds per row.
-template <typename T, typename Problem>
+template <typename T, typename Problem, typename Kernel>
 void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
-                 int64_t (*workspace_of)(const Problem& problem, int64_t rows),
-                 void (*kernel)(const Problem& problem, int64_t row_begin, int64_t row_end, T* workspace)) {
+                 int64_t (*workspace_of)(const Problem& problem, int64_t rows), const Kernel& kernel) {
   const int64_t piece_rows = rows_per_piece(rows, typed_kernels<T>().tile_rows);
   const int64_t count = kernels::ceil_div(rows, piece_rows);
   Team team(team_size(count, rows * operations));

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "algorithms/column_order.h"
@@ -35,18 +36,28 @@ struct SweepFactor {
 /// factor has lost so many digits that the loss can change by a thousandth, and float64 is used.
 constexpr double kLargestFloat32Magnification = 200;
 
-/// The mean of H_jj / R_jj^2.
+/// The mean of H_jj / R_jj^2, of float32 tensors.
 double magnification_of_errors(const at::Tensor& pivot, const at::Tensor& diagonal) {
-  return pivot.numel() == 0 ? 1.0 : (diagonal.to(at::kDouble) / pivot.to(at::kDouble).square()).mean().item<double>();
+  const int64_t columns = pivot.numel();
+  const auto* const r = pivot.const_data_ptr<float>();
+  const auto* const h = diagonal.const_data_ptr<float>();
+  double sum = 0.0;
+  for (int64_t j = 0; j < columns; ++j) {
+    const auto pivot_j = static_cast<double>(r[j]);
+    sum += static_cast<double>(h[j]) / (pivot_j * pivot_j);
+  }
+  return columns == 0 ? 1.0 : sum / static_cast<double>(columns);
 }
 
-/// Factors the damped Hessian in `dtype`. `without_pivot`, bool [K]: steps whose diagonal entry is 0. Returns whether
-/// the factorization succeeded and `dtype` is accurate enough.
+/// Factors the damped Hessian in `dtype`. `without_pivot`, bool [K]: steps whose diagonal entry is 0; undefined if
+/// there are none. Returns whether the factorization succeeded and `dtype` is accurate enough.
 bool factor_in(at::ScalarType dtype, const at::Tensor& hessian, const Damping& damping, const at::Tensor& without_pivot,
                SweepFactor& factor) {
   const int64_t columns = hessian.size(0);
-  const at::Tensor diagonal =
-      diagonal_of_damped_triangle(hessian, damping, dtype, factor.column).masked_fill_(without_pivot, 1);
+  at::Tensor diagonal = diagonal_of_damped_triangle(hessian, damping, dtype, factor.column);
+  if (without_pivot.defined()) {
+    diagonal.masked_fill_(without_pivot, 1);
+  }
   bool factored = false;
   if (factor.column.defined()) {
     factor.triangle = damped_lower_triangle(hessian, damping, dtype, factor.column);
@@ -73,7 +84,8 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const Damping& damping, 
     factor.column = column;
   }
   // A dead input without a ridge has a zero row and column: any pivot leaves it decoupled.
-  const at::Tensor without_pivot = damped_diagonal(hessian, damping).index_select(0, column) == 0;
+  const at::Tensor without_pivot =
+      damping.added > 0 ? at::Tensor() : damped_diagonal(hessian, damping).index_select(0, column) == 0;
   if (!factor_in(dtype, hessian, damping, without_pivot, factor)) {
     factor.triangle.reset();
     if (dtype == at::kDouble || !factor_in(at::kDouble, hessian, damping, without_pivot, factor)) {
@@ -83,7 +95,10 @@ SweepFactor factor_for_sweep(const at::Tensor& hessian, const Damping& damping, 
     factor.pivot = factor.pivot.to(dtype);
   }
   factor.column = column;
-  factor.pivot_squared = factor.pivot.square().masked_fill_(without_pivot, 0);
+  factor.pivot_squared = factor.pivot.square();
+  if (without_pivot.defined()) {
+    factor.pivot_squared.masked_fill_(without_pivot, 0);
+  }
   return factor;
 }
 
@@ -99,11 +114,11 @@ std::vector<kernels::SweepStep<T>> steps_of_sweep(const SweepFactor& factor, int
   return steps;
 }
 
-/// Sets the codes of the grid (and its scales, if they are dynamic) and, if it is defined, the `gradient` for refine().
-/// Returns the loss of each row.
+/// Sets the codes of the grid, its scales unless they are given and, if it is defined, the `gradient` for refine().
+/// importance: as ScalesOfRows reads it. Returns the loss of each row.
 template <typename T>
 at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const GptqOptions& options, const Grid& grid,
-                      const at::Tensor& gradient) {
+                      const at::Tensor& importance, const at::Tensor& gradient) {
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
   const bool dynamic_scales = options.group_scales == GroupScales::kDynamic;
@@ -126,8 +141,19 @@ at::Tensor sweep_rows(const at::Tensor& weight, const SweepFactor& factor, const
       .block_columns = std::max<int64_t>(1, block_columns / segment_columns) * segment_columns,
       .row_loss = row_loss.mutable_data_ptr<T>(),
       .gradient = gradient.defined() ? gradient.mutable_data_ptr<T>() : nullptr};
+  std::optional<ScalesOfRows<T>> static_scales;
+  if (!dynamic_scales && !options.scales.has_value()) {
+    static_scales.emplace(grid, weight, options.scale_method, importance);
+  }
   const auto& kernel = typed_kernels<T>();
-  run_on_rows(rows, columns * columns / 2, problem, kernel.sweep_workspace, kernel.sweep);
+  run_on_rows<T>(rows, columns * columns / 2 + (static_scales ? static_scales->operations() : 0), problem,
+                 kernel.sweep_workspace,
+                 [&](const kernels::SweepProblem<T>& sweep, int64_t row_begin, int64_t row_end, T* workspace) {
+                   if (static_scales) {
+                     static_scales->set(row_begin, row_end);
+                   }
+                   kernel.sweep(sweep, row_begin, row_end, workspace);
+                 });
   return row_loss;
 }
 
@@ -143,12 +169,12 @@ GptqResult gptq(const at::Tensor& weight, const at::Tensor& hessian, const GptqO
   Grid grid = make_grid(weight, options, scaled.units);
   const at::Tensor dead = dead_inputs(hessian);
   hold_dead_inputs(dead, values, grid);
-  if (options.group_scales == GroupScales::kStatic && !options.scales.has_value()) {
-    compute_scales(grid, values, options.scale_method, damped_diagonal(hessian, damping));
-  }
+  const at::Tensor importance =
+      options.scale_method == ScaleMethod::kHessian ? damped_diagonal(hessian, damping) : at::Tensor();
   at::Tensor gradient = options.refine > 0 ? room_for_gradient(values) : at::Tensor();
   at::Tensor row_loss;
-  dispatch_compute(dtype, [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid, gradient); });
+  dispatch_compute(dtype,
+                   [&]<typename T> { row_loss = sweep_rows<T>(values, factor, options, grid, importance, gradient); });
   factor = {};
   const at::Tensor swept_loss = row_loss;
   if (options.refine > 0) {

@@ -295,26 +295,42 @@ std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method
 template std::vector<float> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
 template std::vector<double> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
 
-void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& importance) {
+template <typename T>
+ScalesOfRows<T>::ScalesOfRows(const Grid& grid, const at::Tensor& weight, ScaleMethod method,
+                              const at::Tensor& importance)
+    : grid_(view<T>(grid)),
+      weight_(weight.const_data_ptr<T>()),
+      columns_(weight.size(1)),
+      method_(method),
+      factors_(scale_factors<T>(grid.range, method)) {
   TORCH_INTERNAL_ASSERT(method != ScaleMethod::kLoss);
+  if (method == ScaleMethod::kHessian) {
+    importance_ = importance.to(weight.scalar_type()).contiguous();
+  } else if (method == ScaleMethod::kMse) {
+    importance_ = at::ones({columns_}, weight.options());
+  }
+}
+
+template <typename T>
+void ScalesOfRows<T>::set(int64_t row_begin, int64_t row_end) const {
+  const auto& kernel = typed_kernels<T>();
+  if (method_ == ScaleMethod::kAbsmax) {
+    kernel.compute_grid(grid_, weight_, columns_, row_begin, row_end);
+    return;
+  }
+  const kernels::ScaleSearch<T> search{factors_.data(), static_cast<int64_t>(factors_.size()),
+                                       importance_.template const_data_ptr<T>()};
+  kernel.search_grid(grid_, search, weight_, columns_, row_begin, row_end);
+}
+
+template class ScalesOfRows<float>;
+template class ScalesOfRows<double>;
+
+void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& importance) {
   dispatch_compute(weight.scalar_type(), [&]<typename T> {
-    const auto grid_view = view<T>(grid);
-    const T* const values = weight.const_data_ptr<T>();
-    const int64_t columns = weight.size(1);
-    const at::Tensor of_column = method == ScaleMethod::kHessian ? importance.to(weight.scalar_type()).contiguous()
-                                                                 : at::ones({columns}, weight.options());
-    const std::vector<T> factors = scale_factors<T>(grid.range, method);
-    const kernels::ScaleSearch<T> search{factors.data(), static_cast<int64_t>(factors.size()),
-                                         of_column.template const_data_ptr<T>()};
-    const auto& kernel = typed_kernels<T>();
-    const int64_t operations = columns * static_cast<int64_t>(factors.size());
-    for_row_tiles(weight.size(0), kernel.tile_rows, operations, [&](int64_t row_begin, int64_t row_end) {
-      if (method == ScaleMethod::kAbsmax) {
-        kernel.compute_grid(grid_view, values, columns, row_begin, row_end);
-      } else {
-        kernel.search_grid(grid_view, search, values, columns, row_begin, row_end);
-      }
-    });
+    const ScalesOfRows<T> scales(grid, weight, method, importance);
+    for_row_tiles(weight.size(0), typed_kernels<T>().tile_rows, scales.operations(),
+                  [&](int64_t row_begin, int64_t row_end) { scales.set(row_begin, row_end); });
   });
 }
 

@@ -73,8 +73,30 @@ kernels::GridView<T> view(const Grid& grid);
 template <typename T>
 std::vector<T> scale_factors(const kernels::CodeRange& range, ScaleMethod method);
 
-/// Sets scales and zero points from each group of `weight` [N, K] (ScaledWeight::values), by any method but kLoss.
-/// importance: [K], read by kHessian only: the weight of each column's squared error.
+/// Computes scales and zero points from each group of a weight, by any method but kLoss.
+template <typename T>
+class ScalesOfRows {
+ public:
+  /// weight: [N, K], ScaledWeight::values. importance: [K], read by kHessian only: the weight of each column's squared
+  /// error. `grid` and `weight` outlive this object.
+  ScalesOfRows(const Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& importance);
+
+  /// Sets those of rows [row_begin, row_end); row_begin is a multiple of the kernels' tile_rows.
+  void set(int64_t row_begin, int64_t row_end) const;
+
+  /// Approximate multiply-adds per row.
+  [[nodiscard]] int64_t operations() const { return columns_ * static_cast<int64_t>(factors_.size()); }
+
+ private:
+  kernels::GridView<T> grid_;
+  const T* weight_;
+  int64_t columns_;
+  ScaleMethod method_;
+  at::Tensor importance_;
+  std::vector<T> factors_;
+};
+
+/// Sets the scales and zero points of all rows by ScalesOfRows. Arguments as there.
 void compute_scales(Grid& grid, const at::Tensor& weight, ScaleMethod method, const at::Tensor& importance = {});
 
 }  // namespace miniquant::algorithms

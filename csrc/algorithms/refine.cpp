@@ -31,10 +31,10 @@ void refine(const at::Tensor& hessian, const Damping& damping, int64_t rounds, G
                                       .row_loss = row_loss.mutable_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
     const int64_t operations = columns * columns / 2;
-    run_on_rows(gradient.size(0), operations, problem, kernel.descent_workspace, kernel.descend);
+    run_on_rows<T>(gradient.size(0), operations, problem, kernel.descent_workspace, kernel.descend);
     if (rounds > 1) {
       problem.rounds = rounds - 1;
-      run_on_rows(gradient.size(0), operations, problem, kernel.refine_workspace, kernel.refine);
+      run_on_rows<T>(gradient.size(0), operations, problem, kernel.refine_workspace, kernel.refine);
     }
   });
 }

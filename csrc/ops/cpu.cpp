@@ -4,6 +4,7 @@
 #include <limits>
 #include <optional>
 
+#include "algorithms/finite.h"
 #include "algorithms/gptq.h"
 #include "algorithms/loss.h"
 #include "algorithms/packing.h"
@@ -29,7 +30,7 @@ QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
 }
 
 GptqTuple checked(const char* op, const GptqResult& result, double ridge) {
-  TORCH_CHECK_VALUE(result.row_loss.isfinite().all().item<bool>(), op,
+  TORCH_CHECK_VALUE(algorithms::all_finite(result.row_loss), op,
                     ": expected weight and hessian whose products are finite in ",
                     c10::getDtypeNames(result.row_loss.scalar_type()).first, " with ridge ", ridge,
                     ", but got a row loss that is not");

@@ -1,5 +1,6 @@
 #include "algorithms/hessian.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
@@ -7,6 +8,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <mutex>
@@ -84,20 +86,38 @@ Batch counted_tokens(const char* op, const at::Tensor& inputs, const OptionalTen
   return batch;
 }
 
-/// Rejects a batch with values that are not finite, or that would overflow the dtype of the sum. diagonal: float64 [K],
-/// of all sums together.
-void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& batch, const at::Tensor& diagonal,
-                        at::ScalarType dtype) {
+/// float64 [K]: the diagonal of all sums [S, K, K] together.
+at::Tensor diagonal_of(const at::Tensor& sums) { return sums.diagonal(0, 1, 2).to(at::kDouble).sum(0); }
+
+/// At least the largest entry of diagonal_of(), in one short loop: batches may be small.
+double bound_of_diagonal(const at::Tensor& sums) {
+  double bound = 0.0;
+  AT_DISPATCH_FLOATING_TYPES(sums.scalar_type(), "bound_of_diagonal", [&] {
+    const auto of_sum = sums.accessor<const scalar_t, 3>();
+    for (int64_t sum = 0; sum < sums.size(0); ++sum) {
+      double largest = 0.0;
+      for (int64_t j = 0; j < sums.size(1); ++j) {
+        largest = std::max(largest, static_cast<double>(of_sum[sum][j][j]));
+      }
+      bound += largest;
+    }
+  });
+  return bound;
+}
+
+/// Rejects a batch with values that are not finite, or that would overflow `sums` [S, K, K] together.
+void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& batch, const at::Tensor& sums) {
   if (batch.inputs.numel() == 0) {
     return;
   }
+  const at::ScalarType dtype = sums.scalar_type();
   // No entry of a sum of x x^T exceeds its largest diagonal entry, and that grows by at most n max |X|^2. So one cheap
   // pass is enough to accept almost any batch.
   const double max = dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
   const double largest = algorithms::largest_magnitude(batch.inputs);
   const auto tokens = static_cast<double>(batch.inputs.size(0));
   const double weight = batch.token_weights.defined() ? batch.token_weights.max().item<double>() : 1;
-  if (diagonal.max().item<double>() + weight * tokens * largest * largest <= max / 2) {
+  if (bound_of_diagonal(sums) + weight * tokens * largest * largest <= max / 2) {
     return;
   }
   const at::Tensor infinite = where_counted(at::isfinite(inputs).logical_not(), batch.counted);
@@ -108,8 +128,8 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
     squares = squares * batch.token_weights.unsqueeze(1);
   }
   constexpr double kRoomForRounding = 0.99;
-  const at::Tensor sums = squares.sum(0) + diagonal;
-  if (sums.le(kRoomForRounding * max).all().item<bool>()) {
+  const at::Tensor diagonal = squares.sum(0) + diagonal_of(sums);
+  if (diagonal.le(kRoomForRounding * max).all().item<bool>()) {
     return;
   }
   const at::Tensor bad = where_counted(inputs.abs().ge(batch.inputs.abs().max()), batch.counted);
@@ -131,7 +151,7 @@ void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
   const at::Tensor bad = at::isfinite(diagonal).logical_not();
   TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected the diagonal of hessian to be finite, but got ",
                     first_value(diagonal, bad));
-  check_batch_values(op, inputs, counted_tokens(op, inputs, {}, {}), diagonal, hessian.scalar_type());
+  check_batch_values(op, inputs, counted_tokens(op, inputs, {}, {}), hessian.unsqueeze(0));
   algorithms::hessian_update(hessian, inputs);
   count_change(hessian);
 }
@@ -200,9 +220,6 @@ void count_change(const HessianSums& state) {
   count_change(state.weights);
 }
 
-/// float64 [K]: the diagonal of all sums together.
-at::Tensor diagonal_of(const HessianSums& state) { return state.sums.diagonal(0, 1, 2).to(at::kDouble).sum(0); }
-
 void accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& inputs,
                          const OptionalTensor& mask, const OptionalTensor& token_weights) {
   const PlainOperations plain;
@@ -211,7 +228,7 @@ void accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weigh
   check_may_change(state);
   const Batch batch = counted_tokens(kAccumulator, inputs, mask, token_weights);
   const std::scoped_lock lock(lock_of(sums));
-  check_batch_values(kAccumulator, inputs, batch, diagonal_of(state), sums.scalar_type());
+  check_batch_values(kAccumulator, inputs, batch, sums);
   algorithms::accumulate(state, batch.inputs, batch.token_weights);
   count_change(state);
 }
@@ -242,7 +259,7 @@ void check_merge_values(const HessianSums& state, const HessianSums& other) {
   refuse("tokens", "not negative", other.tokens, other.tokens < 0);
   refuse("weights", "finite, and positive where there are tokens", other.weights,
          at::isfinite(other.weights).logical_and(other.weights.gt(0).eq(other.tokens.gt(0))).logical_not());
-  const at::Tensor diagonal = diagonal_of(state) + diagonal_of(other);
+  const at::Tensor diagonal = diagonal_of(state.sums) + diagonal_of(other.sums);
   const double max =
       state.sums.scalar_type() == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
   refuse("sums", "finite when added", diagonal, diagonal.le(max).logical_not());
