@@ -22,6 +22,7 @@ from benchmarks.common.tables import table
 from benchmarks.peers import __main__ as compare_peers
 from benchmarks.peers.runner import Problem
 from benchmarks.speed import __main__ as speed
+from benchmarks.speed import against
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = speed.Plan(
@@ -130,6 +131,22 @@ def test_speed_writes_its_figures_and_tables(monkeypatch: pytest.MonkeyPatch, tm
     assert f"**{results['growth'][0]['limit_seconds'] / results['growth'][0]['seconds']:.0%}**" in text
     with Image.open(tmp_path / "growth.png") as plot:
         assert min(plot.size) > 300
+
+
+def test_against_times_two_clones_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    work = "Hessian, 768 inputs, 64 tokens"
+    arguments = [str(ROOT), "--only", work, "--seconds", "0.01", "--threads", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["against", *arguments])
+    against.main()
+    results = json.loads((tmp_path / "against.json").read_text())
+    assert results["commit"] == results["other_commit"]
+    (row,) = results["rows"]
+    assert row["work"] == work
+    assert row["calls"] >= against.LEAST_CALLS
+    assert 0 < row["fastest"] <= row["seconds"]
+    text = (tmp_path / "against.md").read_text()
+    assert f"| {work} |" in text
+    assert f"**{row['seconds'] / row['other_seconds']:.2f}**" in text
 
 
 def test_speed_measures_the_tables_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
