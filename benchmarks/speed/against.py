@@ -5,7 +5,6 @@ affects both. Writes against.json and against.md into benchmarks/results.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, cast
 
 import torch
 from tqdm import tqdm
@@ -62,7 +61,7 @@ def batch(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Call
     return partial(accumulator.update, inputs)
 
 
-def preset(name: str, rows: int, group_size: int) -> Callable[[], object]:
+def preset(name: Literal["fast", "best"], rows: int, group_size: int) -> Callable[[], object]:
     """Quantizes a square layer with a preset."""
     return layers(1, rows, rows, group_size, **miniquant.preset(name))
 
@@ -121,14 +120,14 @@ class Side:
             text=True,
             cwd=ROOT,
         )
+        self._questions = cast("IO[str]", self._process.stdin)
+        self._answers = cast("IO[str]", self._process.stdout)
 
     def seconds(self, name: str) -> float:
         """The time of one run of a piece of work."""
         time.sleep(PAUSE_SECONDS)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(name, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        print(name, file=self._questions, flush=True)
+        answer = self._answers.readline()
         if not answer:
             raise SystemExit(f"the process of a clone ended with {self._process.wait()} during {name}")
         return float(answer)
@@ -159,7 +158,7 @@ def compare(name: str, other: Side, own: Side, seconds: float) -> dict[str, Any]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table of results.md."""
+    """The table of ratios."""
     rows = [
         [
             row["work"],
@@ -181,8 +180,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def commit_of(clone: Path) -> str:
     """The short name of the commit of a clone."""
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
-    return said.stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -197,12 +196,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(WORK), metavar="WORK", default=list(WORK))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    sides = [Side(clone.resolve(), options.threads) for clone in (options.clone, ROOT)]
+    other, own = (Side(clone.resolve(), options.threads) for clone in (options.clone, ROOT))
     try:
-        rows = [compare(name, *sides, options.seconds) for name in tqdm(options.only)]
+        rows = [compare(name, other, own, options.seconds) for name in tqdm(options.only)]
     finally:
-        for side in sides:
-            side.close()
+        other.close()
+        own.close()
     results = {
         "command": "scripts/benchmark against CLONE",
         "commit": commit_of(ROOT),

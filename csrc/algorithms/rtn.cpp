@@ -1,5 +1,8 @@
 #include "algorithms/rtn.h"
 
+#include <cstdint>
+#include <optional>
+
 #include "algorithms/dispatch.h"
 #include "algorithms/grid.h"
 
@@ -12,15 +15,20 @@ QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options) {
                                   : scaled_weight(weight, options.scales);
   const at::Tensor& values = scaled.values;
   Grid grid = make_grid(weight, options, scaled.units);
-  if (!options.scales.has_value()) {
-    compute_scales(grid, values, options.scale_method);
-  }
   dispatch_compute(values.scalar_type(), [&]<typename T> {
     const auto grid_view = view<T>(grid);
     const T* const from = values.const_data_ptr<T>();
     const int64_t columns = values.size(1);
+    std::optional<ScalesOfRows<T>> scales;
+    if (!options.scales.has_value()) {
+      scales.emplace(grid, values, options.scale_method, at::Tensor());
+    }
     const auto& kernel = typed_kernels<T>();
-    for_row_tiles(values.size(0), kernel.tile_rows, 8 * columns, [&](int64_t row_begin, int64_t row_end) {
+    const int64_t operations = 8 * columns + (scales ? scales->operations() : 0);
+    for_row_tiles(values.size(0), kernel.tile_rows, operations, [&](int64_t row_begin, int64_t row_end) {
+      if (scales) {
+        scales->set(row_begin, row_end);
+      }
       kernel.round_to_nearest(grid_view, from, columns, row_begin, row_end);
     });
   });
