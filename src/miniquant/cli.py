@@ -182,6 +182,17 @@ def quantize(
             "more, because all later ones attend to it.",
         ),
     ] = None,
+    correction: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            rich_help_panel=_RECIPE,
+            show_default="0.5 with best, else 0",
+            help="Which part of the errors that earlier layers leave in a layer's inputs it makes up for; above 0 it "
+            "takes a second forward pass.",
+        ),
+    ] = None,
     unseen: Annotated[
         Unseen | None,
         typer.Option(
@@ -327,6 +338,7 @@ def quantize(
                 "preset": preset,
                 "ridge": ridge,
                 "token_weights": token_weights,
+                "correction": correction,
                 "unseen": unseen,
                 "min_tokens": min_tokens,
             },
@@ -406,6 +418,92 @@ def evaluate(
         threads=threads,
         trust_remote_code=trust_remote_code,
         as_json=json,
+    )
+
+
+@_command()
+def bits(
+    model_dir: ModelDir,
+    recipe_file: Annotated[
+        Path, typer.Argument(metavar="RECIPE.json", show_default=False, help="Recipe to write, for quantize --recipe.")
+    ],
+    *,
+    average: Annotated[
+        float, typer.Option(min=2, max=8, help="Bits of a weight on average, without scales.", rich_help_panel=_RECIPE)
+    ] = 4.0,
+    widths: Annotated[
+        str, typer.Option(metavar="BITS,...", rich_help_panel=_RECIPE, help="To choose from.")
+    ] = "2,3,4,5,6,8",
+    group_size: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_RECIPE, show_default="64", help="Columns that share a scale; -1: one per row."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_RECIPE,
+            show_default=False,
+            help="TOML or JSON file with all else; bits that its rules state are replaced.",
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", rich_help_panel=_RECIPE, show_default=False, help="Leave layers alone. May be repeated."
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            rich_help_panel=_TOKENS,
+            show_default="a text that ships with miniquant",
+            help="As of quantize. May be repeated.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_TOKENS, help="To measure on.")] = 4096,
+    sequence_length: Annotated[int, typer.Option(min=2, rich_help_panel=_TOKENS, help="Tokens of a window.")] = 512,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+            help="Also draw what every average costs (needs matplotlib).",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="In which the model computes; auto: as it is stored.")] = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Choose the bits of each layer of a language model, for an average, by what its error does to the predictions.
+
+    Writes a recipe for quantize --recipe, and prints what other averages would cost. One backward pass over a few
+    windows says how much each layer matters; the model is in memory whole. Layers that engines fuse (q, k and v; gate
+    and up) get the same bits.
+
+    [bold]Examples[/bold]
+      miniquant bits Llama-3.2-1B bits.json --average 4 --calibration wikitext.txt --plot bits.png
+      miniquant quantize Llama-3.2-1B out --recipe bits.json --calibration wikitext.txt
+      miniquant bits Llama-3.2-1B bits.json --average 3.5 --widths 3,4 [dim]for engines that know few widths[/dim]
+    """
+    commands = _commands()
+    commands.choose_bits(
+        model_dir,
+        recipe_file,
+        average=average,
+        widths=commands.parse_widths(widths),
+        recipe=commands.Asked(file=recipe, stated={"group_size": group_size}, skip=skip or [], rules=[]).recipe(),
+        calibration=calibration or None,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        plot=plot,
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 import miniquant
 from miniquant import units
 from miniquant.architecture import transformers_package
+from miniquant.bits import allocate, curve, measure_units, recipe_of, uniform_cost
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.convert import convert_folder
 from miniquant.errors import line_of
@@ -35,14 +36,18 @@ from miniquant.float_models import (
     speaks,
     vocabulary_of,
 )
+from miniquant.layer_file import replacing
+from miniquant.modules import find_sites
 from miniquant.output import GgufOptions
 from miniquant.quantize import Stopped
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
+from miniquant.report_plots import write_bits_plot
 from miniquant.run import available_device, quantize_folder
 from miniquant.state import kept_layers, state_folder
 from miniquant.stopping import stop_when_asked
 from miniquant.terminal import Progress, console_of, contents_tables, report_tables, table
+from miniquant.walk import to_device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -295,6 +300,82 @@ _SCORES = {
 
 def _score_rows(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(text, scores[name]) for name, text in _SCORES.items() if scores.get(name) is not None]
+
+
+# Choosing bits
+
+
+def parse_widths(text: str) -> list[int]:
+    """Bits from "3,4,8".
+
+    Raises:
+        ValueError: for anything else than numbers from 2 to 8.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 2 <= int(part) <= 8 for part in parts):
+        raise ValueError(f"bits: expected --widths to be numbers from 2 to 8 with commas between, but got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def choose_bits(
+    model_dir: Path,
+    recipe_file: Path,
+    *,
+    average: float,
+    widths: Sequence[int],
+    recipe: Recipe,
+    calibration: Sequence[Path] | None,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+    plot: Path | None,
+) -> None:
+    """Writes a recipe with bits for each layer, and prints what other averages would cost."""
+    console = _start(threads, device)
+    if recipe_file.suffix.lower() != ".json":
+        raise ValueError(f"bits: expected a recipe file to write whose name ends in .json, but got {recipe_file}")
+    with _naming("bits", model_dir), Progress(console=console) as progress:
+        progress.stage(f"reads {model_dir}")
+        model = _loaded(model_dir, dtype=_DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
+        if not speaks(model):
+            raise ValueError(f"expected a language model, but got a {type(model).__name__}")
+        tokenizer = None
+        if needs_tokenizer(calibration):
+            tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code)
+        data = load_calibration(
+            None if calibration is None else list(calibration),
+            tokenizer,
+            tokens=tokens,
+            sequence_length=min(sequence_length, longest_window(model) or sequence_length),
+            vocabulary=vocabulary_of(model),
+        )
+        progress.stage(f"measures what layers cost, on {data.tokens:,} tokens")
+        skipped = [site.name for site in find_sites(model).sites if recipe.options(site.name).skip]
+        batches = [to_device(batch, torch.device(device)) for batch in data.batches]
+        found = measure_units(model, batches, recipe.defaults, widths=widths, skip=skipped)
+    chosen = allocate(found, average)
+    made = table("what an average costs", [("bits", True), ("chosen, nats", True), ("uniform, nats", True)])
+    averages = sorted({average, *(step / 2 for step in range(2 * min(widths), 2 * max(widths) + 1))})
+    allocations = curve(found, averages)
+    for one, wanted in zip(allocations, averages, strict=True):
+        uniform = f"{uniform_cost(found, int(wanted)):.4g}" if wanted in widths else ""
+        made.add_row(f"{wanted:g}", f"{one.cost:.4g}", uniform)
+    _out(made)
+    counts = {bits: list(chosen.bits.values()).count(bits) for bits in widths}
+    shares = ", ".join(f"{count} of {bits}" for bits, count in counts.items() if count)
+    print(f"{chosen.average:.3f} bits on average: layers {shares}")
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if plot is not None:
+        write_bits_plot(plot, found, allocations, chosen)
+        print(f"written: {plot}")
+    with replacing(recipe_file) as new:
+        new.write_text(json.dumps(recipe_of(chosen, recipe).to_dict(), indent=1) + "\n", encoding="utf-8")
+    print(f"written: {recipe_file}")
+    print(f"next: miniquant quantize {model_dir} OUTPUT_DIR --recipe {recipe_file}")
 
 
 # Looking and converting

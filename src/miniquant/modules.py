@@ -15,6 +15,7 @@ A matrix with several names (a module in two places, tied weights) is one site. 
 asked for, embeddings always; whatever has two dimensions or more and is no site is listed with the reason.
 """
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -208,6 +209,21 @@ class ExpertSite(Site):
         """[N, K]."""
         matrix = values[self.expert]
         return matrix.T if self.transposed else matrix
+
+
+_EXPERT = re.compile(r"(?P<module>(?:.*\.)?\w*experts?\.)\d+(?P<rest>\..+)")
+
+
+def siblings_of(site: Site) -> tuple[str, str] | None:
+    """Equal for the same layer of different experts: their module, and which of its layers; None for other layers.
+
+    Experts are the matrices of one fused parameter, or modules that are numbered below one whose name ends in "expert"
+    or "experts".
+    """
+    if isinstance(site, ExpertSite):
+        return site.parameter_name.rpartition(".")[0], site.attribute
+    match = _EXPERT.fullmatch(site.name)
+    return None if match is None else (match["module"], match["rest"])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Quantizing whole models: the walk, the solver and the recipe."""
 
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from miniquant.calibration import Calibration
+from miniquant.correction import Correction, InputErrors
 from miniquant.gptq import gptq
 from miniquant.grid import QuantizedWeight, dequantize, rtn
 from miniquant.hessian import HessianAccumulator
 from miniquant.loss import quantization_loss
-from miniquant.modules import ExpertSite, LeftAlone, Site, find_sites
+from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
 from miniquant.recipe import LayerOptions, Recipe
-from miniquant.ridge import gptq_auto
+from miniquant.ridge import choose_ridge, gptq_with_choice
 from miniquant.token_weights import TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
 
@@ -39,8 +39,10 @@ class LayerResult:
 
     Losses are what the layer's squared output error is per token (:func:`miniquant.quantization_loss`, summed over
     rows; the mean over tokens as ``options.token_weights`` weighs them), with the values that the model now computes
-    with; None where no token says. Of a layer with more than 256 rows they are taken from 256 evenly spaced ones, the
-    same for each loss, times N / 256.
+    with; None where no token says. The error is that to the output of the layer's own weight or, with
+    ``options.corrected_part``, of the weight that makes up for errors of earlier layers; that of rounding to nearest,
+    too. Of a layer with more than 256 rows they are taken from 256 evenly spaced ones, the same for each loss, times
+    N / 256.
 
     Attributes:
         name: of the layer.
@@ -239,8 +241,10 @@ def quantize_model(
     """Quantizes the weights of a model in place, each on the inputs that the quantized layers before it give.
 
     One forward pass over all batches (:class:`miniquant.walk.Walk`). When it comes to a layer, the layer is quantized
-    from the Hessian of its inputs and its weight replaced by the values of the codes. The model may be on any device,
-    in float32, float64, bfloat16 or float16; the solver runs on the CPU.
+    from the Hessian of its inputs and its weight replaced by the values of the codes. Where
+    ``options.corrected_part`` of any layer is above 0, a second pass runs beside the first in the float model, and
+    layers make up for what the quantized layers before did to their inputs (:mod:`miniquant.correction`). The model may
+    be on any device, in float32, float64, bfloat16 or float16; the solver runs on the CPU.
 
     Batches that are held out walk along and do not enter any Hessian; each layer's loss on them is compared with that
     of rounding to nearest. A layer that is worse keeps rounding to nearest, and says so. They are given, or the last
@@ -343,7 +347,9 @@ def quantize_planned(
     result.notes += () if note is None else (note,)
     quantizer = _Quantizer(model, plan, result, scale_dtype, weights, progress, store, stop)
     sites = [site for site, _ in plan.layers]
-    quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, going_on=quantizer.check_stop))
+    beside = any(options.corrected_part > 0 for _, options in plan.layers)
+    going_on = quantizer.check_stop
+    quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, going_on=going_on))
     return result
 
 
@@ -515,6 +521,25 @@ class _Sample:
         return max(1.0, self.weights**2 / self.squares) if self.squares else 1.0
 
 
+def _input_errors(
+    inputs: Sequence[Given], columns: int, dtype: torch.dtype, weighing: "_Weighing"
+) -> InputErrors | None:
+    """What the layers before did to the inputs of a layer; None where not every batch can say."""
+    errors = InputErrors(columns, dtype)
+    for given in inputs:
+        tokens, original = given.tokens(), given.original_tokens()
+        if original is None:
+            return None
+        if not tokens.numel():
+            continue
+        weights, _ = weigh(tokens, given.mask, weighing.scheme, causal=weighing.causal)
+        try:
+            errors.update(tokens, original, given.mask, weights)
+        except ValueError as error:
+            raise ValueError(f"batch {given.batch}: {error}") from error
+    return errors
+
+
 @dataclass
 class _Hessians:
     """What a layer's tokens say: those of calibration, and those held out."""
@@ -522,6 +547,9 @@ class _Hessians:
     calibration: HessianAccumulator
     held_out: HessianAccumulator
     sample: _Sample  # of calibration
+    errors: InputErrors | None = None  # of calibration
+    held_out_errors: InputErrors | None = None
+    _corrections: dict[float, Correction] = field(default_factory=dict)  # by ridge
 
     @classmethod
     def empty(cls, columns: int, dtype: torch.dtype) -> "_Hessians":
@@ -532,23 +560,29 @@ class _Hessians:
         self.held_out.merge(other.held_out)
         self.sample.merge(other.sample)
 
+    def corrected(self, weight: Tensor, ridge: float, part: float) -> Tensor | None:
+        """The weight that makes up for errors in its inputs; None where it does not on held-out tokens."""
+        if self.errors is None or not part:
+            return weight
+        if ridge not in self._corrections:
+            self._corrections = {ridge: Correction(self.errors.mean(), self.calibration.hessian(), ridge)}
+        target = self._corrections[ridge].of(weight, part)
+        return target if self._gains(weight, target) else None
+
+    def _gains(self, weight: Tensor, target: Tensor) -> bool:
+        """Whether ||W x - W' y||^2 is at most ||W x - W y||^2 on held-out tokens, in a part of the rows."""
+        if self.held_out_errors is None or self.held_out.tokens < FEWEST_HELD_OUT:
+            return True
+        some = _judged_rows(len(weight))
+        change = (target[some] - weight[some]).double()
+        gained = (
+            2 * (weight[some].double() @ self.held_out_errors.mean().double())
+            - change @ self.held_out.hessian().double()
+        )
+        return float((gained * change).sum()) >= 0
+
 
 # Layers
-
-
-_EXPERT = re.compile(r"(?P<module>(?:.*\.)?\w*experts?\.)\d+(?P<rest>\..+)")
-
-
-def siblings_of(site: Site) -> tuple[str, str] | None:
-    """Equal for the same layer of different experts: their module, and which of its layers; None for other layers.
-
-    Experts are the matrices of one fused parameter, or modules that are numbered below one whose name ends in "expert"
-    or "experts".
-    """
-    if isinstance(site, ExpertSite):
-        return site.parameter_name.rpartition(".")[0], site.attribute
-    match = _EXPERT.fullmatch(site.name)
-    return None if match is None else (match["module"], match["rest"])
 
 
 class _Quantizer:
@@ -599,6 +633,12 @@ class _Quantizer:
         ):
             for name, tokens in counts.items():
                 self._note(name, text.format(tokens))
+        if walk.parted:
+            self._result.notes.append(
+                f"errors of earlier layers are corrected before layer {next(iter(walk.parted.values()))!r} only: from "
+                f"there on {len(walk.parted)} of {self._result.batches + self._result.held_out_batches} batches do not "
+                "take the way of the float model"
+            )
         total = time.perf_counter() - start
         self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
 
@@ -689,6 +729,9 @@ class _Quantizer:
         accumulated, sample = _accumulated(calibration, columns, dtype, weighing, halves=True)
         judged, _ = _accumulated(held_out, columns, dtype, weighing, halves=False)
         hessians = _Hessians(accumulated, judged, sample)
+        if any(given.original is not None for given in calibration):
+            hessians.errors = _input_errors(calibration, columns, dtype, weighing)
+            hessians.held_out_errors = _input_errors(held_out, columns, dtype, weighing)
         self._seconds["hessians"] += time.perf_counter() - start
         self._last = hessians
         return hessians
@@ -836,27 +879,11 @@ class _Quantizer:
         )
         quantized: QuantizedWeight = rounded
         ridge: float | None = None
+        target = weight
         if hessians is not None and not nearest:
-            arguments = options.arguments(self._scale_dtype)
-            grid = _grid(options)
-            shared = self._last is hessians
-            if options.ridge != "auto":
-                quantized, ridge = gptq(weight, hessians.calibration.hessian(), **arguments), float(options.ridge)
-            elif shared and grid in self._ridges:
-                ridge = self._ridges[grid]
-                quantized = gptq(weight, hessians.calibration.hessian(), ridge=ridge, **arguments)
-            else:
-                found = gptq_auto(
-                    weight, hessians.calibration, effective_tokens=hessians.sample.effective_tokens, **arguments
-                )
-                quantized, ridge = found, found.ridge
-                if shared:
-                    self._ridges[grid] = ridge
-                if found.failed:
-                    failed = ", ".join(f"{one:.2g}" for one in found.failed)
-                    notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {ridge:.2g}")
+            target, quantized, ridge = self._with_hessian(weight, options, hessians, notes)
         solved = time.perf_counter()
-        losses = _losses(weight, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
+        losses = _losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
         ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
         if ours is not None and its is not None and ours > its and hessians is not None:
             notes.append(
@@ -877,6 +904,45 @@ class _Quantizer:
             **losses,
         }
 
+    def _with_hessian(
+        self, weight: Tensor, options: LayerOptions, hessians: _Hessians, notes: list[str]
+    ) -> tuple[Tensor, QuantizedWeight, float]:
+        """The weight to be approached, the quantized one, and the ridge."""
+        arguments = options.arguments(self._scale_dtype)
+        grid = _grid(options)
+        hessian = hessians.calibration.hessian()
+        shared = self._last is hessians
+        known = self._ridges.get(grid) if shared and options.ridge == "auto" else None
+        if options.ridge != "auto" or known is not None:
+            ridge = float(options.ridge) if known is None else known
+            target = self._target(weight, options, hessians, ridge, notes)
+            return target, gptq(target, hessian, **{**arguments, "ridge": ridge}), ridge
+        choice = choose_ridge(
+            weight,
+            hessians.calibration,
+            bits=options.bits,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            effective_tokens=hessians.sample.effective_tokens,
+        )
+        target = self._target(weight, options, hessians, choice.ridge, notes)
+        found = gptq_with_choice(target, hessian, choice, **arguments)
+        if shared:
+            self._ridges[grid] = found.ridge
+        if found.failed:
+            failed = ", ".join(f"{one:.2g}" for one in found.failed)
+            notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {found.ridge:.2g}")
+        return target, found, found.ridge
+
+    def _target(
+        self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
+    ) -> Tensor:
+        target = hessians.corrected(weight, ridge, options.corrected_part)
+        if target is None:
+            notes.append("errors of earlier layers are not corrected: on held-out tokens that loses more than it gains")
+            return weight
+        return target
+
     def _note(self, name: str, note: str) -> None:
         layer = self._result.layers[name]
         self._result.layers[name] = replace(layer, notes=(*layer.notes, note))
@@ -887,12 +953,17 @@ def _grid(options: LayerOptions) -> tuple[int, int, bool]:
     return options.bits, options.group_size, options.symmetric
 
 
+def _judged_rows(rows: int) -> Tensor:
+    """Evenly spaced rows, by which a layer is judged."""
+    return torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
+
+
 def _losses(
     weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None, dtype: torch.dtype
 ) -> dict[str, float | None]:
     """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
     rows = len(weight)
-    some = torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
+    some = _judged_rows(rows)
     values = torch.cat(
         [dequantize(one.map(lambda tensor: tensor[some]), dtype=dtype) for one in candidates.values()]
     ).to(weight.dtype)

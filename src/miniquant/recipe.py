@@ -53,6 +53,9 @@ FormatName = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "miniquant
 SCHEMA = Path(__file__).with_name("recipe.schema.json")
 _REGULAR_EXPRESSION = "re:"
 _MOST_ERRORS = 10
+# What the preset that does the most corrects: a whole correction fits calibration tokens too closely.
+CORRECTION_OF_BEST = 0.5
+_FRACTIONS = ("ridge", "correction")  # options that are numbers, but no integers
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class LayerOptions:
         token_weights: how much each token counts in the Hessian (:mod:`miniquant.token_weights`): "uniform": alike;
             "norm": by 1 / |x|^2 of its input x; "position": the first of a causal sequence of T tokens
             1 + (T - 1) / 4 times; or both.
+        correction: which part of the errors that the quantized layers before leave in its inputs the layer makes up
+            for (:mod:`miniquant.correction`), 0 to 1; above 0 it takes a second forward pass. None is that of the
+            preset: 0.5 with "best", 0 with the others (:attr:`corrected_part`).
         unseen: what happens to a layer that saw fewer tokens than :meth:`tokens_needed`: "error" stops the run,
             "siblings" takes the Hessian of all tokens of the layer's siblings, "rtn" rounds to nearest.
         min_tokens: how many tokens the layer must see; None is the rule of :meth:`tokens_needed`.
@@ -83,13 +89,15 @@ class LayerOptions:
     preset: Preset = "best"
     ridge: float | Literal["auto"] = "auto"
     token_weights: TokenWeights = "norm+position"  # noqa: S105  (no password)
+    correction: float | None = None
     unseen: Unseen = "error"
     min_tokens: int | None = None
     skip: bool = False
 
     def __post_init__(self) -> None:
         _raise_first("LayerOptions", _errors(vars(self), "options"))
-        object.__setattr__(self, "ridge", _normalized({"ridge": self.ridge})["ridge"])
+        for name, value in _normalized({name: getattr(self, name) for name in _FRACTIONS}).items():
+            object.__setattr__(self, name, value)
 
     def tokens_needed(self, columns: int) -> int:
         """How many tokens a layer of so many columns must see to be quantized with a Hessian of its own.
@@ -98,6 +106,13 @@ class LayerOptions:
         well ahead of rounding to nearest on held-out tokens: docs/quality.md, "Few calibration tokens".
         """
         return max(16, -(-columns // 8)) if self.min_tokens is None else self.min_tokens
+
+    @property
+    def corrected_part(self) -> float:
+        """The correction, where that is the preset's, too."""
+        if self.correction is None:
+            return CORRECTION_OF_BEST if self.preset == "best" else 0.0
+        return self.correction
 
     @property
     def full_range(self) -> bool:
@@ -346,9 +361,11 @@ def _examples(pattern: str, names: Sequence[str]) -> str:
 
 
 def _normalized(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with the ridge as a float, so 1 and 1.0 are one recipe."""
-    ridge = options.get("ridge", "auto")
-    return dict(options) if ridge == "auto" else {**options, "ridge": float(ridge)}
+    """A copy with numbers that may have a fraction as floats, so 1 and 1.0 are one recipe."""
+    return {
+        name: float(value) if name in _FRACTIONS and value not in ("auto", None) else value
+        for name, value in options.items()
+    }
 
 
 def _parse_json(text: str) -> Any:

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miniquant import units
+from miniquant.bits import Allocation, Unit, uniform_cost
 from miniquant.report import Report, by_kind, judged_on, place_of, ratio, worst_layers
 
 if TYPE_CHECKING:
@@ -71,6 +73,36 @@ def plots(report: Report) -> list[Plot]:
         if report["layers"]:
             drawn.append(_parts(report))
     return drawn
+
+
+def write_bits_plot(path: Path, layers: Sequence[Unit], allocations: Sequence[Allocation], chosen: Allocation) -> None:
+    """Draws what averages of bits cost, chosen by layer and uniform.
+
+    Args:
+        path: of the picture; its ending says which kind it is.
+        layers: units, with costs.
+        allocations: bits chosen for several averages.
+        chosen: the one that is taken.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: for an ending that matplotlib does not know.
+    """
+    with _styled():
+        figure = _figure(7, 4.2)
+        axes = figure.subplots()
+        widths = sorted(layers[0].costs)
+        uniform = [uniform_cost(layers, bits) for bits in widths]
+        axes.plot(widths, uniform, color=COLOURS[1], marker="s", linestyle="--", label="the same bits for every layer")
+        averages, costs = [one.average for one in allocations], [one.cost for one in allocations]
+        axes.plot(averages, costs, color=COLOURS[0], marker="o", markersize=4, label="chosen by layer")
+        axes.plot([chosen.average], [chosen.cost], color=COLOURS[0], marker="*", markersize=14, linestyle="")
+        axes.set_yscale("log")
+        axes.set_xlabel("bits of a weight on average, without scales")
+        axes.set_ylabel("expected KL divergence, nats per token")
+        axes.set_title(f"What bits cost; the star is {chosen.average:.2f} bits")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=160)
 
 
 @contextmanager

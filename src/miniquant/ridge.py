@@ -148,8 +148,22 @@ def gptq_auto(
             raise TypeError(f"gptq_auto: expected an option of gptq ({', '.join(_OPTIONS)}), but got {name!r}")
     grid = {name: options[name] for name in ("bits", "group_size", "symmetric") if name in options}
     choice = choose_ridge(weight, accumulator, effective_tokens=effective_tokens, **grid)
-    hessian = accumulator.hessian()
+    return gptq_with_choice(weight, accumulator.hessian(), choice, **options)
 
+
+def gptq_with_choice(weight: Tensor, hessian: Tensor, choice: RidgeChoice, **options: Any) -> AutoGptqResult:
+    """:func:`miniquant.gptq` with the ridge of a choice, or the first of its fallbacks that serves.
+
+    Args:
+        weight: [N, K].
+        hessian: [K, K].
+        choice: of :func:`choose_ridge`.
+        options: the options of :func:`miniquant.gptq`, except ``ridge``.
+
+    Raises:
+        ValueError, TypeError: for a bad argument.
+        torch.linalg.LinAlgError: if none of these ridges makes the Hessian positive definite.
+    """
     failed: list[float] = []
     for ridge in (choice.ridge, *choice.fallbacks):
         try:

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from miniquant._torch_state import TorchState, evaluation_mode
-from miniquant.modules import ExpertSite, Site, watch
+from miniquant.modules import ExpertSite, Site, siblings_of, watch
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 _REMEMBERED = 4  # visits whose inputs a later site is compared with: q, k, v; gate, up; branches side by side
@@ -75,16 +75,22 @@ class Given:
         batch: the batch's number.
         source: the input of the module that uses the weight.
         mask: bool, of the leading dimensions of :meth:`tokens`; False is padding. None: every token counts.
+        original: the module's input in the model whose weights are as they were, where the walk has one beside.
     """
 
     batch: int
     source: Tensor
     mask: Tensor | None
     _site: Site
+    original: Tensor | None = None
 
     def tokens(self) -> Tensor:
         """The inputs of the weight, [..., K]."""
         return self._site.tokens(self.source)
+
+    def original_tokens(self) -> Tensor | None:
+        """The same in the model whose weights are as they were; None without one."""
+        return None if self.original is None else self._site.tokens(self.original)
 
 
 @dataclass(eq=False)
@@ -119,6 +125,10 @@ class Walk:
         masks: for each batch None or a mask [B, T] of the tokens that count. Without, the entries "attention_mask" and
             "decoder_attention_mask" of a batch are taken. A mask counts for inputs of shape [B, T, K] and
             [B * T, K], and for those of fused experts.
+        beside: whether every batch runs a second time, beside the first, in the model as it was: its sites' weights are
+            put back while it goes on from one to the next. Visits then have the inputs of both. A batch whose two runs
+            come to different sites has only the first from there on, and so has every batch from the first expert on:
+            experts may be given other tokens. Takes twice the memory for what batches hold.
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
@@ -132,6 +142,7 @@ class Walk:
         late: by name of a site, how many tokens reached it only after it was quantized, from batches that had given it
             none: they are not in its Hessian.
         again: the same of batches that came to it once more, as to a module that is used twice.
+        parted: by number of a batch, the name of the site from which on it runs in one model only.
     """
 
     def __init__(
@@ -142,6 +153,7 @@ class Walk:
         *,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         masks: Sequence[Tensor | None] | None = None,
+        beside: bool = False,
         look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
         going_on: Callable[[], None] | None = None,
@@ -164,6 +176,7 @@ class Walk:
                 f"Walk: expected a mask or None for each of {len(self._batches)} batches, but got {len(masks)}"
             )
         self._masks = masks
+        self._beside = beside
         self._look_ahead = look_ahead
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = _call if forward is None else forward
@@ -171,6 +184,8 @@ class Walk:
         self._going_on = going_on
         self._stack: ExitStack | None = None
         self._runs: list[_Run] = []
+        self._twins: dict[int, _Run] = {}  # by number of a batch: its run in the model as it was
+        self._original: Tensor | None = None  # the weight at hand, as it was
         self._reached: set[int] = set()  # sites that are done, or done without
         self._handed_out: set[int] = set()
         self._recent: list[tuple[int, list[Any]]] = []
@@ -178,6 +193,7 @@ class Walk:
         self._visit: Visit | None = None
         self.late: dict[str, int] = {}
         self.again: dict[str, int] = {}
+        self.parted: dict[int, str] = {}
 
     @property
     def unreached(self) -> tuple[Site, ...]:
@@ -211,6 +227,8 @@ class Walk:
             for number, batch in enumerate(self._batches):
                 masks = _masks_of(batch) if self._masks is None else {MASKS[0]: self._masks[number]}
                 self._runs.append(_Run(self, number, batch, device, _padding(number, masks), encoder))
+                if self._beside:
+                    self._twins[number] = _Run(self, number, batch, device, {}, None, is_twin=True)
             self._batches.clear()
             if any(run.masks for run in self._runs):
                 stack.enter_context(_noting_what_masks_are_for(encoder, self._sites))
@@ -274,6 +292,7 @@ class Walk:
         """Lets the batches run on that waited for the visit before; at first all of them."""
         before, self._visit = self._visit, None
         if before is None:
+            self._advance(self._twins.values())
             group = [run for run in self._runs if run.at is None]
         else:
             before.inputs.clear()
@@ -282,15 +301,49 @@ class Walk:
             group = [run for run in self._runs if run.at is not None and run.at[0] is before.site]
             if self._ended is None and not self.unreached:  # nothing is to come but what is late
                 group = [run for run in group if not run.visited >= self._handed_out]
-        while group:
-            for run in group:
-                if self._going_on is not None:
-                    self._going_on()
-                run.advance()
-            group = [run for run in self._runs if run.held]
+            self._advance_twins(before.site, [run.number for run in group])
+        self._advance(group)
+        while held := [run for run in (*self._twins.values(), *self._runs) if run.held]:
+            self._advance(held)
+
+    def _advance(self, group: Iterable["_Run"]) -> None:
+        for run in group:
+            if self._going_on is not None:
+                self._going_on()
+            run.advance()
+
+    def _advance_twins(self, site: Site, numbers: Sequence[int]) -> None:
+        """Lets the other runs of batches go on from a site, with the weight that it had."""
+        twins = [self._twins[number] for number in numbers if number in self._twins]
+        original, self._original = self._original, None
+        if not twins or original is None:
+            return
+        replaced = site.matrix.detach().clone()
+        site.write(original)
+        try:
+            self._advance(twins)
+        finally:
+            site.write(replaced)
+
+    def _part(self, site: Site, group: Sequence["_Run"]) -> None:
+        """Ends the second runs of batches that cannot go on beside the first, now that a site is handed out."""
+        here = {run.number for run in group}
+        routed = siblings_of(site) is not None
+        for number, twin in list(self._twins.items()):
+            is_here = twin.at is not None and twin.at[0] is site
+            if routed or (is_here != (number in here)):
+                self.parted[number] = site.name
+                twin.end()
+                del self._twins[number]
 
     def _visit_of(self, site: Site, group: list[tuple["_Run", Tensor]]) -> Visit:
-        inputs = [Given(run.number, source, run.mask(site, source), site) for run, source in group]
+        self._part(site, [run for run, _ in group])
+        twins = {number: twin.at[1] for number, twin in self._twins.items() if twin.at is not None}
+        if any(run.number in twins for run, _ in group):
+            self._original = site.matrix.detach().clone()
+        inputs = [
+            Given(run.number, source, run.mask(site, source), site, twins.get(run.number)) for run, source in group
+        ]
         keys = [site.geometry, *((run.number, _identity(source)) for run, source in group)]
         for inputs_id, others in self._recent:
             if _same(keys, others):
@@ -310,7 +363,8 @@ class Walk:
             if all(id(one) in run.order for one in self.unreached):
                 raise greenlet.GreenletExit
         elif id(site) in self._reached:
-            self._count(run, site, source)
+            if not run.is_twin:
+                self._count(run, site, source)
         else:
             run.visited.add(id(site))
             run.pause(site, source)
@@ -323,8 +377,9 @@ class Walk:
 
     def _end_all(self) -> None:
         """Ends batches where they wait, and lets go of them."""
-        for run in self._runs:
+        for run in (*self._twins.values(), *self._runs):
             run.end()
+        self._twins.clear()
         self._runs.clear()
 
 
@@ -346,10 +401,13 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         device: torch.device | None,
         masks: Mapping[str, Tensor],
         encoder: nn.Module | None,
+        *,
+        is_twin: bool = False,
     ) -> None:
         super().__init__()
         self.walk = walk
         self.number = number
+        self.is_twin = is_twin  # whether it runs in the model as it was, beside another
         self.at: tuple[Site, Tensor] | None = None  # where it waits, with which input
         self.held = False  # whether it waits for no site, but until the others have run
         self.last: Site | None = None
@@ -367,7 +425,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
     def run(self) -> None:
         """The forward pass: what the greenlet does when it is first switched to."""
         output = self.walk._forward(self.walk._model, to_device(self._batch, self._device))  # noqa: SLF001  (a part of it)
-        if self.walk._ended is not None and self.order is None:  # noqa: SLF001
+        if self.walk._ended is not None and self.order is None and not self.is_twin:  # noqa: SLF001
             self.walk._ended(self.number, output)  # noqa: SLF001
 
     def looked_ahead(self) -> dict[int, int]:

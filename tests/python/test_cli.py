@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 transformers: Any = pytest.importorskip("transformers")
 
-COMMANDS = ("quantize", "evaluate", "inspect", "convert", "generate", "lab")
+COMMANDS = ("quantize", "evaluate", "bits", "inspect", "convert", "generate", "lab")
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12 + "\n"
 
 
@@ -411,7 +411,7 @@ def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: in
 BLOCKED = """
 import ctypes, sys
 from miniquant import cli, quantize
-solve, solved = quantize.gptq_auto, []
+solve, solved = quantize.choose_ridge, []
 def blocked(*arguments, **options):
     if len(solved) == 3:
         print("blocks", file=sys.stderr, flush=True)
@@ -420,7 +420,7 @@ def blocked(*arguments, **options):
         library.pthread_mutex_lock(mutex)
     solved.append(True)
     return solve(*arguments, **options)
-quantize.gptq_auto = blocked
+quantize.choose_ridge = blocked
 sys.exit(cli.main(sys.argv[1:]))
 """
 

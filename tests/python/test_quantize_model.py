@@ -26,7 +26,7 @@ from miniquant import (
     quantization_loss,
     rtn,
 )
-from miniquant.modules import find_sites
+from miniquant.modules import find_sites, siblings_of
 from miniquant.quantize import (
     LayerResult,
     ModelResult,
@@ -37,7 +37,6 @@ from miniquant.quantize import (
     as_recipe,
     plan_model,
     quantize_model,
-    siblings_of,
 )
 from miniquant.token_weights import norm_weights
 
@@ -91,7 +90,7 @@ def accumulated(batches: Sequence[Tensor], *, halves: bool = False) -> HessianAc
 def test_each_layer_is_what_the_solver_gives_on_the_inputs_it_then_has(name: Any, ridge: Any) -> None:
     """Step by step by hand, with seven batches for calibration and the last one held out."""
     model, by_hand = chain(), chain()
-    options = LayerOptions(bits=3, group_size=16, preset=name, ridge=ridge)
+    options = LayerOptions(bits=3, group_size=16, preset=name, ridge=ridge, correction=0)
     seen: list[tuple[str, int, int]] = []
     result = quantize_model(
         model, BATCHES, options, held_out=0.1, progress=lambda layer, number, of: seen.append((layer.name, number, of))

@@ -78,6 +78,41 @@ def test_equal_to_reruns_bit_for_bit(kind: str) -> None:
     assert unchanged >= {one.name for one in find_sites(model).left_alone} & set(original)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_second_run_beside_sees_the_model_as_it_was(kind: str) -> None:
+    """Its inputs are those of a walk that changes nothing, and it changes nothing about the first run."""
+    build, batches = MODELS[kind]
+    untouched, alone, model = build(), build(), build()
+    original: dict[str, dict[int, Tensor]] = {}
+    with Walk(untouched, batches(), find_sites(untouched).sites) as walk:
+        for visit in walk:
+            original[visit.site.name] = {given.batch: given.tokens().clone() for given in visit.inputs}
+    expected, _ = walked(alone, batches(), find_sites(alone).sites)
+    seen = set()
+    with Walk(model, batches(), find_sites(model).sites, beside=True) as walk:
+        for visit in walk:
+            accumulator = HessianAccumulator(visit.site.columns, halves=True)
+            for given in visit.inputs:
+                accumulator.update(given.tokens(), mask=given.mask)
+                tokens = given.original_tokens()
+                if tokens is not None:
+                    seen.add(visit.site.name)
+                    assert torch.equal(tokens, original[visit.site.name][given.batch]), visit.site.name
+            assert torch.equal(accumulator.hessian(), expected[visit.site.name]), visit.site.name
+            visit.site.write(multipass.quantized(visit.site.read(), accumulator.hessian()))
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, alone.state_dict()[name]), name
+    assert (walk.late, walk.again) == ({}, {})
+    experts = [name for name in expected if ".experts." in name]
+    if experts:  # no layer from the first expert on
+        assert set(walk.parted) == set(range(len(batches())))
+        assert set(walk.parted.values()) == {experts[0]}
+        assert seen == set(list(expected)[: list(expected).index(experts[0])])
+    else:
+        assert walk.parted == {}
+        assert seen == set(expected)
+
+
 LLAMA_BLOCK = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -319,6 +354,38 @@ def test_branches() -> None:
         assert [site.name for site in walk.unreached] == ["never"]
     assert visits == [("start", [0, 1, 2]), ("left", [0]), ("right", [0, 1]), ("end", [0, 1, 2])]
     assert walk.late == {}
+
+
+class Threshold(nn.Module):
+    """A way that depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Linear(4, 4)
+        self.positive = nn.Linear(4, 4)
+        self.negative = nn.Linear(4, 4)
+        self.end = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        return self.end(self.positive(x) if float(x.sum()) > 0 else self.negative(x))  # type: ignore[no-any-return]
+
+
+def test_a_batch_whose_runs_part_goes_on_in_one() -> None:
+    model = Threshold()
+    with torch.no_grad():
+        model.start.bias.zero_()
+        model.start.weight.copy_(torch.eye(4))
+    batches = [torch.ones(3, 4), torch.ones(5, 4)]
+    has_original: dict[str, list[bool]] = {}
+    with Walk(model, batches, find_sites(model).sites, beside=True) as walk:
+        for visit in walk:
+            has_original[visit.site.name] = [given.original is not None for given in visit.inputs]
+            if visit.site.name == "start":  # now the first runs take the other way
+                visit.site.write(-torch.eye(4))
+    assert has_original == {"start": [True, True], "negative": [False, False], "end": [False, False]}
+    assert walk.parted == {0: "negative", 1: "negative"}
+    assert torch.equal(model.start.weight, -torch.eye(4))
 
 
 def visits_of(walk: Walk) -> list[tuple[str, list[int]]]:

@@ -1,0 +1,195 @@
+"""Correction of earlier layers' errors: the least squares solution, and what a run does with it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import small_models
+from miniquant import HessianAccumulator, LayerOptions, dequantize, gptq, preset, quantize_model
+from miniquant.correction import Correction, InputErrors
+
+COLUMNS = 12
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def summed(y: Tensor, x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> InputErrors:
+    errors = InputErrors(y.shape[-1], torch.float64)
+    errors.update(y, x, mask, weights)
+    return errors
+
+
+# The equation
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_are_weighted_means_over_tokens_that_count(weighted: bool, masked: bool) -> None:
+    y, x = drawn(3, 7, COLUMNS), drawn(3, 7, COLUMNS, seed=1)
+    weights = torch.rand(3, 7, dtype=torch.float64) if weighted else None
+    mask = torch.rand(3, 7) > 0.4 if masked else None
+    errors = InputErrors(COLUMNS, torch.float64)
+    for row in range(3):
+        errors.update(y[row], x[row], None if mask is None else mask[row], None if weights is None else weights[row])
+    factors = (torch.ones(3, 7) if weights is None else weights) * (1 if mask is None else mask)
+    expected = torch.einsum("bt,btx,bty->xy", factors.double(), x - y, y) / factors.sum()
+    torch.testing.assert_close(errors.mean(), expected)
+
+
+def test_the_corrected_weight_is_the_least_squares_solution() -> None:
+    y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
+    x = y + 0.3 * drawn(50, COLUMNS, seed=1)
+    corrected = Correction(summed(y, x).mean(), y.T @ y / 50, ridge=0.0).of(weight, 1.0)
+    torch.testing.assert_close(corrected, torch.linalg.lstsq(y, x @ weight.T).solution.T)
+
+
+def test_a_ridge_and_a_part_keep_the_weight_nearer_to_what_it_was() -> None:
+    y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
+    x = y + 0.3 * drawn(50, COLUMNS, seed=1)
+    errors, hessian = summed(y, x).mean(), y.T @ y / 50
+    ridge = 0.2
+    damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    expected = weight + 0.5 * weight @ errors @ damped.inverse()
+    torch.testing.assert_close(Correction(errors, hessian, ridge).of(weight, 0.5), expected)
+    assert torch.equal(Correction(errors, hessian, ridge).of(weight, 0.0), weight)
+    changes = [(Correction(errors, hessian, one).of(weight, 1.0) - weight).norm() for one in (0.0, 0.1, 1.0, 10.0)]
+    assert changes == sorted(changes, reverse=True)
+
+
+def test_inputs_without_errors_leave_the_weight() -> None:
+    y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
+    assert torch.equal(Correction(summed(y, y.clone()).mean(), y.T @ y / 50, 0.01).of(weight, 1.0), weight)
+
+
+def test_a_hessian_without_an_inverse_leaves_the_weight() -> None:
+    y, weight = drawn(3, COLUMNS), drawn(5, COLUMNS, seed=3)
+    y[:, 4] = 0
+    correction = Correction(summed(y, y + 1).mean(), y.T @ y / 3, ridge=0.0)
+    assert torch.equal(correction.of(weight, 1.0), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_of_other_dtypes(dtype: torch.dtype) -> None:
+    y = drawn(200, COLUMNS).to(dtype)
+    x = (y.double() + 0.1 * drawn(200, COLUMNS, seed=1)).to(dtype)
+    errors = InputErrors(COLUMNS, torch.float32)
+    errors.update(y, x, None, None)
+    expected = summed(y.double(), x.double()).mean()
+    assert (errors.mean() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_bad_inputs_are_refused() -> None:
+    errors = InputErrors(COLUMNS, torch.float32)
+    with pytest.raises(ValueError, match=r"float model to have shape \[3, 12\], but got shape \[4, 12\]"):
+        errors.update(torch.ones(3, COLUMNS), torch.ones(4, COLUMNS), None, None)
+    with pytest.raises(ValueError, match="products are finite"):
+        errors.update(torch.ones(3, COLUMNS), torch.full((3, COLUMNS), float("inf")), None, None)
+    assert errors.mean().eq(0).all()
+
+
+# In a run
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 48, bias=False)
+        self.second = nn.Linear(48, 32, bias=False)
+        self.third = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.tanh(self.second(torch.relu(self.first(x)))))  # type: ignore[no-any-return]
+
+
+def chain() -> Chain:
+    torch.manual_seed(3)
+    return Chain().eval()
+
+
+def batches(count: int, rows: int = 64) -> list[Tensor]:
+    mix = drawn(32, 32, seed=9) / 32**0.5
+    return [(drawn(rows, 32, seed=seed) @ mix).float() for seed in range(count)]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_each_layer_approaches_the_weight_that_makes_up_for_the_layers_before(part: float) -> None:
+    """Step by step by hand: the inputs of a float model and of the one that is quantized so far."""
+    model, original, by_hand = chain(), chain(), chain()
+    options: Any = {"bits": 3, "group_size": 16, "ridge": 0.05, "token_weights": "uniform", "preset": "plain"}
+    result = quantize_model(model, batches(8), LayerOptions(**options, correction=part), held_out=0)
+    x = y = torch.cat(batches(8))
+    for name, function in (("first", torch.relu), ("second", torch.tanh), ("third", None)):
+        weight = getattr(original, name).weight.detach()
+        hessian = HessianAccumulator(weight.shape[1])
+        hessian.update(y)
+        errors = (x - y).double().T @ y.double() / len(y)
+        target = Correction(errors, hessian.hessian(), 0.05).of(weight, part)
+        expected = gptq(target, hessian.hessian(), bits=3, group_size=16, ridge=0.05, **preset("plain"))
+        layer = result.layers[name]
+        differ = layer.quantized.codes.ne(expected.codes).sum()
+        assert differ <= 0.002 * weight.numel(), name  # sums of batches round otherwise than one of all tokens
+        getattr(by_hand, name).weight.data = dequantize(layer.quantized)
+        error = (target - dequantize(layer.quantized)).double()
+        measured = float((error @ hessian.hessian().double() @ error.T).trace())
+        assert layer.loss == pytest.approx(measured, rel=1e-3)
+        if function is not None:
+            with torch.no_grad():
+                x, y = function(getattr(original, name)(x)), function(getattr(by_hand, name)(y))
+    assert result.notes == []
+
+
+def divergence(model: nn.Module, original: nn.Module, ids: Tensor) -> float:
+    with torch.no_grad():
+        ours, theirs = (one(ids).logits.log_softmax(-1) for one in (model, original))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_it_brings_a_model_nearer_to_the_float_model(kind: str) -> None:
+    build = small_models.MODELS[kind][0]
+    given = [{"input_ids": small_models.ids(4, 16, seed)} for seed in range(24)]
+    fresh = small_models.ids(64, 16, 99)
+    distances = []
+    for part in (0.0, 0.5):
+        model = build()
+        quantize_model(model, copy.deepcopy(given), LayerOptions(bits=3, group_size=16, preset="fast", correction=part))
+        distances.append(divergence(model, build(), fresh))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_correction_that_loses_on_held_out_tokens_is_not_made() -> None:
+    """Few tokens and no ridge: what they ask for is no help to others."""
+    options: Any = {"bits": 3, "group_size": 16, "ridge": 1e-6, "token_weights": "uniform", "preset": "plain"}
+    given, held_out = batches(1, rows=49), batches(5)[1:]
+    with_it, without = chain(), chain()
+    result = quantize_model(with_it, given, LayerOptions(**options, correction=1.0), held_out=held_out)
+    other = quantize_model(without, given, LayerOptions(**options, correction=0.0), held_out=held_out)
+    note = "errors of earlier layers are not corrected: on held-out tokens that loses more than it gains"
+    assert note in result.layers["second"].notes
+    assert torch.equal(result.layers["second"].quantized.codes, other.layers["second"].quantized.codes)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
+def test_from_the_first_expert_on_nothing_is_corrected_and_the_result_says_so(kind: str) -> None:
+    build, given = small_models.MODELS[kind]
+    options = LayerOptions(bits=4, group_size=16, preset="fast", correction=0.5, unseen="rtn")
+    result = quantize_model(build(), given(), options, held_out=0)
+    (note,) = (note for note in result.notes if "errors of earlier layers" in note)
+    first = next(name for name in result.layers if ".experts." in name)
+    assert f"before layer {first!r} only" in note
+
+
+def test_options() -> None:
+    assert LayerOptions(correction=1).correction == 1.0
+    assert [LayerOptions(preset=name).corrected_part for name in ("plain", "fast", "best")] == [0.0, 0.0, 0.5]
+    assert [LayerOptions(preset=name, correction=0.2).corrected_part for name in ("plain", "best")] == [0.2, 0.2]
+    for bad in (-0.1, 1.5, True, "all"):
+        with pytest.raises(ValueError, match="correction to be"):
+            LayerOptions(correction=bad)  # type: ignore[arg-type]
