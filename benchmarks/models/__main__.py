@@ -36,12 +36,17 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
+from miniquant.bits import Unit, allocate, measure_units, recipe_of
 from miniquant.checkpoint import Checkpoint
+from miniquant.recipe import CORRECTION_OF_BEST
 from scripts.smollm2 import write_folder
 
 GROUP_SIZE = 64
 LENGTH = 512
 ALIKE = ", tokens alike"
+BY_LAYER = "best, bits by layer"
+# Tokens that say what a layer's bits are worth.
+MEASURED_TOKENS = 8192
 UNIFORM: dict[str, Any] = {"token_weights": "uniform"}
 # By name, as the table has it, in the order of its rows.
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -50,8 +55,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "plain": {"preset": "plain", **UNIFORM},
     f"fast{ALIKE}": {"preset": "fast", **UNIFORM},
     "fast": {"preset": "fast"},
-    f"best{ALIKE}": {"preset": "best", **UNIFORM},
+    "fast, corrected": {"preset": "fast", "correction": CORRECTION_OF_BEST},
+    f"best{ALIKE}": {"preset": "best", "correction": 0, **UNIFORM},
+    "best, not corrected": {"preset": "best", "correction": 0},
     "best": {"preset": "best"},
+    BY_LAYER: {"preset": "best"},
 }
 PEER = "llm-compressor"
 
@@ -120,14 +128,24 @@ class Benchmark:
 
         return [row for row in before["rows"] if not is_measured_anew(row)]
 
-    def ours(self, name: str, options: miniquant.LayerOptions) -> None:
-        """Quantizes with our package."""
-        folder = self.work / f"{name.replace(', ', '-').replace(' ', '-')}-{options.bits}"
+    def ours(self, name: str, bits: int) -> None:
+        """Quantizes with our package; where bits are chosen by layer, `bits` is their average."""
+        folder = self.work / f"{name.replace(', ', '-').replace(' ', '-')}-{bits}"
         start = time.perf_counter()
+        recipe = miniquant.Recipe(miniquant.LayerOptions(bits=bits, group_size=GROUP_SIZE, **SCHEMES[name]))
+        if name == BY_LAYER:
+            recipe = recipe_of(allocate(self._units(recipe.defaults), bits), recipe)
         done = miniquant.quantize_folder(
-            self.float_folder, folder, options, calibration=self.calibration, dtype=torch.float32, overwrite=True
+            self.float_folder, folder, recipe, calibration=self.calibration, dtype=torch.float32, overwrite=True
         )
-        self._add(name, options.bits, folder, time.perf_counter() - start, done.result.seconds)
+        self._add(name, bits, folder, time.perf_counter() - start, done.result.seconds)
+
+    def _units(self, options: miniquant.LayerOptions) -> list[Unit]:
+        """What bits are worth to layers, on the first of the calibration tokens, in windows of their own."""
+        windows = [row[None] for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
+        model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
+        batches = [{"input_ids": window} for window in windows[: MEASURED_TOKENS // LENGTH]]
+        return measure_units(model.eval(), batches, options)
 
     def peer(self, bits: int, python: Path) -> None:
         """Quantizes with llm-compressor."""
@@ -239,7 +257,7 @@ def main() -> None:
     bench = Benchmark(arguments)
     for bits in arguments.bits:
         for name in arguments.schemes:
-            bench.ours(name, miniquant.LayerOptions(bits=bits, group_size=GROUP_SIZE, **SCHEMES[name]))
+            bench.ours(name, bits)
         if arguments.peers is not None:
             bench.peer(bits, arguments.peers)
 

@@ -40,7 +40,7 @@ from miniquant.walk import Walk
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 # Tokens by which a layer's errors are weighed.
-SAMPLED = 512
+SAMPLED = 1024
 # Of the Hessians that errors are measured with.
 RIDGE = 0.05
 # States of the dynamic program at most; beyond, sizes are rounded up to fewer units.
@@ -194,8 +194,11 @@ def measure_units(
     Raises:
         ValueError, TypeError: for a model without logits, and without batches or layers.
     """
-    if not batches:
-        raise ValueError("measure_units: expected batches, but got none")
+    if len(batches) < 2:
+        raise ValueError(
+            "measure_units: expected at least two batches (errors are measured on others than those that layers are "
+            f"quantized with), but got {len(batches)}"
+        )
     options = options or LayerOptions()
     skipped = set(skip)
     sites: list[Site] = [
@@ -206,10 +209,11 @@ def measure_units(
     if not sites:
         raise ValueError("measure_units: expected a model with Linear layers, but got none")
     generator = torch.Generator().manual_seed(seed)
-    samples, tokens = _sampled(model, batches, sites, generator)
+    judging = batches[1::2]
+    samples, tokens = _sampled(model, judging, sites, generator)
     causal = causal_sites(model, sites)
     units: dict[int, list[tuple[Site, dict[int, float]]]] = {}
-    with Walk(model, list(batches), sites) as walk:
+    with Walk(model, batches[::2], sites) as walk:
         hessian, last = None, None
         for visit in walk:
             site = visit.site

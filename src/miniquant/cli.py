@@ -52,6 +52,29 @@ _MODEL, _RECIPE, _TOKENS, _RUN, _OUTPUT = "Model", "What is done to layers", "Ca
 ModelDir = Annotated[
     Path, typer.Argument(metavar="MODEL_DIR", show_default=False, help="Folder of a model as transformers saves it.")
 ]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=_RECIPE, show_default="64", help="Columns that share a scale; -1: one per row."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        rich_help_panel=_RECIPE,
+        show_default=False,
+        help="Leave layers alone: a glob over their names, or re: and a regular expression. May be repeated.",
+    ),
+]
+CalibrationFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE|DIR",
+        rich_help_panel=_TOKENS,
+        show_default="a text that ships with miniquant",
+        help="Text (.txt, .md), JSONL or Parquet with text or messages, a data set's folder, token ids (.safetensors, "
+        ".npy). May be repeated.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", rich_help_panel=_RUN, help="Where the model runs: cpu, cuda, cuda:1."),
@@ -143,10 +166,7 @@ def quantize(
     bits: Annotated[
         int | None, typer.Option(min=2, max=8, rich_help_panel=_RECIPE, show_default="4", help="Of a weight.")
     ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=_RECIPE, show_default="64", help="Columns that share a scale; -1: one per row."),
-    ] = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[
         bool | None,
         typer.Option(
@@ -208,15 +228,7 @@ def quantize(
             min=1, rich_help_panel=_RECIPE, show_default="columns / 8", help="How many tokens a layer has to see."
         ),
     ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            rich_help_panel=_RECIPE,
-            show_default=False,
-            help="Leave layers alone: a glob over their names, or re: and a regular expression. May be repeated.",
-        ),
-    ] = None,
+    skip: Skip = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -240,16 +252,7 @@ def quantize(
     output_embeddings: Annotated[
         bool, typer.Option("--output-embeddings", rich_help_panel=_RECIPE, help="Also quantize lm_head.")
     ] = False,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            rich_help_panel=_TOKENS,
-            show_default="a text that ships with miniquant",
-            help="Text (.txt, .md), JSONL or Parquet with text or messages, a data set's folder, token ids "
-            "(.safetensors, .npy). May be repeated.",
-        ),
-    ] = None,
+    calibration: CalibrationFiles = None,
     tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_TOKENS, help="To calibrate on.")] = 32768,
     sequence_length: Annotated[
         int, typer.Option(min=1, rich_help_panel=_TOKENS, help="Tokens of a window; at most what the model takes.")
@@ -434,10 +437,7 @@ def bits(
     widths: Annotated[
         str, typer.Option(metavar="BITS,...", rich_help_panel=_RECIPE, help="To choose from.")
     ] = "2,3,4,5,6,8",
-    group_size: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=_RECIPE, show_default="64", help="Columns that share a scale; -1: one per row."),
-    ] = None,
+    group_size: GroupSize = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -447,22 +447,9 @@ def bits(
             help="TOML or JSON file with all else; bits that its rules state are replaced.",
         ),
     ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", rich_help_panel=_RECIPE, show_default=False, help="Leave layers alone. May be repeated."
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            rich_help_panel=_TOKENS,
-            show_default="a text that ships with miniquant",
-            help="As of quantize. May be repeated.",
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_TOKENS, help="To measure on.")] = 4096,
+    skip: Skip = None,
+    calibration: CalibrationFiles = None,
+    tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_TOKENS, help="To measure on.")] = 8192,
     sequence_length: Annotated[int, typer.Option(min=2, rich_help_panel=_TOKENS, help="Tokens of a window.")] = 512,
     plot: Annotated[
         Path | None,

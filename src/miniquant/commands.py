@@ -212,11 +212,8 @@ def evaluate(
     """Prints scores of a model."""
     console = _start(threads, device)
     loading: dict[str, Any] = {"dtype": _DTYPES.get(dtype), "device": device, "trust_remote_code": trust_remote_code}
-    tokenizer = None
-    if needs_tokenizer(list(text)):
-        tokenizer = load_tokenizer(
-            (model_dir, *([] if against is None else [against])), trust_remote_code=trust_remote_code
-        )
+    models = (model_dir, *([] if against is None else [against]))
+    tokenizer = load_tokenizer(models, trust_remote_code=trust_remote_code) if needs_tokenizer(list(text)) else None
     naming = _naming("evaluate", model_dir, *text, *([] if against is None else [against]))
     with naming, Progress(console=console) as progress:
         progress.stage(f"reads {model_dir}")
@@ -255,16 +252,17 @@ def _loaded(path: Path, *, dtype: torch.dtype | None, device: str, trust_remote_
     return model
 
 
-def _windows(text: Sequence[Path], tokenizer: Any, model: nn.Module, tokens: int, sequence_length: int) -> Calibration:
+def _windows(
+    text: Sequence[Path] | None, tokenizer: Any, model: nn.Module, tokens: int, sequence_length: int
+) -> Calibration:
     """Batches of tokens as long as the model takes, which notes say."""
     longest = longest_window(model)
     if longest is not None and longest < sequence_length:
         logging.getLogger(__name__).info("windows have %d tokens, as many as the model takes", longest)
         sequence_length = longest
     vocabulary = vocabulary_of(model)
-    return load_calibration(
-        list(text), tokenizer, tokens=tokens, sequence_length=sequence_length, vocabulary=vocabulary
-    )
+    source = None if text is None else list(text)
+    return load_calibration(source, tokenizer, tokens=tokens, sequence_length=sequence_length, vocabulary=vocabulary)
 
 
 def _scores(model: nn.Module, data: Calibration, reference: nn.Module | None, path: Path) -> dict[str, Any]:
@@ -342,16 +340,9 @@ def choose_bits(
         model = _loaded(model_dir, dtype=_DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
         if not speaks(model):
             raise ValueError(f"expected a language model, but got a {type(model).__name__}")
-        tokenizer = None
-        if needs_tokenizer(calibration):
-            tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code)
-        data = load_calibration(
-            None if calibration is None else list(calibration),
-            tokenizer,
-            tokens=tokens,
-            sequence_length=min(sequence_length, longest_window(model) or sequence_length),
-            vocabulary=vocabulary_of(model),
-        )
+        needed = needs_tokenizer(calibration)
+        tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code) if needed else None
+        data = _windows(calibration, tokenizer, model, tokens, sequence_length)
         progress.stage(f"measures what layers cost, on {data.tokens:,} tokens")
         skipped = [site.name for site in find_sites(model).sites if recipe.options(site.name).skip]
         batches = [to_device(batch, torch.device(device)) for batch in data.batches]

@@ -163,7 +163,7 @@ def test_layers_that_are_skipped_and_padding() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="expected batches, but got none"):
+    with pytest.raises(ValueError, match="at least two batches"):
         bits.measure_units(language_model(), [])
     with pytest.raises(ValueError, match="model with Linear layers, but got none"):
         bits.measure_units(nn.Embedding(3, 3), batches(1))
