@@ -1,7 +1,9 @@
 """Quantizing whole models: the walk, the solver and the recipe."""
 
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ from miniquant.hessian import HessianAccumulator
 from miniquant.loss import quantization_loss
 from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
 from miniquant.recipe import LayerOptions, Recipe
-from miniquant.ridge import choose_ridge, gptq_with_choice
+from miniquant.ridge import LinAlgError, choose_ridge, gptq_with_choice
 from miniquant.token_weights import TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
 
@@ -26,6 +28,12 @@ FEWEST_HELD_OUT = 16
 HELD_OUT = 0.05
 # Batches are held out only where that takes no more than this part of the tokens from calibration.
 MOST_HELD_OUT = 0.25
+
+# Ridges are carried over to so many layers of a kind until one is searched for again: where two that were found lie
+# within one step of the search, and not where the tokens say next to nothing.
+CARRIED = 3
+NEARBY = 2.0
+LARGEST_CARRIED = 10.0
 
 # Layers are judged by so many of their rows: with all, judging would take longer than quantizing.
 JUDGED_ROWS = 256
@@ -137,11 +145,13 @@ class FinishedLayer:
     Attributes:
         result: of the layer.
         found_ridge: that a layer on the same inputs with the same grid takes; None where there is none.
+        searched: whether that ridge was found in the tokens of this layer.
         waited: whether it kept its weight while the walk was among its siblings.
     """
 
     result: LayerResult
     found_ridge: float | None
+    searched: bool
     waited: bool
 
 
@@ -252,7 +262,8 @@ def quantize_model(
     is, and the result's notes say it.
 
     Layers that are given the same inputs, as q, k and v, share a Hessian, and with the same grid the ridge that is
-    found in it for the first of them.
+    found in it for the first of them. A layer whose like had about the same ridge in the two blocks before takes it
+    without a search, at most three times in a row; experts never do.
 
     A layer that sees fewer tokens than ``options.tokens_needed(K)`` is dealt with as ``options.unseen`` says. With
     "siblings" it stays as it is while the walk is among its siblings (other experts of the same module), and is then
@@ -615,6 +626,8 @@ class _Quantizer:
         self._inputs: tuple[int, torch.dtype, _Weighing] | None = None  # of the layer at hand
         self._last: _Hessians | None = None  # of these inputs
         self._ridges: dict[Any, float] = {}  # found in them: by grid
+        self._carried = _CarriedRidges()
+        self._searched = False  # whether the ridge of the layer at hand was found in its own tokens
         self._pools: dict[tuple[str, str], _Hessians] = {}
         self._few: dict[int, int] = {}  # experts that wait for their siblings: tokens of their own
         self._visited_families: dict[str, None] = {}
@@ -841,7 +854,8 @@ class _Quantizer:
         done = LayerResult(name=site.name, site=site, options=options, seconds=self._busy() - before, **layer)
         if self._store is not None:
             shared = hessians is not None and hessians is self._last
-            self._store.save(FinishedLayer(done, self._ridges.get(_grid(options)) if shared else None, waited))
+            found = self._ridges.get(_grid(options)) if shared else None
+            self._store.save(FinishedLayer(done, found, self._searched, waited))
         self._add(done)
 
     def _restore(self, finished: FinishedLayer) -> None:
@@ -852,7 +866,12 @@ class _Quantizer:
         except Exception as error:
             raise self._failed(done.site, error) from error
         if finished.found_ridge is not None:
-            self._ridges[_grid(done.options)] = finished.found_ridge
+            grid = _grid(done.options)
+            if finished.searched:
+                self._carried.found(_kind(done.site, done.options), finished.found_ridge)
+            elif grid not in self._ridges:
+                self._carried.take(_kind(done.site, done.options))
+            self._ridges[grid] = finished.found_ridge
         self._add(replace(done, restored=True))
 
     def _add(self, done: LayerResult) -> None:
@@ -868,6 +887,7 @@ class _Quantizer:
     ) -> dict[str, Any]:
         """All that a :class:`LayerResult` says of the solver."""
         weight = site.read() if self._weights is None else self._weights(site)
+        self._searched = False
         start = time.perf_counter()
         rounded = rtn(
             weight,
@@ -881,7 +901,7 @@ class _Quantizer:
         ridge: float | None = None
         target = weight
         if hessians is not None and not nearest:
-            target, quantized, ridge = self._with_hessian(weight, options, hessians, notes)
+            target, quantized, ridge = self._with_hessian(site, weight, options, hessians, notes)
         solved = time.perf_counter()
         losses = _losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
         ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
@@ -905,18 +925,22 @@ class _Quantizer:
         }
 
     def _with_hessian(
-        self, weight: Tensor, options: LayerOptions, hessians: _Hessians, notes: list[str]
+        self, site: Site, weight: Tensor, options: LayerOptions, hessians: _Hessians, notes: list[str]
     ) -> tuple[Tensor, QuantizedWeight, float]:
         """The weight to be approached, the quantized one, and the ridge."""
         arguments = options.arguments(self._scale_dtype)
         grid = _grid(options)
-        hessian = hessians.calibration.hessian()
         shared = self._last is hessians
-        known = self._ridges.get(grid) if shared and options.ridge == "auto" else None
-        if options.ridge != "auto" or known is not None:
-            ridge = float(options.ridge) if known is None else known
-            target = self._target(weight, options, hessians, ridge, notes)
-            return target, gptq(target, hessian, **{**arguments, "ridge": ridge}), ridge
+        if options.ridge != "auto":
+            return self._with_ridge(weight, options, hessians, float(options.ridge), notes)
+        if shared and grid in self._ridges:
+            return self._with_ridge(weight, options, hessians, self._ridges[grid], notes)
+        carried = self._carried.take(_kind(site, options)) if shared and siblings_of(site) is None else None
+        if carried is not None:
+            with suppress(LinAlgError):  # then its own is searched for
+                found = self._with_ridge(weight, options, hessians, carried, notes)
+                self._ridges[grid] = carried
+                return found
         choice = choose_ridge(
             weight,
             hessians.calibration,
@@ -926,13 +950,23 @@ class _Quantizer:
             effective_tokens=hessians.sample.effective_tokens,
         )
         target = self._target(weight, options, hessians, choice.ridge, notes)
-        found = gptq_with_choice(target, hessian, choice, **arguments)
+        quantized = gptq_with_choice(target, hessians.calibration.hessian(), choice, **arguments)
         if shared:
-            self._ridges[grid] = found.ridge
-        if found.failed:
-            failed = ", ".join(f"{one:.2g}" for one in found.failed)
-            notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {found.ridge:.2g}")
-        return target, found, found.ridge
+            self._ridges[grid] = quantized.ridge
+            self._searched = True
+            if siblings_of(site) is None:
+                self._carried.found(_kind(site, options), quantized.ridge)
+        if quantized.failed:
+            failed = ", ".join(f"{one:.2g}" for one in quantized.failed)
+            notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {quantized.ridge:.2g}")
+        return target, quantized, quantized.ridge
+
+    def _with_ridge(
+        self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
+    ) -> tuple[Tensor, QuantizedWeight, float]:
+        target = self._target(weight, options, hessians, ridge, notes)
+        arguments = {**options.arguments(self._scale_dtype), "ridge": ridge}
+        return target, gptq(target, hessians.calibration.hessian(), **arguments), ridge
 
     def _target(
         self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
@@ -946,6 +980,37 @@ class _Quantizer:
     def _note(self, name: str, note: str) -> None:
         layer = self._result.layers[name]
         self._result.layers[name] = replace(layer, notes=(*layer.notes, note))
+
+
+class _CarriedRidges:
+    """The ridges of layers of one kind, block after block.
+
+    They hardly change: where two in a row are about the same, the next ones take the ridge without a search, which
+    takes several times as long as the solver.
+    """
+
+    def __init__(self) -> None:
+        self._ridges: dict[Hashable, float] = {}
+        self._left: dict[Hashable, int] = {}
+
+    def take(self, kind: Hashable) -> float | None:
+        """The ridge for the next layer of a kind; None where it is to be searched for."""
+        if not self._left.get(kind):
+            return None
+        self._left[kind] -= 1
+        return self._ridges[kind]
+
+    def found(self, kind: Hashable, ridge: float) -> None:
+        """Notes the ridge that was found for a layer of a kind."""
+        before = self._ridges.get(kind)
+        is_same = before is not None and max(before, ridge) < NEARBY * min(before, ridge)
+        self._ridges[kind] = ridge
+        self._left[kind] = CARRIED if is_same and ridge < LARGEST_CARRIED else 0
+
+
+def _kind(site: Site, options: LayerOptions) -> Hashable:
+    """Equal for the same layer of different blocks, to which the same is done."""
+    return re.sub(r"\d+", "#", site.name), site.rows, site.columns, options
 
 
 def _grid(options: LayerOptions) -> tuple[int, int, bool]:

@@ -91,7 +91,7 @@ from miniquant.state import (
 
 # bfloat16 is chosen where a product takes at most this part of the time that it takes in float32.
 _FASTER = 0.8
-_VERSION = 1
+_VERSION = 2
 _SAMPLE = 4096  # bytes of each tensor that tell one source from another
 
 logger = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from miniquant.recipe import LayerOptions, Recipe
 RUN = "run.json"
 _LAYERS = "layers"
 _FORMAT = "miniquant.finished-layer"
-_VERSION = "1"
+_VERSION = "2"
 # What a file says of a layer beside its weight.
 _FIGURES = ("tokens", "held_out_tokens", "ridge", "loss", "rtn_loss", "held_out_loss", "held_out_rtn_loss", "seconds")
 
@@ -211,6 +211,7 @@ class RunState:
             **{figure: getattr(done, figure) for figure in _FIGURES},
             "notes": list(done.notes),
             "found_ridge": layer.found_ridge,
+            "searched": layer.searched,
             "waited": layer.waited,
         }
         metadata = {"format": _FORMAT, "version": _VERSION, "layer": json.dumps(said)}
@@ -245,7 +246,7 @@ class RunState:
                 notes=tuple(said["notes"]),
                 **{figure: said[figure] for figure in _FIGURES},
             )
-            return FinishedLayer(result, said["found_ridge"], said["waited"])
+            return FinishedLayer(result, said["found_ridge"], said["searched"], said["waited"])
         except KeyError as error:
             raise self._damaged(site.name, f"with {error.args[0]!r} in its metadata") from None
 

@@ -18,12 +18,14 @@ from miniquant import (
     LayerOptions,
     Recipe,
     Rule,
+    choose_ridge,
     dequantize,
     gptq,
     gptq_auto,
     load_calibration,
     preset,
     quantization_loss,
+    quantize,
     rtn,
 )
 from miniquant.modules import find_sites, siblings_of
@@ -38,6 +40,7 @@ from miniquant.quantize import (
     plan_model,
     quantize_model,
 )
+from miniquant.ridge import LinAlgError
 from miniquant.token_weights import norm_weights
 
 if TYPE_CHECKING:
@@ -213,6 +216,55 @@ def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own()
     same = quantize_model(chain(), BATCHES, FAST, held_out=0)
     assert not isinstance(same.layers["right"].quantized, AutoGptqResult)
     assert torch.equal(result.layers["right"].quantized.codes, expected.codes)
+
+
+def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.decoder("Llama", num_hidden_layers=9)
+    searched: list[float] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        choice = choose_ridge(*arguments, **options)
+        searched.append(choice.ridge)
+        return choice
+
+    monkeypatch.setattr(quantize, "choose_ridge", counted)
+    result = quantize_model(model, 6 * small_models.text_batches(), FAST, held_out=0)
+    firsts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    expected = 0
+    for first in firsts:
+        ridges = [result.layers[f"model.layers.{block}.{first}"].ridge for block in range(9)]
+        block = 0
+        found: list[Any] = []
+        while block < 9:
+            found.append(ridges[block])
+            assert ridges[block] in searched
+            expected += 1
+            block += 1
+            if len(found) > 1 and max(found[-2:]) < 2 * min(found[-2:]):
+                assert ridges[block : block + 3] == [found[-1]] * len(ridges[block : block + 3])
+                block += 3
+    assert len(searched) == expected < 9 * len(firsts)
+    for layer in result.layers.values():
+        others = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+        kind = layer.name.rpartition(".")[2]
+        if kind in others:
+            assert layer.ridge == result.layers[layer.name.replace(kind, others[kind])].ridge
+
+
+def test_a_carried_ridge_that_does_not_serve_is_searched_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = []
+
+    def failing(weight: Tensor, hessian: Tensor, **options: Any) -> Any:
+        if options["ridge"] == 1e-9:
+            failed.append(weight.shape)
+            raise LinAlgError("not positive definite")
+        return gptq(weight, hessian, **options)
+
+    monkeypatch.setattr(quantize._CarriedRidges, "take", lambda *_: 1e-9)
+    monkeypatch.setattr(quantize, "gptq", failing)
+    result = quantize_model(chain(), BATCHES, LayerOptions(preset="fast", group_size=16, bits=3), held_out=0.1)
+    assert failed == [(24, 32), (8, 24)]  # not "right", which takes the ridge of "left"
+    assert all(layer.ridge is not None and layer.ridge > 1e-3 for layer in result.layers.values())
 
 
 def test_padding_does_not_count() -> None:

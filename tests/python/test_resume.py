@@ -84,6 +84,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], Recipe, float]] = {
         Recipe(replace(FAST, min_tokens=2)),
         0.1,
     ),
+    "corrected": (
+        lambda: small_models.decoder("Llama"),
+        3 * small_models.text_batches(),
+        Recipe(replace(FAST, min_tokens=2, correction=0.5)),
+        0.1,
+    ),
+    "ridges that are carried over": (
+        lambda: small_models.decoder("Llama", num_hidden_layers=7),
+        3 * small_models.text_batches(),
+        Recipe(replace(FAST, min_tokens=2)),
+        0.1,
+    ),
     "mixtral": (
         small_models.MODELS["mixtral"][0],
         3 * small_models.text_batches(),
@@ -106,7 +118,11 @@ def test_a_run_goes_on_from_any_layer_to_the_same_bytes(case: str) -> None:
         assert layer.quantized.codes.shape == (layer.site.rows, layer.site.columns)
         assert not layer.restored
     names = list(plain.layers)
-    counts = range(len(names) + 1) if len(names) < 12 else (1, 3, 6, 9, len(names) - 1, len(names))
+    counts = (
+        range(len(names) + 1)
+        if len(names) < 12
+        else (1, 3, 6, 9, len(names) // 2, len(names) * 3 // 4, len(names) - 1, len(names))
+    )
     for count in counts:
         kept = Kept(whole.layers[name] for name in names[:count])
         calls: list[str] = []
