@@ -473,8 +473,7 @@ def bits(
 
     [bold]Examples[/bold]
       miniquant bits Llama-3.2-1B bits.json --average 4 --calibration wikitext.txt --plot bits.png
-      miniquant quantize Llama-3.2-1B out --recipe bits.json --calibration wikitext.txt
-      miniquant bits Llama-3.2-1B bits.json --average 3.5 --widths 3,4 [dim]for engines that know few widths[/dim]
+      miniquant bits Llama-3.2-1B bits.json --average 3.5 --widths 3,4    [dim]for engines that know few widths[/dim]
     """
     commands = _commands()
     commands.choose_bits(

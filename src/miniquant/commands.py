@@ -253,7 +253,12 @@ def _loaded(path: Path, *, dtype: torch.dtype | None, device: str, trust_remote_
 
 
 def _windows(
-    text: Sequence[Path] | None, tokenizer: Any, model: nn.Module, tokens: int, sequence_length: int
+    text: Sequence[Path] | None,
+    tokenizer: Any,
+    model: nn.Module,
+    tokens: int,
+    sequence_length: int,
+    batch_tokens: int | None = None,
 ) -> Calibration:
     """Batches of tokens as long as the model takes, which notes say."""
     longest = longest_window(model)
@@ -261,8 +266,14 @@ def _windows(
         logging.getLogger(__name__).info("windows have %d tokens, as many as the model takes", longest)
         sequence_length = longest
     vocabulary = vocabulary_of(model)
-    source = None if text is None else list(text)
-    return load_calibration(source, tokenizer, tokens=tokens, sequence_length=sequence_length, vocabulary=vocabulary)
+    return load_calibration(
+        None if text is None else list(text),
+        tokenizer,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        vocabulary=vocabulary,
+    )
 
 
 def _scores(model: nn.Module, data: Calibration, reference: nn.Module | None, path: Path) -> dict[str, Any]:
@@ -342,7 +353,8 @@ def choose_bits(
             raise ValueError(f"expected a language model, but got a {type(model).__name__}")
         needed = needs_tokenizer(calibration)
         tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code) if needed else None
-        data = _windows(calibration, tokenizer, model, tokens, sequence_length)
+        # A batch for each window: activations for a backward pass are kept for one batch at a time.
+        data = _windows(calibration, tokenizer, model, tokens, sequence_length, batch_tokens=1)
         progress.stage(f"measures what layers cost, on {data.tokens:,} tokens")
         skipped = [site.name for site in find_sites(model).sites if recipe.options(site.name).skip]
         batches = [to_device(batch, torch.device(device)) for batch in data.batches]

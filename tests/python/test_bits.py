@@ -166,9 +166,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="at least two batches"):
         bits.measure_units(language_model(), [])
     with pytest.raises(ValueError, match="model with Linear layers, but got none"):
-        bits.measure_units(nn.Embedding(3, 3), batches(1))
+        bits.measure_units(nn.Embedding(3, 3), batches(2))
     with pytest.raises(TypeError, match=r"logits \[B, T, V\], but got BertModel"):
-        bits.measure_units(small_models.bert().get_submodule("bert"), batches(1))
+        bits.measure_units(small_models.bert().get_submodule("bert"), batches(2))
 
 
 # The command
