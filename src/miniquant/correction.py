@@ -59,8 +59,10 @@ class InputErrors:
             of_tokens = weights.flatten() if mask is None else weights[mask]
             self._weight += float(of_tokens.sum())
             errors *= of_tokens.unsqueeze(1).to(errors.dtype)
-        # Inputs in half precision are multiplied so: their products are fast, and errors of errors matter little.
-        product = errors.to(y.dtype).T @ y
+        # bfloat16 is multiplied as it is: its products are fast, and errors of errors matter little. float16 does not
+        # have the range for errors times weights.
+        kind = y.dtype if y.dtype == torch.bfloat16 else self._sum.dtype
+        product = errors.to(kind).T @ y.to(kind)
         if not bool(product.isfinite().all()):
             raise ValueError("expected inputs whose products are finite, but got others")
         self._sum += product.to("cpu", self._sum.dtype)
