@@ -21,6 +21,7 @@ Which bits
     programming over the number of bits in units of the greatest common divisor of the layers' sizes.
 """
 
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +33,10 @@ from torch import Tensor, nn
 from miniquant._torch_state import evaluation_mode
 from miniquant.gptq import gptq
 from miniquant.grid import dequantize
-from miniquant.hessian import HessianAccumulator
 from miniquant.modules import LinearSite, Site, TransposedSite, find_sites
+from miniquant.quantize import Weighing, accumulated
 from miniquant.recipe import LayerOptions, Recipe, Rule
-from miniquant.token_weights import causal_sites, weigh
+from miniquant.token_weights import causal_sites
 from miniquant.walk import Walk
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -101,20 +102,20 @@ def allocate(units: Sequence[Unit], average: float) -> Allocation:
     for unit in units:
         widths = sorted(unit.costs)
         after = torch.full((len(widths), room + 1), infinite, dtype=torch.float64)
-        for row, bits in enumerate(widths):
-            size = -(-unit.weights * bits // step)
+        sizes = [-(-unit.weights * bits // step) for bits in widths]
+        for row, (bits, size) in enumerate(zip(widths, sizes, strict=True)):
             if size <= room:
                 after[row, size:] = best[: room + 1 - size] + unit.costs[bits]
         best, chosen = after.min(dim=0)
-        choices.append((unit, widths, chosen))
+        choices.append((unit, widths, sizes, chosen))
     place = int(best.argmin())
     if not math.isfinite(float(best[place])):  # only where sizes were rounded up
         raise ValueError(f"allocate: expected an average of more than {average:.4g} bits for layers of such sizes")
     cost, bits_of = float(best[place]), {}
-    for unit, widths, chosen in reversed(choices):
-        bits = widths[int(chosen[place])]
-        bits_of[unit] = bits
-        place -= -(-unit.weights * bits // step)
+    for unit, widths, sizes, chosen in reversed(choices):
+        row = int(chosen[place])
+        bits_of[unit] = widths[row]
+        place -= sizes[row]
     in_order = {name: bits_of[unit] for unit in units for name in unit.names}
     return Allocation(in_order, sum(unit.weights * bits_of[unit] for unit in units) / total, cost)
 
@@ -143,13 +144,8 @@ def recipe_of(allocation: Allocation, recipe: Recipe) -> Recipe:
     for name, bits in allocation.bits.items():
         stated = next((rule.options for rule in recipe.rules if rule.matches(name)), {})
         if bits != usual or "bits" in stated:
-            rules.append(Rule(_literally(name), {**stated, "bits": bits}))
+            rules.append(Rule(glob.escape(name), {**stated, "bits": bits}))
     return Recipe(defaults, [*rules, *recipe.rules], recipe.format)
-
-
-def _literally(name: str) -> str:
-    """A glob that matches a name alone."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 # Costs
@@ -221,12 +217,9 @@ def measure_units(
             if sample is None:
                 continue
             if hessian is None or last != visit.inputs_id:
-                accumulator = HessianAccumulator(site.columns)
-                for given in visit.inputs:
-                    inputs = given.tokens().cpu()
-                    weights, _ = weigh(inputs, given.mask, options.token_weights, causal=id(site) in causal)
-                    accumulator.update(inputs, mask=given.mask, token_weights=weights)
-                hessian, last = accumulator.hessian(), visit.inputs_id
+                weighing = Weighing(options.token_weights, id(site) in causal)
+                sums, *_ = accumulated(visit.inputs, site.columns, torch.float32, weighing, halves=False)
+                hessian, last = sums.hessian(), visit.inputs_id
             weight = site.read().float()
             costs = {}
             for bits in widths:

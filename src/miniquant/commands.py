@@ -21,7 +21,7 @@ from torch import nn
 import miniquant
 from miniquant import units
 from miniquant.architecture import transformers_package
-from miniquant.bits import allocate, curve, measure_units, recipe_of, uniform_cost
+from miniquant.bits import curve, measure_units, recipe_of, uniform_cost
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.convert import convert_folder
 from miniquant.errors import line_of
@@ -359,10 +359,10 @@ def choose_bits(
         skipped = [site.name for site in find_sites(model).sites if recipe.options(site.name).skip]
         batches = [to_device(batch, torch.device(device)) for batch in data.batches]
         found = measure_units(model, batches, recipe.defaults, widths=widths, skip=skipped)
-    chosen = allocate(found, average)
-    made = table("what an average costs", [("bits", True), ("chosen, nats", True), ("uniform, nats", True)])
     averages = sorted({average, *(step / 2 for step in range(2 * min(widths), 2 * max(widths) + 1))})
     allocations = curve(found, averages)
+    chosen = allocations[averages.index(average)]
+    made = table("what an average costs", [("bits", True), ("chosen, nats", True), ("uniform, nats", True)])
     for one, wanted in zip(allocations, averages, strict=True):
         uniform = f"{uniform_cost(found, int(wanted)):.4g}" if wanted in widths else ""
         made.add_row(f"{wanted:g}", f"{one.cost:.4g}", uniform)

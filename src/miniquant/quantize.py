@@ -461,18 +461,23 @@ class _DeviceSums:
         return accumulator
 
 
-def _accumulated(
+def accumulated(
     inputs: Sequence[Given],
     columns: int,
     dtype: torch.dtype,
-    weighing: "_Weighing",
+    weighing: "Weighing",
     *,
     halves: bool,
-) -> tuple[HessianAccumulator, "_Sample"]:
-    """The Hessian of what batches give to a layer, and how many tokens the sample amounts to."""
+) -> tuple[HessianAccumulator, "_Sample", InputErrors | None]:
+    """The Hessian of what batches give to a layer, how many tokens the sample amounts to, and the errors of its inputs.
+
+    The last are None where not every batch runs in the float model too.
+    """
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
     sample = _Sample()
+    has_originals = bool(inputs) and all(given.original is not None for given in inputs)
+    errors = InputErrors(columns, dtype) if has_originals else None
     for given in inputs:
         tokens = given.tokens()
         if tokens.shape[-1] != columns:
@@ -487,17 +492,20 @@ def _accumulated(
                 on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
                 on_device.update(tokens, given.mask, weights)
             sample.add(tokens, given.mask, sampled)
+            original = given.original_tokens()
+            if errors is not None and original is not None:
+                errors.update(tokens, original, given.mask, weights)
         except (ValueError, TypeError) as error:
             raise type(error)(f"batch {given.batch}: {error}") from error
     if on_device is None:
-        return accumulator, sample
+        return accumulator, sample, errors
     elsewhere = on_device.accumulator()
     if accumulator.tokens:
         elsewhere.merge(accumulator)
-    return elsewhere, sample
+    return elsewhere, sample, errors
 
 
-class _Weighing(NamedTuple):
+class Weighing(NamedTuple):
     """How a layer's tokens are weighed (token_weights.py)."""
 
     scheme: TokenWeights
@@ -532,25 +540,6 @@ class _Sample:
         return max(1.0, self.weights**2 / self.squares) if self.squares else 1.0
 
 
-def _input_errors(
-    inputs: Sequence[Given], columns: int, dtype: torch.dtype, weighing: "_Weighing"
-) -> InputErrors | None:
-    """What the layers before did to the inputs of a layer; None where not every batch can say."""
-    errors = InputErrors(columns, dtype)
-    for given in inputs:
-        tokens, original = given.tokens(), given.original_tokens()
-        if original is None:
-            return None
-        if not tokens.numel():
-            continue
-        weights, _ = weigh(tokens, given.mask, weighing.scheme, causal=weighing.causal)
-        try:
-            errors.update(tokens, original, given.mask, weights)
-        except ValueError as error:
-            raise ValueError(f"batch {given.batch}: {error}") from error
-    return errors
-
-
 @dataclass
 class _Hessians:
     """What a layer's tokens say: those of calibration, and those held out."""
@@ -576,7 +565,7 @@ class _Hessians:
         if self.errors is None or not part:
             return weight
         if ridge not in self._corrections:
-            self._corrections = {ridge: Correction(self.errors.mean(), self.calibration.hessian(), ridge)}
+            self._corrections[ridge] = Correction(self.errors.mean(), self.calibration.hessian(), ridge)
         target = self._corrections[ridge].of(weight, part)
         return target if self._gains(weight, target) else None
 
@@ -623,7 +612,7 @@ class _Quantizer:
         self._stop = stop
         self._seconds = dict.fromkeys(("hessians", "solver", "judging"), 0.0)
         self._causal = causal_sites(model, [site for site, _ in plan.layers])
-        self._inputs: tuple[int, torch.dtype, _Weighing] | None = None  # of the layer at hand
+        self._inputs: tuple[int, torch.dtype, Weighing] | None = None  # of the layer at hand
         self._last: _Hessians | None = None  # of these inputs
         self._ridges: dict[Any, float] = {}  # found in them: by grid
         self._carried = _CarriedRidges()
@@ -725,8 +714,8 @@ class _Quantizer:
             self._last = None
             self._ridges.clear()
 
-    def _weighing(self, site: Site) -> _Weighing:
-        return _Weighing(self._options[id(site)].token_weights, id(site) in self._causal)
+    def _weighing(self, site: Site) -> Weighing:
+        return Weighing(self._options[id(site)].token_weights, id(site) in self._causal)
 
     def _hessians(self, visit: Visit) -> _Hessians:
         """Of the tokens that batches give to a layer; those of the layer before, where it was given the same."""
@@ -739,12 +728,9 @@ class _Quantizer:
         first_held_out = self._result.batches
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
-        accumulated, sample = _accumulated(calibration, columns, dtype, weighing, halves=True)
-        judged, _ = _accumulated(held_out, columns, dtype, weighing, halves=False)
-        hessians = _Hessians(accumulated, judged, sample)
-        if any(given.original is not None for given in calibration):
-            hessians.errors = _input_errors(calibration, columns, dtype, weighing)
-            hessians.held_out_errors = _input_errors(held_out, columns, dtype, weighing)
+        known, sample, errors = accumulated(calibration, columns, dtype, weighing, halves=True)
+        judged, _, held_out_errors = accumulated(held_out, columns, dtype, weighing, halves=False)
+        hessians = _Hessians(known, judged, sample, errors, held_out_errors)
         self._seconds["hessians"] += time.perf_counter() - start
         self._last = hessians
         return hessians
