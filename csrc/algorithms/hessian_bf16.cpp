@@ -20,10 +20,14 @@ using kernels::Bf16Layout;
 using kernels::Bf16Parts;
 using kernels::Bf16Product;
 
-/// Bytes of packed tiles, unless one run of tokens has more: as many as the Hessian, so that a pass over it costs
-/// little beside the products, and within these limits. Fewer stay in caches, and new memory takes time.
 constexpr int64_t kFewestPackedBytes = int64_t{4} * 1024 * 1024;
-constexpr int64_t kMostPackedBytes = int64_t{64} * 1024 * 1024;
+
+/// Bytes of packed tiles, unless one run of tokens has more: as many as the Hessian, so that a pass over it costs
+/// little beside the products, but no more than the kernels want. Fewer stay in caches, and new memory takes time.
+int64_t packed_bytes(const Bf16Kernels& kernels, int64_t columns) {
+  return std::clamp<int64_t>(columns * columns * static_cast<int64_t>(sizeof(float)), kFewestPackedBytes,
+                             kernels.most_packed_bytes);
+}
 
 /// Tokens per pass are a multiple of this, so sums in registers are long.
 constexpr int64_t kTokensPerRun = 512;
@@ -167,10 +171,9 @@ void add_bf16_products(const Bf16Kernels& kernels, at::Tensor& hessian, const at
   const int64_t count = inputs.size(0);
   const Split split = split_of(inputs.scalar_type(), token_weights.defined());
   const std::vector<Bf16Product> products = products_of(split);
-  const int64_t packed_bytes = std::clamp<int64_t>(columns * columns * static_cast<int64_t>(sizeof(float)),
-                                                   kFewestPackedBytes, kMostPackedBytes);
   const int64_t run_elements = Bf16Layout{columns, kTokensPerRun}.size() * (split.left + split.right);
-  const int64_t runs = std::max<int64_t>(packed_bytes / (run_elements * static_cast<int64_t>(sizeof(uint16_t))), 1);
+  const int64_t runs =
+      std::max<int64_t>(packed_bytes(kernels, columns) / (run_elements * static_cast<int64_t>(sizeof(uint16_t))), 1);
   const int64_t pass = std::min(runs * kTokensPerRun, count);
   const int64_t part_size = Bf16Layout{columns, pass}.size();
   const at::Tensor tiles = at::empty({split.left + split.right, part_size}, at::kShort);

@@ -85,6 +85,9 @@ struct Bf16Kernels {
   /// The number of products up to which these kernels are faster than those for float32.
   std::int64_t most_products;
 
+  /// Bytes of packed tiles at most. The faster the products, the more a pass over the Hessian costs beside them.
+  std::int64_t most_packed_bytes;
+
   /// Splits tokens [kBf16Tokens * block, ...) of rows [tokens, K] and packs the parts, the first with the leading bits.
   /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three.
   void (*pack_bf16)(const std::uint16_t* rows, Bf16Layout layout, std::int64_t block, Bf16Parts left, Bf16Parts right);

@@ -38,6 +38,7 @@ constexpr TileConfiguration kTileConfiguration = {
 class Bf16Multiplier {
  public:
   static constexpr std::int64_t kMostProducts = 4;
+  static constexpr std::int64_t kMostPackedBytes = std::int64_t{64} * 1024 * 1024;
 
   MINIQUANT_INLINE Bf16Multiplier() { _tile_loadconfig(&kTileConfiguration); }
   MINIQUANT_INLINE ~Bf16Multiplier() { _tile_release(); }
@@ -56,17 +57,18 @@ class Bf16Multiplier {
     }
   }
 
-  static MINIQUANT_INLINE void add(const std::uint16_t* left, const std::uint16_t* right, std::int64_t panel_stride,
-                                   std::int64_t blocks, const float* /*sums*/) {
+  static MINIQUANT_INLINE void add(const Bf16Operands& operands, const float* /*sums*/) {
+    const std::uint16_t* left = operands.left;
+    const std::uint16_t* right = operands.right;
     // The intrinsics that load do not tell the compiler that they read memory.
     __asm__ volatile("" ::: "memory");
-    for (std::int64_t block = 0; block < blocks; ++block) {
+    for (std::int64_t block = 0; block < operands.blocks; ++block) {
       _tile_loadd(4, left, kTileRowBytes);
       _tile_loadd(6, right, kTileRowBytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + panel_stride, kTileRowBytes);
+      _tile_loadd(7, right + operands.panel_stride, kTileRowBytes);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + panel_stride, kTileRowBytes);
+      _tile_loadd(5, left + operands.panel_stride, kTileRowBytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
       left += kBf16TileElements;

@@ -17,6 +17,7 @@ namespace {
 class Bf16Multiplier {
  public:
   static constexpr std::int64_t kMostProducts = 1;
+  static constexpr std::int64_t kMostPackedBytes = std::int64_t{16} * 1024 * 1024;
 
   static MINIQUANT_INLINE void begin(float* sums, bool fresh) {
     if (fresh) {
@@ -24,15 +25,21 @@ class Bf16Multiplier {
     }
   }
 
-  static MINIQUANT_INLINE void add(const std::uint16_t* left, const std::uint16_t* right, std::int64_t panel_stride,
-                                   std::int64_t blocks, float* sums) {
-    for (std::int64_t block = 0; block < blocks; block += kBlocksPerSum) {
-      const std::int64_t count = min_of(blocks - block, kBlocksPerSum);
+  static MINIQUANT_INLINE void add(const Bf16Operands& operands, float* sums) {
+    const std::int64_t stride = operands.panel_stride;
+    for (std::int64_t block = 0; block < operands.blocks; block += kBlocksPerSum) {
+      const std::int64_t count = min_of(operands.blocks - block, kBlocksPerSum);
+      const std::uint16_t* const left = operands.left + block * kBf16TileElements;
+      const std::uint16_t* const right = operands.right + block * kBf16TileElements;
+      // Each of the four passes over the rows fetches a panel of the blocks that come next.
+      const std::int64_t step = count * kBf16TileElements;
+      const bool last = block + count == operands.blocks;
+      const std::uint16_t* const next_left = last ? operands.next_left : left + step;
+      const std::uint16_t* const next_right = last ? operands.right : right + step;
+      const std::uint16_t* const fetched[] = {next_left, next_left + stride, next_right, next_right + stride};
       for (std::int64_t row = 0; row < 2 * kBf16Columns; row += kRows) {
-        add_rows(
-            left + row / kBf16Columns * panel_stride + row % kBf16Columns * kBf16Tokens + block * kBf16TileElements,
-            right + block * kBf16TileElements, panel_stride, count,
-            sum_tile(sums, row / kBf16Columns, 0) + row % kBf16Columns * kBf16Columns);
+        add_rows(left + row / kBf16Columns * stride + row % kBf16Columns * kBf16Tokens, right, fetched[row / kRows],
+                 stride, count, sum_tile(sums, row / kBf16Columns, 0) + row % kBf16Columns * kBf16Columns);
       }
     }
   }
@@ -44,14 +51,17 @@ class Bf16Multiplier {
   static constexpr std::int64_t kBlocksPerSum = 4;
   /// Rows of sums in registers, of two vectors each.
   static constexpr std::int64_t kRows = 8;
+  static_assert(2 * kBf16Columns == 4 * kRows);
 
   static MINIQUANT_INLINE void add_rows(const std::uint16_t* left, const std::uint16_t* right,
-                                        std::int64_t panel_stride, std::int64_t blocks, float* sums) {
+                                        const std::uint16_t* fetched, std::int64_t panel_stride, std::int64_t blocks,
+                                        float* sums) {
     __m512 sum[kRows][2] = {};
     for (std::int64_t block = 0; block < blocks; ++block) {
       for (std::int64_t pair = 0; pair < kBf16Tokens / 2; ++pair) {
         const __m512bh first = vector_of(right + pair * kBf16Tokens);
         const __m512bh second = vector_of(right + panel_stride + pair * kBf16Tokens);
+        __builtin_prefetch(fetched + pair * kBf16Tokens);
 #pragma GCC unroll 8
         for (std::int64_t row = 0; row < kRows; ++row) {
           const __m512bh factor = broadcast_pair(left + row * kBf16Tokens + 2 * pair);
@@ -61,6 +71,7 @@ class Bf16Multiplier {
       }
       left += kBf16TileElements;
       right += kBf16TileElements;
+      fetched += kBf16TileElements;
     }
 #pragma GCC unroll 8
     for (std::int64_t row = 0; row < kRows; ++row) {

@@ -29,6 +29,7 @@ MINIQUANT_INLINE void multiply_tile(const std::uint16_t* left, const std::uint16
 
 struct Bf16Multiplier {
   static constexpr std::int64_t kMostProducts = 0;
+  static constexpr std::int64_t kMostPackedBytes = std::int64_t{64} * 1024 * 1024;
 
   static void begin(float* sums, bool fresh) {
     if (fresh) {
@@ -36,12 +37,12 @@ struct Bf16Multiplier {
     }
   }
 
-  static void add(const std::uint16_t* left, const std::uint16_t* right, std::int64_t panel_stride, std::int64_t blocks,
-                  float* sums) {
-    for (std::int64_t block = 0; block < blocks; ++block) {
+  static void add(const Bf16Operands& operands, float* sums) {
+    for (std::int64_t block = 0; block < operands.blocks; ++block) {
       for (std::int64_t tile = 0; tile < 4; ++tile) {
-        multiply_tile(left + tile / 2 * panel_stride + block * kBf16TileElements,
-                      right + tile % 2 * panel_stride + block * kBf16TileElements, sum_tile(sums, tile / 2, tile % 2));
+        multiply_tile(operands.left + tile / 2 * operands.panel_stride + block * kBf16TileElements,
+                      operands.right + tile % 2 * operands.panel_stride + block * kBf16TileElements,
+                      sum_tile(sums, tile / 2, tile % 2));
       }
     }
   }

@@ -12,9 +12,9 @@
 
 // H += sum of left^T right, one square of H at a time: sums of tiles in a workspace, then the addition to both
 // triangles. Bf16Multiplier, in the unit's file, adds the products of 2 x 2 tiles:
-//   begin(sums, fresh)                            begins sums that are added to `sums`, or set them where `fresh`
-//   add(left, right, panel_stride, blocks, sums)  sums[j][i] += sum over the tokens t of the blocks left[j][t]
-//   right[t][i] end(sums, fresh)                              `sums` has them all
+//   begin(sums, fresh)   begins sums that are added to `sums`, or set them where `fresh`
+//   add(operands, sums)  sums[j][i] += sum over the tokens t of the blocks left[j][t] right[t][i]
+//   end(sums, fresh)     `sums` has them all
 // Its constructor and destructor set up and release the unit, which other code on this thread uses too.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
@@ -42,13 +42,17 @@ MINIQUANT_INLINE void add_run(const Bf16Problem& problem, const SquareView& squa
   const std::int64_t blocks = layout.run_blocks(block);
   const std::int64_t panel_stride = blocks * kBf16TileElements;
   for (std::int64_t i = square.i_begin; i < square.i_end; i += 2) {
-    for (std::int64_t j = i > square.j_begin ? i : square.j_begin; j < square.j_end; j += 2) {
+    const std::int64_t first = i > square.j_begin ? i : square.j_begin;
+    for (std::int64_t j = first; j < square.j_end; j += 2) {
+      const std::int64_t next = j + 2 < square.j_end ? j + 2 : first;
       float* const sums = square.tile(j, i);
       multiplier.begin(sums, block == 0);
       for (std::int64_t p = 0; p < problem.product_count; ++p) {
         const Bf16Product product = problem.products[p];
-        multiplier.add(problem.left + product.left * layout.size() + layout.offset(j, block),
-                       problem.right + product.right * layout.size() + layout.offset(i, block), panel_stride, blocks,
+        const std::uint16_t* const left = problem.left + product.left * layout.size();
+        const std::uint16_t* const right = problem.right + product.right * layout.size();
+        multiplier.add({left + layout.offset(j, block), right + layout.offset(i, block),
+                        left + layout.offset(next, block), panel_stride, blocks},
                        sums);
       }
       multiplier.end(sums, block == 0);

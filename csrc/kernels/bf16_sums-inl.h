@@ -5,13 +5,23 @@
 #include "kernels/bf16.h"
 #include "kernels/target-inl.h"
 
-// The layout of a square's sums: tiles [kBf16Columns][kBf16Columns], in rows of kBf16MaxSquarePanels tiles.
+// What a unit multiplies, and the layout of a square's sums: tiles [kBf16Columns][kBf16Columns], in rows of
+// kBf16MaxSquarePanels tiles.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
 constexpr std::int64_t kSumTile = kBf16Columns * kBf16Columns;
 constexpr std::int64_t kSumRow = kBf16MaxSquarePanels * kSumTile;
+
+/// Packed tiles [2][blocks] of each side; a panel begins `panel_stride` after the one before.
+struct Bf16Operands {
+  const std::uint16_t* left;
+  const std::uint16_t* right;
+  const std::uint16_t* next_left;  ///< what `left` will be in the next call, to fetch it early
+  std::int64_t panel_stride;
+  std::int64_t blocks;
+};
 
 /// Tile (j, i) of 2 x 2.
 MINIQUANT_INLINE float* sum_tile(float* sums, std::int64_t j, std::int64_t i) {
