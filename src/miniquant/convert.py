@@ -38,6 +38,8 @@ from miniquant.output import (
     write_folder,
 )
 from miniquant.recipe import FormatName
+from miniquant.report import HTML_NAME, JSON_NAME, read_report
+from miniquant.report_page import write_report
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def convert_folder(
 ) -> Converted:
     """Takes a quantized model from one format to another; every weight keeps its value, or it is refused.
 
-    What only our own format has (the loss of each row, options, ``full_range``) is lost on the way to another. In a
+    What only our own format has (the loss of each row, options, ``full_range``) is lost on the way to another. The
+    report of the run that quantized the model is taken along, with the new format and size. In a
     GGUF file other matrices keep their dtype, and asymmetric layers of 4 and 5 bits take a wider type that holds them
     exactly. A GGUF file is no source: it has no folder's tokenizer and configuration.
 
@@ -149,7 +152,22 @@ def convert_folder(
         with CheckpointWriter(output, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
             write_folder(writer, target, contents, read_layer, checkpoint.read, code=code)
             size = writer.tensor_bytes
+    notes += _carry_report(source, output, form.name, size)
     return Converted(output, before.name, form.name, len(grids), checkpoint.nbytes, size, tuple(notes))
+
+
+def _carry_report(source: Path, output: Path, form: str, size: int) -> list[str]:
+    """Puts the source's report, if any, in place of the output's; a note where it is none."""
+    for name in (JSON_NAME, HTML_NAME):  # of the GGUF file that was there
+        (output / name).unlink(missing_ok=True)
+    if not (source / JSON_NAME).is_file():
+        return []
+    try:
+        report = read_report(source)
+    except ValueError as error:
+        return [f"the report is not taken along: {error}"]
+    write_report(output, {**report, "model": output.name, "format": form, "bytes": {**report["bytes"], "after": size}})
+    return []
 
 
 def _check_kinds(form: Native, config: Mapping[str, Any], target: LayerFormat) -> None:

@@ -27,6 +27,7 @@ from miniquant.convert import convert_folder
 from miniquant.formats import FORMATS, LayerGrid, Native, format_of
 from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import read_gguf
+from miniquant.loading import contents_of
 from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
 from miniquant.report import read_report
@@ -679,6 +680,25 @@ def test_every_weight_keeps_its_value(
             ours = loaded(tmp_path / "out", dtype=torch.float32)(tokens).logits
             direct = loaded(quantized_folders("compressed-tensors"), dtype=torch.float32)(tokens).logits
         assert torch.equal(ours, direct)
+
+
+def test_the_report_is_taken_along(tmp_path: Path) -> None:
+    folder = gguf_model(tmp_path / "float")
+    calibration = load_calibration([{"input_ids": small_models.ids(2, 24, 0, below=290)}] * 3, tokens=10**6)
+    options = LayerOptions(preset="plain", group_size=32, min_tokens=1)
+    quantize_folder(folder, tmp_path / "out", options, format="gptq", calibration=calibration, dtype=torch.float32)
+    for form in ("compressed-tensors", "gguf"):
+        done = convert_folder(tmp_path / "out", tmp_path / form, form)
+        assert not [note for note in done.notes if "report" in note]
+        before, after = read_report(tmp_path / "out"), read_report(tmp_path / form)
+        assert after["layers"] == before["layers"]
+        assert (after["model"], after["format"], after["bytes"]["after"]) == (form, form, done.bytes_after)
+        assert (tmp_path / form / "report.html").is_file()
+    assert contents_of(tmp_path / "compressed-tensors").layers[0].loss is not None
+    (tmp_path / "out" / "report.json").write_text("{}")
+    done = convert_folder(tmp_path / "out", tmp_path / "gguf", "gguf", overwrite=True)
+    assert "the report is not taken along: read_report" in done.notes[-1]
+    assert not (tmp_path / "gguf" / "report.json").exists()
 
 
 def test_what_would_change_is_refused(tmp_path: Path) -> None:
