@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -36,40 +35,15 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
+from benchmarks.models.common import BY_LAYER, LENGTH, SCHEMES, halves, readable, with_error
 from miniquant.bits import Unit, allocate, measure_units, recipe_of
 from miniquant.checkpoint import Checkpoint
-from miniquant.recipe import CORRECTION_OF_BEST
 from scripts.smollm2 import write_folder
 
 GROUP_SIZE = 64
-LENGTH = 512
-ALIKE = ", tokens alike"
-BY_LAYER = "best, bits by layer"
 # Tokens that say what a layer's bits are worth.
 MEASURED_TOKENS = 8192
-UNIFORM: dict[str, Any] = {"token_weights": "uniform"}
-# By name, as the table has it, in the order of its rows.
-SCHEMES: dict[str, dict[str, Any]] = {
-    # Rounding to nearest is what happens to a layer that saw fewer tokens than it needs.
-    "RTN": {"preset": "plain", "unseen": "rtn", "min_tokens": 1 << 40},
-    "plain": {"preset": "plain", **UNIFORM},
-    f"fast{ALIKE}": {"preset": "fast", **UNIFORM},
-    "fast": {"preset": "fast"},
-    "fast, corrected": {"preset": "fast", "correction": CORRECTION_OF_BEST},
-    f"best{ALIKE}": {"preset": "best", "correction": 0, **UNIFORM},
-    "best, not corrected": {"preset": "best", "correction": 0},
-    "best": {"preset": "best"},
-    BY_LAYER: {"preset": "best"},
-}
 PEER = "llm-compressor"
-
-
-def readable(text: str) -> str:
-    """WikiText's tokenized form as a text that people write, with "one" for unknown words."""
-    for mark in "-,.":
-        text = text.replace(f" @{mark}@ ", mark)
-    text = re.sub(r" ([.,;:!?)'%])", r"\1", text).replace("( ", "(").replace(" n't", "n't")
-    return text.replace("<unk>", "one")
 
 
 def forward_seconds(model: Any, batches: tuple[dict[str, Any], ...]) -> float:
@@ -91,8 +65,7 @@ class Benchmark:
         self.float_folder = self.work / "float"
         write_folder(self.float_folder)
         text = readable(arguments.text.read_text(encoding="utf-8"))
-        middle = text.index("\n", len(text) // 2)
-        for name, part in (("calibration", text[:middle]), ("evaluation", text[middle:])):
+        for name, part in zip(("calibration", "evaluation"), halves(text), strict=True):
             (self.work / f"{name}.txt").write_text(part, encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(self.float_folder)
         options: dict[str, Any] = {"sequence_length": LENGTH, "short": "pack"}
@@ -196,17 +169,12 @@ def linear_bytes(folder: Path) -> int:
 def line_of(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     scores = row["scores"]
-
-    def with_error(name: str, digits: int, scale: float = 1) -> str:
-        value, error = scores[name]["value"] * scale, scores[name]["standard_error"] * scale
-        return f"{value:.{digits}f} ± {error:.{digits}f}"
-
     return [
         row["scheme"],
         str(row["bits"]),
-        with_error("kl_divergence", 4),
-        with_error("perplexity", 2),
-        with_error("same_top", 1, 100),
+        with_error(scores, "kl_divergence", 4),
+        with_error(scores, "perplexity", 2),
+        with_error(scores, "same_top", 1, 100),
         f"{row['bytes']:.3f}",
         f"{row['seconds']:.0f}",
         f"{row['seconds'] / row['forward_seconds']:.1f}",

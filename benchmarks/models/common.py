@@ -1,0 +1,67 @@
+"""What the benchmarks of models share: schemes, texts, figures with their standard errors."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniquant.recipe import CORRECTION_OF_BEST
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LENGTH = 512  # of a window, in tokens
+ALIKE = ", tokens alike"
+BY_LAYER = "best, bits by layer"
+UNIFORM: dict[str, Any] = {"token_weights": "uniform"}
+# By name, as the table has it, in the order of its rows.
+SCHEMES: dict[str, dict[str, Any]] = {
+    # Rounding to nearest is what happens to a layer that saw fewer tokens than it needs.
+    "RTN": {"preset": "plain", "unseen": "rtn", "min_tokens": 1 << 40},
+    "plain": {"preset": "plain", **UNIFORM},
+    f"fast{ALIKE}": {"preset": "fast", **UNIFORM},
+    "fast": {"preset": "fast"},
+    "fast, corrected": {"preset": "fast", "correction": CORRECTION_OF_BEST},
+    f"best{ALIKE}": {"preset": "best", "correction": 0, **UNIFORM},
+    "best, not corrected": {"preset": "best", "correction": 0},
+    "best": {"preset": "best"},
+    BY_LAYER: {"preset": "best"},
+}
+
+
+def readable(text: str) -> str:
+    """WikiText's tokenized form as a text that people write, with "one" for unknown words."""
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    text = re.sub(r" ([.,;:!?)'%])", r"\1", text).replace("( ", "(").replace(" n't", "n't")
+    return text.replace("<unk>", "one")
+
+
+def docstrings(folder: Path | None = None) -> str:
+    """Docstrings of the modules of a folder, of Python's standard library by default, in the order of their paths."""
+    root = folder or Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(root.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                if text is not None:
+                    found.append(textwrap.dedent(text).strip())
+    return "\n\n".join(found) + "\n"
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text for calibration and one for evaluation, cut at a line."""
+    middle = text.index("\n", len(text) // 2)
+    return text[:middle], text[middle:]
+
+
+def with_error(scores: Mapping[str, Any], name: str, digits: int, scale: float = 1) -> str:
+    """A figure of :meth:`miniquant.LanguageScores.to_dict` with its standard error."""
+    value, error = scores[name]["value"] * scale, scores[name]["standard_error"] * scale
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
