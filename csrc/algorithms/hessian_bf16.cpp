@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <cmath>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -36,7 +39,7 @@ constexpr int64_t kTokensPerRun = 512;
 constexpr int64_t kSpeedup = 8;
 
 /// The number of parts of X on the left and of diag(w) X on the right, in bfloat16, that hold every bit: bfloat16 has 8
-/// significant bits, float16 11, and a product with a weight, in float32, 24.
+/// significant bits, float16 11, and a product with a weight, in float32, 24; with a power of two as many as without.
 struct Split {
   int64_t left;
   int64_t right;
@@ -44,9 +47,20 @@ struct Split {
   [[nodiscard]] int64_t products() const { return left * right; }
 };
 
-Split split_of(at::ScalarType dtype, bool weighted) {
+bool is_power_of_two(float value) {
+  constexpr uint32_t kFraction = 0x007F'FFFF;
+  return (std::bit_cast<uint32_t>(value) & kFraction) == 0 && std::isnormal(value);
+}
+
+bool are_powers_of_two(const at::Tensor& token_weights) {
+  const at::Tensor weights = token_weights.to(at::kFloat).contiguous();
+  const std::span values(weights.const_data_ptr<float>(), static_cast<size_t>(weights.numel()));
+  return std::ranges::all_of(values, is_power_of_two);
+}
+
+Split split_of(at::ScalarType dtype, const at::Tensor& token_weights) {
   const int64_t parts = dtype == at::kBFloat16 ? 1 : 2;
-  return {parts, weighted ? 3 : parts};
+  return {parts, token_weights.defined() && !are_powers_of_two(token_weights) ? 3 : parts};
 }
 
 std::vector<Bf16Product> products_of(Split split) {
@@ -73,28 +87,16 @@ std::vector<std::pair<int64_t, int64_t>> squares_of(int64_t count) {
   return squares;
 }
 
-/// The tokens of one pass: X on the left and diag(w) X on the right; `right` is undefined where they are the same.
+/// The tokens of one pass: X [n, K], bfloat16 or float32, and float32 weights [n], if any; contiguous.
 struct Tokens {
-  at::Tensor left;
-  at::Tensor right;
+  at::Tensor inputs;
+  at::Tensor weights;
 };
 
 Tokens tokens_of(const at::Tensor& inputs, const at::Tensor& token_weights) {
   const bool exact = inputs.scalar_type() == at::kBFloat16;
-  Tokens tokens{(exact ? inputs : inputs.to(at::kFloat)).contiguous(), {}};
-  if (token_weights.defined()) {
-    tokens.right = inputs.to(at::kFloat).mul_(token_weights.to(at::kFloat).unsqueeze(1)).contiguous();
-  }
-  return tokens;
-}
-
-void pack(const Bf16Kernels& kernels, const at::Tensor& tokens, Bf16Layout layout, int64_t block, Bf16Parts left,
-          Bf16Parts right) {
-  if (tokens.scalar_type() == at::kBFloat16) {
-    kernels.pack_bf16(static_cast<const uint16_t*>(tokens.const_data_ptr()), layout, block, left, right);
-  } else {
-    kernels.pack_f32(tokens.const_data_ptr<float>(), layout, block, left, right);
-  }
+  return {(exact ? inputs : inputs.to(at::kFloat)).contiguous(),
+          token_weights.defined() ? token_weights.to(at::kFloat).contiguous() : token_weights};
 }
 
 /// Packed tiles of both sides.
@@ -103,9 +105,19 @@ struct Packed {
   Bf16Parts right;
 };
 
+void pack(const Bf16Kernels& kernels, const Tokens& tokens, Bf16Layout layout, int64_t block, const Packed& packed) {
+  const float* const weights = tokens.weights.defined() ? tokens.weights.const_data_ptr<float>() : nullptr;
+  if (tokens.inputs.scalar_type() == at::kBFloat16) {
+    kernels.pack_bf16(static_cast<const uint16_t*>(tokens.inputs.const_data_ptr()), weights, layout, block, packed.left,
+                      packed.right);
+  } else {
+    kernels.pack_f32(tokens.inputs.const_data_ptr<float>(), weights, layout, block, packed.left, packed.right);
+  }
+}
+
 void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, const Packed& packed,
               const std::vector<Bf16Product>& products) {
-  const Bf16Layout layout{.columns = tokens.left.size(1), .tokens = tokens.left.size(0)};
+  const Bf16Layout layout{.columns = tokens.inputs.size(1), .tokens = tokens.inputs.size(0)};
   // Smaller squares where there are few, so that all threads have work; the sums are the same.
   constexpr int64_t kManyPanels = 64;
   const int64_t side = layout.panels() < kManyPanels ? 8 : kernels::kBf16MaxSquarePanels;
@@ -129,12 +141,7 @@ void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, 
     at::Tensor workspace;
     team.take(pieces, [&](int64_t piece) {
       if (piece < layout.blocks()) {
-        if (tokens.right.defined()) {
-          pack(kernels, tokens.left, layout, piece, packed.left, {});
-          pack(kernels, tokens.right, layout, piece, {}, packed.right);
-        } else {
-          pack(kernels, tokens.left, layout, piece, packed.left, packed.right);
-        }
+        pack(kernels, tokens, layout, piece, packed);
         blocks_packed.fetch_add(1, std::memory_order_release);
       } else if (team.wait_until([&] { return blocks_packed.load(std::memory_order_acquire) == layout.blocks(); })) {
         if (!workspace.defined()) {
@@ -161,7 +168,7 @@ bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& hessian, const a
                   const at::Tensor& token_weights) {
   const at::ScalarType dtype = inputs.scalar_type();
   return kernels != nullptr && hessian.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
-         split_of(dtype, token_weights.defined()).products() <= kernels->most_products &&
+         split_of(dtype, token_weights).products() <= kernels->most_products &&
          (!token_weights.defined() || moderate(token_weights));
 }
 
@@ -169,7 +176,7 @@ void add_bf16_products(const Bf16Kernels& kernels, at::Tensor& hessian, const at
                        const at::Tensor& token_weights) {
   const int64_t columns = inputs.size(1);
   const int64_t count = inputs.size(0);
-  const Split split = split_of(inputs.scalar_type(), token_weights.defined());
+  const Split split = split_of(inputs.scalar_type(), token_weights);
   const std::vector<Bf16Product> products = products_of(split);
   const int64_t run_elements = Bf16Layout{columns, kTokensPerRun}.size() * (split.left + split.right);
   const int64_t runs =

@@ -46,9 +46,11 @@ at::Tensor dequantize(const QuantizedWeight& quantized, std::optional<at::Scalar
   return dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size, dtype);
 }
 
-at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  static const auto op = ops::find_operator<void(at::Tensor&, const at::Tensor&)>("miniquant::hessian_update_");
-  op.call(hessian, inputs);
+at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
+                            const std::optional<at::Tensor>& token_weights) {
+  static const auto op = ops::find_operator<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
+      "miniquant::hessian_update_");
+  op.call(hessian, inputs, token_weights);
   return hessian;
 }
 

@@ -10,8 +10,9 @@
 //
 //   H += sum over products (l, r) of left_l^T right_r     left_l, right_r [tokens, K]
 //
-// bfloat16 inputs are one part, so one product. float16 inputs are two, so four products. Weighted tokens have other
-// parts on the right than on the left. The sum must be symmetric: only its lower triangle is computed.
+// bfloat16 inputs are one part, so one product. float16 inputs are two, so four products. Weighted tokens are on the
+// right, as many parts as without weights where these are powers of two. The sum must be symmetric: only its lower
+// triangle is computed.
 //
 // Every entry is a sum in an order that depends on the tokens and products only, not on how the caller splits the work.
 
@@ -89,9 +90,12 @@ struct Bf16Kernels {
   std::int64_t most_packed_bytes;
 
   /// Splits tokens [kBf16Tokens * block, ...) of rows [tokens, K] and packs the parts, the first with the leading bits.
-  /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three.
-  void (*pack_bf16)(const std::uint16_t* rows, Bf16Layout layout, std::int64_t block, Bf16Parts left, Bf16Parts right);
-  void (*pack_f32)(const float* rows, Bf16Layout layout, std::int64_t block, Bf16Parts left, Bf16Parts right);
+  /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three. On the right are
+  /// the tokens times weights [tokens], in float32; `weights` may be null.
+  void (*pack_bf16)(const std::uint16_t* rows, const float* weights, Bf16Layout layout, std::int64_t block,
+                    Bf16Parts left, Bf16Parts right);
+  void (*pack_f32)(const float* rows, const float* weights, Bf16Layout layout, std::int64_t block, Bf16Parts left,
+                   Bf16Parts right);
 
   /// Adds the products to a square of H and to its mirror image: rows from panel j * square_panels on, columns from
   /// panel i * square_panels on, i <= j. `workspace` has kBf16SquareElements elements and is aligned to 64 bytes.

@@ -87,22 +87,39 @@ MINIQUANT_INLINE void transpose_tile(const std::uint32_t* from, std::uint16_t* t
   }
 }
 
+/// The float32 values of `bits` times a weight, as bits.
+MINIQUANT_INLINE PackWords::type times(PackWords::type bits, float weight) {
+  return reinterpret_cast<PackWords::type>(reinterpret_cast<PackFloats::type>(bits) * weight);
+}
+
 /// Packs two panels at a time, whose bfloat16 values share cache lines.
 template <typename T>
-void pack_tokens(const T* rows, Bf16Layout layout, std::int64_t block, Bf16Parts left, Bf16Parts right) {
-  const std::int64_t parts = left.count > right.count ? left.count : right.count;
+void pack_tokens(const T* rows, const float* weights, Bf16Layout layout, std::int64_t block, Bf16Parts left,
+                 Bf16Parts right) {
   const std::int64_t first = block * kBf16Tokens;
   const std::int64_t tokens = min_of(layout.tokens - first, kBf16Tokens);
+  const bool weighted = weights != nullptr;
+  const std::int64_t parts = weighted || left.count > right.count ? left.count : right.count;
   PairedTile tiles[2];
+  PairedTile weighted_tiles[2];
   for (std::int64_t panel = 0; panel < layout.panels(); panel += 2) {
     for (std::int64_t pair = 0; pair < kPairsPerTile; ++pair) {
       const T* const even = rows + (first + 2 * pair) * layout.columns;
       for (std::int64_t half = 0; half < 2; ++half) {
         const std::int64_t column = (panel + half) * kBf16Columns;
         const std::int64_t width = layout.columns - column;
-        tiles[half].set_pair(pair, 2 * pair < tokens ? bits_of(even + column, width) : PackWords::type{},
-                             2 * pair + 1 < tokens ? bits_of(even + layout.columns + column, width) : PackWords::type{},
-                             parts);
+        PackWords::type values[2] = {};
+        PackWords::type products[2] = {};
+        for (std::int64_t token = 2 * pair; token < min_of(2 * pair + 2, tokens); ++token) {
+          values[token % 2] = bits_of(even + token % 2 * layout.columns + column, width);
+          if (weighted) {
+            products[token % 2] = times(values[token % 2], weights[first + token]);
+          }
+        }
+        tiles[half].set_pair(pair, values[0], values[1], parts);
+        if (weighted) {
+          weighted_tiles[half].set_pair(pair, products[0], products[1], right.count);
+        }
       }
     }
     for (std::int64_t half = 0; half < 2; ++half) {
@@ -111,7 +128,7 @@ void pack_tokens(const T* rows, Bf16Layout layout, std::int64_t block, Bf16Parts
         transpose_tile(tiles[half].part[p], left.values + p * layout.size() + offset);
       }
       for (std::int64_t p = 0; p < right.count; ++p) {
-        copy_tile(tiles[half].part[p], right.values + p * layout.size() + offset);
+        copy_tile((weighted ? weighted_tiles : tiles)[half].part[p], right.values + p * layout.size() + offset);
       }
     }
   }

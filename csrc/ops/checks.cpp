@@ -360,9 +360,26 @@ void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, 
   check_same_device(op, "inputs", inputs, sum, hessian);
 }
 
-void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs) {
-  check_hessian("hessian_update_", hessian);
-  check_inputs_of("hessian_update_", inputs, "hessian", hessian);
+void check_of_tokens(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& inputs) {
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == inputs.sym_sizes().slice(0, inputs.dim() - 1), op, ": expected ", argument,
+                    " to have the shape of the tokens, ", inputs.sym_sizes().slice(0, inputs.dim() - 1),
+                    " for inputs of shape ", inputs.sym_sizes(), ", but got shape ", tensor.sym_sizes());
+}
+
+void check_token_weights(const char* op, const std::optional<at::Tensor>& token_weights, const at::Tensor& inputs) {
+  if (token_weights.has_value()) {
+    TORCH_CHECK_TYPE(at::isFloatingType(token_weights->scalar_type()), op,
+                     ": expected token_weights to be floating point, but got ", name_of(token_weights->scalar_type()));
+    check_of_tokens(op, "token_weights", *token_weights, inputs);
+  }
+}
+
+void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs,
+                                    const std::optional<at::Tensor>& token_weights) {
+  constexpr const char* op = "hessian_update_";
+  check_hessian(op, hessian);
+  check_inputs_of(op, inputs, "hessian", hessian);
+  check_token_weights(op, token_weights, inputs);
 }
 
 void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,

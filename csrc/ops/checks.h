@@ -49,9 +49,13 @@ GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Ten
                                          int64_t tokens, const GridArguments& grid);
 void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second);
 
-void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs);
+void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs,
+                                    const std::optional<at::Tensor>& token_weights);
 /// Checks inputs [..., K] of a sum [K, K]; `sum` is the name of the sum in messages.
 void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, const at::Tensor& hessian);
+/// Checks that a tensor has one value for each token of inputs [..., K].
+void check_of_tokens(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& inputs);
+void check_token_weights(const char* op, const std::optional<at::Tensor>& token_weights, const at::Tensor& inputs);
 
 void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
                                        const at::Tensor& hessian);

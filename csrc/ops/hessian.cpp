@@ -140,10 +140,10 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
 
 // hessian_update_
 
-void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
+void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights) {
   constexpr const char* op = "hessian_update_";
   const PlainOperations plain;
-  check_hessian_update_arguments(hessian, inputs);
+  check_hessian_update_arguments(hessian, inputs, token_weights);
   check_on_cpu(op, "hessian", hessian);
   check_may_change(op, "hessian", hessian);
   const std::scoped_lock lock(lock_of(hessian));
@@ -151,13 +151,14 @@ void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
   const at::Tensor bad = at::isfinite(diagonal).logical_not();
   TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected the diagonal of hessian to be finite, but got ",
                     first_value(diagonal, bad));
-  check_batch_values(op, inputs, counted_tokens(op, inputs, {}, {}), hessian.unsqueeze(0));
-  algorithms::hessian_update(hessian, inputs);
+  const Batch batch = counted_tokens(op, inputs, {}, token_weights);
+  check_batch_values(op, inputs, batch, hessian.unsqueeze(0));
+  algorithms::hessian_update(hessian, batch.inputs, batch.token_weights);
   count_change(hessian);
 }
 
-void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs) {
-  check_hessian_update_arguments(hessian, inputs);
+void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights) {
+  check_hessian_update_arguments(hessian, inputs, token_weights);
 }
 
 // accumulator_*
@@ -184,13 +185,6 @@ void check_state(const HessianSums& state, const std::string& prefix = "") {
       state.weights.sym_sizes());
 }
 
-/// Checks a tensor that has one value per token.
-void check_of_tokens(const char* argument, const at::Tensor& tensor, const at::Tensor& inputs) {
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == inputs.sym_sizes().slice(0, inputs.dim() - 1), kAccumulator, ": expected ",
-                    argument, " to have the shape of the tokens, ", inputs.sym_sizes().slice(0, inputs.dim() - 1),
-                    " for inputs of shape ", inputs.sym_sizes(), ", but got shape ", tensor.sym_sizes());
-}
-
 void check_update_arguments(const HessianSums& state, const at::Tensor& inputs, const OptionalTensor& mask,
                             const OptionalTensor& token_weights) {
   check_state(state);
@@ -198,13 +192,9 @@ void check_update_arguments(const HessianSums& state, const at::Tensor& inputs, 
   if (mask.has_value()) {
     TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, kAccumulator,
                      ": expected mask to be bool, true for tokens that count, but got ", name_of(mask->scalar_type()));
-    check_of_tokens("mask", *mask, inputs);
+    check_of_tokens(kAccumulator, "mask", *mask, inputs);
   }
-  if (token_weights.has_value()) {
-    TORCH_CHECK_TYPE(at::isFloatingType(token_weights->scalar_type()), kAccumulator,
-                     ": expected token_weights to be floating point, but got ", name_of(token_weights->scalar_type()));
-    check_of_tokens("token_weights", *token_weights, inputs);
-  }
+  check_token_weights(kAccumulator, token_weights, inputs);
 }
 
 void check_may_change(const HessianSums& state) {

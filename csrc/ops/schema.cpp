@@ -20,7 +20,7 @@ TORCH_LIBRARY(miniquant, m) {
     define(c10::str(op, "(Tensor weight, Tensor hessian, *, ", kGridSchema, ", ", kSweepSchema, ")", results,
                     ", Tensor row_loss)"));
   }
-  m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs) -> ()", tags);
+  m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()", tags);
   m.def(
       "accumulator_update_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, "
       "Tensor? mask=None, Tensor? token_weights=None) -> ()",

@@ -10,14 +10,16 @@
 
 namespace miniquant {
 
-/// Adds X^T X of a batch of inputs X to `hessian`, in place, and returns `hessian`.
+/// Adds X^T diag(w) X of a batch of inputs X to `hessian`, in place, and returns `hessian`.
 ///
 /// hessian: [K, K], float32 or float64, any strides. inputs: [..., K], float32, float64, bfloat16 or float16; cast to
 /// the dtype of `hessian` before the product. The order of the sums does not depend on the number of threads, but on
 /// the instruction set and on bfloat16_unit(). Throws c10::ValueError / c10::TypeError on bad arguments, including
 /// inputs that are not finite or that make a sum overflow; `hessian` is then unchanged. Threads may update the same
-/// tensor: calls wait for one another.
-MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs);
+/// tensor: calls wait for one another. token_weights: w, floating point [...], finite and not negative, one for each
+/// token; 1 each without. The inputs of tokens of weight 0 are not read.
+MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
+                                          const std::optional<at::Tensor>& token_weights = std::nullopt);
 
 /// Whether an accumulator keeps one sum, or one for each half of the tokens.
 enum class Halves {

@@ -42,6 +42,11 @@ INSTANTIATE_TEST_SUITE_P(Units, HessianBf16, ::testing::ValuesIn(kernels::kBf16U
 
 at::Tensor weights_of(int64_t tokens) { return testing::normal({tokens}, 9).abs().add_(0.01); }
 
+/// Powers of two from 2^-9 to 2^9.
+at::Tensor powers_of_two(int64_t tokens) {
+  return testing::normal({tokens}, 10).mul_(3).round_().clamp_(-9, 9).exp2_();
+}
+
 /// X^T diag(w) X of |X| in float64 where `magnitude`.
 at::Tensor oracle(const at::Tensor& inputs, const at::Tensor& token_weights, bool magnitude) {
   at::Tensor wide = inputs.to(at::kDouble);
@@ -64,7 +69,7 @@ TEST_P(HessianBf16, IsTheProductOfTheInputsInFloat64) {
   for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {512, 13}, {513, 70}, {2000, 37}, {1100, 330}}) {
     for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
       const at::Tensor inputs = testing::normal({tokens, columns}, 1, dtype);
-      for (const at::Tensor& weights : {at::Tensor(), weights_of(tokens)}) {
+      for (const at::Tensor& weights : {at::Tensor(), weights_of(tokens), powers_of_two(tokens)}) {
         SCOPED_TRACE(::testing::Message() << tokens << " tokens, " << columns << " columns, " << dtype
                                           << (weights.defined() ? ", weighted" : ""));
         const at::Tensor sum = sum_of(inputs, weights);
@@ -122,7 +127,8 @@ TEST(PrefersBf16, WhereTheKernelsAreFasterAndAsAccurate) {
   const at::Tensor single = at::zeros({4, 4}, at::kFloat);
   const at::Tensor wide = at::zeros({4, 4}, at::kDouble);
   const auto inputs = [](at::ScalarType dtype) { return at::zeros({2, 4}, dtype); };
-  const at::Tensor weights = at::zeros({2}, at::kDouble).fill_(0.5);
+  const at::Tensor weights = at::zeros({2}, at::kDouble).fill_(0.3);
+  const at::Tensor powers = at::zeros({2}, at::kDouble).fill_(0.5);
   EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), {}));
   EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights));
   EXPECT_FALSE(prefers_bf16(nullptr, single, inputs(at::kBFloat16), {}));
@@ -131,7 +137,12 @@ TEST(PrefersBf16, WhereTheKernelsAreFasterAndAsAccurate) {
   EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kHalf), {})) << "four products";
   EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights * 0x1p70));
   EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights * 0x1p-70));
+  kernels.most_products = 1;
+  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), powers));
+  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights)) << "three products";
   kernels.most_products = 4;
+  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kHalf), powers));
+  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kHalf), weights)) << "six products";
   EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kHalf), {}));
 }
 

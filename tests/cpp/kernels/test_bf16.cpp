@@ -87,7 +87,7 @@ void for_each_size(const Bf16Kernels& kernels, std::mt19937_64& generator, const
       const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, tokens * columns));
       Packed packed(layout, 1, 1);
       for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-        kernels.pack_bf16(rows.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
+        kernels.pack_bf16(rows.data(), nullptr, layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
       }
       body(rows, packed);
     }
@@ -120,7 +120,7 @@ TEST_P(Bf16, PartsOfFloat32AddUpToIt) {
   const GuardedBuffer<float> rows(values);
   Packed packed(layout, 2, 3);
   for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-    kernels().pack_f32(rows.data(), layout, block, {packed.left.data(), 2}, {packed.right.data(), 3});
+    kernels().pack_f32(rows.data(), nullptr, layout, block, {packed.left.data(), 2}, {packed.right.data(), 3});
   }
   for (std::int64_t token = 0; token < layout.tokens; ++token) {
     for (std::int64_t column = 0; column < layout.columns; ++column) {
@@ -135,6 +135,33 @@ TEST_P(Bf16, PartsOfFloat32AddUpToIt) {
   }
 }
 
+TEST_P(Bf16, WeightsCountOnTheRight) {
+  std::mt19937_64 generator(6);
+  const Bf16Layout layout{33, 41};
+  const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, layout.tokens * layout.columns));
+  std::vector<float> of_tokens = normal<float>(generator, layout.tokens);
+  of_tokens[0] = 0.25F;
+  const GuardedBuffer<float> weights(of_tokens);
+  Packed packed(layout, 1, 3);
+  for (std::int64_t block = 0; block < layout.blocks(); ++block) {
+    kernels().pack_bf16(rows.data(), weights.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 3});
+  }
+  for (std::int64_t token = 0; token < layout.tokens; ++token) {
+    for (std::int64_t column = 0; column < layout.columns; ++column) {
+      const std::uint16_t value = rows[token * layout.columns + column];
+      ASSERT_EQ(packed.left_at(0, token, column), value) << token << ", " << column;
+      double sum = 0;
+      for (std::int64_t part = 0; part < 3; ++part) {
+        sum += value_of(packed.right_at(part, token, column));
+      }
+      ASSERT_EQ(sum, value_of(value) * weights[token]) << token << ", " << column;
+    }
+  }
+  for (std::int64_t column = 0; column < layout.columns; ++column) {
+    EXPECT_EQ(value_of(packed.right_at(0, 0, column)), value_of(rows[column]) * 0.25F) << "a power of two: one part";
+  }
+}
+
 /// A value of float16: 11 significant bits, subnormals at 2^-24.
 float float16_of(float value) { return std::nearbyint(value * 0x1p24F) * 0x1p-24F; }
 
@@ -146,7 +173,7 @@ TEST_P(Bf16, TwoPartsHoldFloat16) {
   const Bf16Layout layout{static_cast<std::int64_t>(values.size()), 1};
   const GuardedBuffer<float> rows(values);
   Packed packed(layout, 2, 2);
-  kernels().pack_f32(rows.data(), layout, 0, {packed.left.data(), 2}, {packed.right.data(), 2});
+  kernels().pack_f32(rows.data(), nullptr, layout, 0, {packed.left.data(), 2}, {packed.right.data(), 2});
   for (std::int64_t column = 0; column < layout.columns; ++column) {
     EXPECT_EQ(value_of(packed.left_at(0, 0, column)) + value_of(packed.left_at(1, 0, column)), rows[column]);
   }
@@ -243,7 +270,7 @@ TEST_P(Bf16, SizesOfSquaresDoNotChangeABit) {
   const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, layout.tokens * layout.columns));
   Packed packed(layout, 1, 1);
   for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-    kernels().pack_bf16(rows.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
+    kernels().pack_bf16(rows.data(), nullptr, layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
   }
   const auto sum_with = [&](std::int64_t square_panels) {
     GuardedBuffer<float> hessian(std::vector<float>(static_cast<std::size_t>(layout.columns * layout.columns), 0.5F));
@@ -264,7 +291,7 @@ std::vector<float> square_of_token(const Bf16Kernels& kernels, const std::vector
   }
   const GuardedBuffer<std::uint16_t> rows(bits);
   Packed packed(layout, 1, 1);
-  kernels.pack_bf16(rows.data(), layout, 0, {packed.left.data(), 1}, {packed.right.data(), 1});
+  kernels.pack_bf16(rows.data(), nullptr, layout, 0, {packed.left.data(), 1}, {packed.right.data(), 1});
   GuardedBuffer<float> hessian(std::vector<float>(values.size() * values.size()));
   add_all(kernels, packed, {{0, 0}}, 2, hessian.data());
   return hessian.values();

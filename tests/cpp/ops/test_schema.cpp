@@ -23,7 +23,7 @@ constexpr std::pair<const char*, const char*> kSchemas[] = {
      "(Tensor codes, Tensor scales, Tensor zero_points)"},
     {"gptq", kGptqArguments},
     {"gptq_reference", kGptqArguments},
-    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs) -> ()"},
+    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()"},
     {"accumulator_update_",
      "(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, Tensor? mask=None, "
      "Tensor? token_weights=None) -> ()"},
