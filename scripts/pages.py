@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/guide.md", "docs/results.md", "docs/speed.md")
+PAGES = ("README.md", "docs/guide.md", "docs/models.md", "docs/results.md", "docs/speed.md")
 BEGIN = "<!-- begin "
 END = "<!-- end -->"
 PART = re.compile(rf"({BEGIN}(?P<kind>\w+)(?: (?P<argument>[^\n]+?))? -->\n)(?P<body>.*?)({END})", re.DOTALL)

@@ -23,17 +23,16 @@ Which bits
 
 import glob
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from miniquant._torch_state import evaluation_mode
 from miniquant.gptq import gptq
+from miniquant.gradients import each_gradient, has_gradient
 from miniquant.grid import dequantize
-from miniquant.modules import LinearSite, Site, TransposedSite, find_sites
+from miniquant.modules import Site, find_sites
 from miniquant.quantize import Weighing, accumulated
 from miniquant.recipe import LayerOptions, Recipe, Rule
 from miniquant.token_weights import causal_sites
@@ -197,11 +196,7 @@ def measure_units(
         )
     options = options or LayerOptions()
     skipped = set(skip)
-    sites: list[Site] = [
-        site
-        for site in find_sites(model).sites
-        if isinstance(site, (LinearSite, TransposedSite)) and site.name not in skipped
-    ]
+    sites: list[Site] = [site for site in find_sites(model).sites if has_gradient(site) and site.name not in skipped]
     if not sites:
         raise ValueError("measure_units: expected a model with Linear layers, but got none")
     generator = torch.Generator().manual_seed(seed)
@@ -243,53 +238,18 @@ def _sampled(
     """Inputs and gradients of some tokens of each layer, and how many tokens there are."""
     parts: dict[str, list[_Sample]] = {site.name: [] for site in sites}
     of_batch = -(-SAMPLED // len(batches))
-    tokens = 0
 
-    def watch(site: Site, module: nn.Module) -> Any:
-        def ran(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            inputs = args[0].detach()
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
+    def watch(site: Site, _number: int, inputs: Tensor) -> Callable[[Tensor], None]:
+        def came(gradient: Tensor) -> None:
+            parts[site.name].append(_drawn(inputs.flatten(0, -2), gradient.flatten(0, -2), of_batch, generator))
 
-            def came(gradient: Tensor) -> None:
-                parts[site.name].append(_drawn(inputs.flatten(0, -2), gradient.flatten(0, -2), of_batch, generator))
+        return came
 
-            output.register_hook(came)
-            return output
-
-        return module.register_forward_hook(ran)
-
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [watch(site, module) for site in sites for module in site.modules]
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)  # noqa: FBT003  (it has no name)
-        with evaluation_mode(model), torch.enable_grad():
-            for batch in batches:
-                logits = getattr(model(**batch, use_cache=False), "logits", None)
-                if not isinstance(logits, Tensor) or logits.dim() != 3:
-                    raise TypeError(
-                        "measure_units: expected a language model, whose output has logits [B, T, V], but got "
-                        f"{type(model).__name__}"
-                    )
-                tokens += _backward(logits, batch.get("attention_mask"), generator)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_()
+        tokens = each_gradient(model, batches, sites, watch, generator=generator)
+    except ValueError as error:
+        raise TypeError(f"measure_units: {error}") from error
     return {name: _joined(found) for name, found in parts.items() if found}, tokens
-
-
-def _backward(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> int:
-    """Runs back from -log p of tokens that are drawn from the model; how many there are."""
-    flat = logits.flatten(0, -2).float()
-    if mask is not None:
-        flat = flat[mask.flatten().bool()]
-    with torch.no_grad():
-        drawn = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).to(flat.device)
-    (-flat.log_softmax(-1).gather(1, drawn).sum()).backward()
-    return len(flat)
 
 
 def _drawn(inputs: Tensor, gradients: Tensor, count: int, generator: torch.Generator) -> _Sample:

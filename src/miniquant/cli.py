@@ -19,7 +19,7 @@ from miniquant.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, code_of, line
 
 Preset = Literal["best", "fast", "plain"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "miniquant"]
-TokenWeights = Literal["uniform", "norm", "position", "norm+position"]
+TokenWeights = Literal["uniform", "norm", "position", "norm+position", "gradient"]
 Unseen = Literal["error", "siblings", "rtn"]
 OtherType = Literal["F16", "F32", "BF16", "Q8_0"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -199,7 +199,8 @@ def quantize(
             rich_help_panel=_RECIPE,
             show_default="norm+position",
             help="How much a token counts: norm: by 1 / |x|^2 of a layer's input x; position: the first of a text "
-            "more, because all later ones attend to it.",
+            "more, because all later ones attend to it; gradient: both, and by what the model's predictions depend on, "
+            "with a backward pass.",
         ),
     ] = None,
     correction: Annotated[

@@ -11,12 +11,14 @@ from miniquant.operators import call
 _STATE = ("sums", "tokens", "weights")
 
 
-def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
-    """``hessian += X^T X`` for a batch of inputs, in place.
+def hessian_update_(hessian: Tensor, inputs: Tensor, *, token_weights: Tensor | None = None) -> Tensor:
+    """``hessian += X^T diag(w) X`` for a batch of inputs, in place.
 
     Args:
         hessian: [K, K], float32 or float64; changed and returned.
         inputs: [..., K], float32, float64, bfloat16 or float16; cast to the Hessian's dtype before the product.
+        token_weights: w, floating point [...], finite and not negative, one for each token; 1 each without. The inputs
+            of a token of weight 0 are not read.
 
     Several threads may update the same tensor: calls wait for one another.
 
@@ -24,7 +26,7 @@ def hessian_update_(hessian: Tensor, inputs: Tensor) -> Tensor:
         ValueError, TypeError: for a bad argument, including inputs that are not finite and inputs with which the sum
             would overflow; the Hessian is then unchanged.
     """
-    call("hessian_update_", hessian, inputs)
+    call("hessian_update_", hessian, inputs, token_weights=token_weights)
     return hessian
 
 

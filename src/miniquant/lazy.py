@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from miniquant.architecture import Conversion, build_model, find_sources
 from miniquant.checkpoint import Checkpoint
+from miniquant.modules import blocks_of
 from miniquant.walk import to_device, wait_for_others
 
 
@@ -141,7 +142,7 @@ class LazyModel:
         return dict(self._unit_bytes)
 
     def _sizes(self) -> dict[str, int]:
-        blocks = dict(_blocks(self.model))
+        blocks = dict(blocks_of(self.model))
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         loose = {name: module for name, module in self.model.named_modules() if id(module) not in inside}
         sizes = {}
@@ -157,7 +158,7 @@ class LazyModel:
         with ExitStack() as stack:
             stack.callback(self._drop_all)
             self._place_buffers()
-            blocks = [module for _, module in _blocks(self.model)]
+            blocks = [module for _, module in blocks_of(self.model)]
             for module in blocks:
                 self._watch(stack, module, self._parts_in(module.modules()))
             whole = {id(module) for module in blocks}
@@ -368,16 +369,6 @@ def _parts_of(model: nn.Module, conversions: Mapping[str, Conversion]) -> list[_
         source = next(name for name in names[key] if name in conversions)
         parts.append(_Part(tuple(names[key]), places[key], meta, source, conversions[source]))
     return parts
-
-
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Elements of outermost lists of modules, with their names."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
-            yield path, child
-        else:
-            yield from _blocks(child, f"{path}.")
 
 
 class _Lookup:

@@ -214,6 +214,16 @@ class ExpertSite(Site):
 _EXPERT = re.compile(r"(?P<module>(?:.*\.)?\w*experts?\.)\d+(?P<rest>\..+)")
 
 
+def blocks_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Elements of outermost lists of modules, with their names."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield path, child
+        else:
+            yield from blocks_of(child, f"{path}.")
+
+
 def siblings_of(site: Site) -> tuple[str, str] | None:
     """Equal for the same layer of different experts: their module, and which of its layers; None for other layers.
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from miniquant.calibration import Calibration
 from miniquant.correction import Correction, InputErrors
 from miniquant.gptq import gptq
+from miniquant.gradients import squared_gradients
 from miniquant.grid import QuantizedWeight, dequantize, rtn
 from miniquant.hessian import HessianAccumulator
 from miniquant.loss import quantization_loss
 from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
 from miniquant.recipe import LayerOptions, Recipe
 from miniquant.ridge import LinAlgError, choose_ridge, gptq_with_choice
-from miniquant.token_weights import TokenWeights, causal_sites, weigh
+from miniquant.token_weights import GRADIENT, TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
 
 # Fewer held-out tokens than these say too little about a layer.
@@ -95,8 +96,8 @@ class ModelResult:
         left_alone: weights that were not quantized, with the reason.
         batches: of calibration.
         held_out_batches: the last ones, that were only used to judge.
-        seconds: of the whole run, and of its parts: "hessians", "solver", "judging" and "forward", which is all else;
-            what restored layers took in an earlier run is not in them.
+        seconds: of the whole run, and of its parts: "hessians", "solver", "judging", "gradients" where they are taken,
+            and "forward", which is all else; what restored layers took in an earlier run is not in them.
         notes: on the run as a whole.
     """
 
@@ -360,6 +361,7 @@ def quantize_planned(
     sites = [site for site, _ in plan.layers]
     beside = any(options.corrected_part > 0 for _, options in plan.layers)
     going_on = quantizer.check_stop
+    quantizer.take_gradients(model, batches, forward, masks)
     quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, going_on=going_on))
     return result
 
@@ -485,7 +487,7 @@ def accumulated(
         if not tokens.numel():
             continue
         try:
-            weights, sampled = weigh(tokens, given.mask, weighing.scheme, causal=weighing.causal)
+            weights, sampled = weighing.of(given, tokens)
             if tokens.device.type == "cpu":
                 accumulator.update(tokens, mask=given.mask, token_weights=weights)
             else:
@@ -506,10 +508,27 @@ def accumulated(
 
 
 class Weighing(NamedTuple):
-    """How a layer's tokens are weighed (token_weights.py)."""
+    """How a layer's tokens are weighed (token_weights.py).
+
+    Attributes:
+        scheme: which weights.
+        causal: whether tokens are in causal order.
+        gradients: |g|^2 of the tokens of each batch, at the output of the layer; None where there are none.
+    """
 
     scheme: TokenWeights
     causal: bool
+    gradients: Sequence[Tensor] | None = None
+
+    def of(self, given: Given, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As of :func:`miniquant.token_weights.weigh`."""
+        gradients = None if self.gradients is None else self.gradients[given.batch]
+        if gradients is not None and gradients.shape != tokens.shape[:-1]:
+            raise ValueError(
+                f"expected gradients of tokens of shape {list(tokens.shape[:-1])}, but got shape "
+                f"{list(gradients.shape)}"
+            )
+        return weigh(tokens, given.mask, self.scheme, causal=self.causal, gradients=gradients)
 
 
 @dataclass
@@ -600,6 +619,7 @@ class _Quantizer:
         stop: Callable[[], bool] | None,
     ) -> None:
         self._options = {id(site): options for site, options in plan.layers}
+        self._sites = {site.name: site for site, _ in plan.layers}
         self._families: dict[str, dict[str, list[Site]]] = {}  # by module of experts and layer
         for site, _ in plan.layers:
             if (family := siblings_of(site)) is not None:
@@ -612,17 +632,18 @@ class _Quantizer:
         self._stop = stop
         self._seconds = dict.fromkeys(("hessians", "solver", "judging"), 0.0)
         self._causal = causal_sites(model, [site for site, _ in plan.layers])
-        self._inputs: tuple[int, torch.dtype, Weighing] | None = None  # of the layer at hand
+        self._inputs: Hashable = None  # what the Hessian of the layer at hand is made of
         self._last: _Hessians | None = None  # of these inputs
         self._ridges: dict[Any, float] = {}  # found in them: by grid
         self._carried = _CarriedRidges()
+        self._gradients: dict[str, list[Tensor]] = {}  # by name of a layer
         self._searched = False  # whether the ridge of the layer at hand was found in its own tokens
         self._pools: dict[tuple[str, str], _Hessians] = {}
         self._few: dict[int, int] = {}  # experts that wait for their siblings: tokens of their own
         self._visited_families: dict[str, None] = {}
 
     def run(self, walk: Walk) -> None:
-        start = time.perf_counter()
+        start = time.perf_counter() - self._seconds.get("gradients", 0.0)
         with walk:
             for visit in walk:
                 self._leave_families(walk, visit.site)
@@ -643,6 +664,33 @@ class _Quantizer:
             )
         total = time.perf_counter() - start
         self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
+
+    def take_gradients(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        forward: Callable[[nn.Module, Any], Any] | None,
+        masks: Sequence[Tensor | None] | None,
+    ) -> None:
+        """Has the gradients that layers' tokens are weighed by, where the recipe asks for them."""
+        asked = [site for site in self._sites.values() if self._options[id(site)].token_weights == GRADIENT]
+        if not asked:
+            return
+        start = time.perf_counter()
+        try:
+            self._gradients = squared_gradients(
+                model, batches, asked, forward=forward, masks=masks, before=self.check_stop
+            )
+        except ValueError as error:
+            raise ValueError(f"quantize_model: token_weights {GRADIENT!r}: {error}") from error
+        missing = [site.name for site in asked if site.name not in self._gradients]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            self._result.notes.append(
+                f"tokens of layer {missing[0]!r}{more} are weighed by norm+position: there is no gradient for each of "
+                "them (experts, convolutions, layers that some batch does not come to)"
+            )
+        self._seconds["gradients"] = time.perf_counter() - start
 
     def check_stop(self) -> None:
         """Ends the run where it is asked to.
@@ -707,23 +755,24 @@ class _Quantizer:
 
     def _come_to(self, visit: Visit) -> None:
         """Forgets Hessians and ridges of other inputs than those of the layer at hand."""
-        dtype = torch.float64 if visit.site.dtype == torch.float64 else torch.float32
-        inputs = visit.inputs_id, dtype, self._weighing(visit.site)
+        weighing = self._weighing(visit.site)
+        of_layer = visit.site.name if weighing.gradients is not None else None
+        inputs = visit.inputs_id, _sum_dtype(visit.site), weighing.scheme, weighing.causal, of_layer
         if self._inputs != inputs:
             self._inputs = inputs
             self._last = None
             self._ridges.clear()
 
     def _weighing(self, site: Site) -> Weighing:
-        return Weighing(self._options[id(site)].token_weights, id(site) in self._causal)
+        scheme = self._options[id(site)].token_weights
+        gradients = self._gradients.get(site.name) if scheme == GRADIENT else None
+        return Weighing(scheme, id(site) in self._causal, gradients)
 
     def _hessians(self, visit: Visit) -> _Hessians:
         """Of the tokens that batches give to a layer; those of the layer before, where it was given the same."""
         if self._last is not None:
             return self._last
-        assert self._inputs is not None  # noqa: S101  (set by _come_to)
-        columns = visit.site.columns
-        _, dtype, weighing = self._inputs
+        columns, dtype, weighing = visit.site.columns, _sum_dtype(visit.site), self._weighing(visit.site)
         start = time.perf_counter()
         first_held_out = self._result.batches
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
@@ -992,6 +1041,11 @@ class _CarriedRidges:
         is_same = before is not None and max(before, ridge) < NEARBY * min(before, ridge)
         self._ridges[kind] = ridge
         self._left[kind] = CARRIED if is_same and ridge < LARGEST_CARRIED else 0
+
+
+def _sum_dtype(site: Site) -> torch.dtype:
+    """The dtype of a Hessian of a layer."""
+    return torch.float64 if site.dtype == torch.float64 else torch.float32
 
 
 def _kind(site: Site, options: LayerOptions) -> Hashable:

@@ -70,7 +70,8 @@ class LayerOptions:
         ridge: relative to the Hessian's mean diagonal; "auto" finds it in the tokens (:func:`miniquant.gptq_auto`).
         token_weights: how much each token counts in the Hessian (:mod:`miniquant.token_weights`): "uniform": alike;
             "norm": by 1 / |x|^2 of its input x; "position": the first of a causal sequence of T tokens
-            1 + (T - 1) / 4 times; or both.
+            1 + (T - 1) / 4 times; or both; "gradient": both, and by what the model's predictions depend on, which takes
+            a backward pass of a language model.
         correction: which part of the errors that the quantized layers before leave in its inputs the layer makes up
             for (:mod:`miniquant.correction`), 0 to 1; above 0 it takes a second forward pass. None is that of the
             preset: 0.5 with "best", 0 with the others (:attr:`corrected_part`).

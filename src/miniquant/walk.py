@@ -179,7 +179,7 @@ class Walk:
         self._beside = beside
         self._look_ahead = look_ahead
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
-        self._forward = _call if forward is None else forward
+        self._forward = call if forward is None else forward
         self._ended = ended
         self._going_on = going_on
         self._stack: ExitStack | None = None
@@ -220,8 +220,8 @@ class Walk:
             raise RuntimeError("Walk: expected to be entered once, but got entered again")
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._model))
-            stack.enter_context(_without_cache(self._model))
-            stack.enter_context(_not_compiled())
+            stack.enter_context(without_cache(self._model))
+            stack.enter_context(not_compiled())
             device = _device(self._model)
             encoder = _encoder(self._model)
             for number, batch in enumerate(self._batches):
@@ -621,7 +621,8 @@ def _noting_what_masks_are_for(encoder: nn.Module | None, sites: Sequence[Site])
 # The model and its batches
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for a batch: keyword arguments, arguments, or its one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
@@ -631,6 +632,11 @@ def _device(model: nn.Module) -> torch.device | None:
     """The device of a model that is on one."""
     devices = {parameter.device for parameter in model.parameters()}
     return devices.pop() if len(devices) == 1 and "meta" not in {device.type for device in devices} else None
+
+
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch with its tensors on the device of the model, where that is on one."""
+    return to_device(batch, _device(model))
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
@@ -656,7 +662,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Without the cache of keys and values that a model of transformers builds for the next token."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
@@ -670,7 +676,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _not_compiled() -> Iterator[None]:
+def not_compiled() -> Iterator[None]:
     """Compiled modules run as they are written: what is compiled has no place to pause."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
         yield

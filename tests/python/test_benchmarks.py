@@ -19,10 +19,12 @@ from PIL import Image
 import miniquant
 from benchmarks.common import measuring
 from benchmarks.common.tables import table
+from benchmarks.models import texts
+from benchmarks.models.common import docstrings, halves, readable
 from benchmarks.peers import __main__ as compare_peers
 from benchmarks.peers.runner import Problem
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import against
+from benchmarks.speed import against, units
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = speed.Plan(
@@ -147,6 +149,44 @@ def test_against_times_two_clones_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_p
     text = (tmp_path / "against.md").read_text()
     assert f"| {work} |" in text
     assert f"**{row['seconds'] / row['other_seconds']:.2f}**" in text
+
+
+def test_texts_of_models(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text('def f():\n    """Second\n    text."""\nclass C:\n    """Third."""\n')
+    (tmp_path / "a.py").write_text('"""First."""\nx = "no docstring"\n')
+    assert docstrings(tmp_path) == "First.\n\nSecond\ntext.\n\nThird.\n"
+    assert readable("1 @,@ 000 ( a <unk> ) , well @-@ known .") == "1,000 (a one), well-known."
+    assert halves("ab\ncd\nef") == ("ab\ncd", "\nef")
+
+
+def test_settings_of_texts_are_both_kinds_and_other_groups_of_one() -> None:
+    found = texts.settings_of(["plain", "best"], [4], [32, 64])
+    assert [(one.scheme, one.group_size, one.kind) for one in found] == [
+        ("plain", 64, "encyclopedia"),
+        ("best", 64, "encyclopedia"),
+        ("plain", 64, "docstrings"),
+        ("best", 64, "docstrings"),
+        ("plain", 32, "encyclopedia"),
+        ("best", 32, "encyclopedia"),
+    ]
+
+
+def test_units_keeps_the_figures_of_other_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["units", "--quick", "--seconds", "0.001", "--output", str(tmp_path)])
+    units.main()
+    path = tmp_path / "units.json"
+    (unit,) = measured = json.loads(path.read_text())
+    assert unit == torch.ops.miniquant.bfloat16_unit()
+    (row,) = measured[unit]["rows"]
+    assert min(row["seconds"].values()) > 0
+    path.write_text(json.dumps({"other": {**measured[unit], "unit": "other"}}))
+    units.main()
+    by_unit = json.loads(path.read_text())
+    assert set(by_unit) == {unit, "other"}
+    text = (tmp_path / "units.md").read_text()
+    assert text.index("unit: other") != text.index(f"unit: {unit}")
+    (row,) = by_unit[unit]["rows"]
+    assert f"**{row['seconds']['bfloat16'] / row['seconds']['float32']:.2f}**" in text
 
 
 def test_speed_measures_the_tables_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

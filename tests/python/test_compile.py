@@ -59,6 +59,7 @@ def calls() -> list[Call]:
         ("hessian_update_", (hessian.clone(), weight), {}),
         ("hessian_update_", (hessian.double(), weight.bfloat16().view(1, 5, 20)), {}),
         ("hessian_update_", (hessian.clone(), torch.empty(0, 20)), {}),
+        ("hessian_update_", (hessian.clone(), weight), {"token_weights": torch.arange(5.0)}),
         ("quantization_loss", (weight, weight.round(decimals=2), hessian), {}),
         ("quantization_loss", (weight.half(), torch.zeros(5, 20).half(), hessian.double()), {}),
         ("quantization_loss", (weight.clone().requires_grad_(), weight * 0, hessian), {}),

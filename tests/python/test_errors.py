@@ -305,6 +305,23 @@ OTHERS = [
     Bad("hessian_update_", {"inputs": torch.tensor(1.0)}, "inputs to have shape [..., K] = [..., 4], but got shape []"),
     Bad(
         "hessian_update_",
+        {"inputs": torch.ones(2, 4), "token_weights": torch.ones(3)},
+        "token_weights to have the shape of the tokens, [2] for inputs of shape [2, 4], but got shape [3]",
+    ),
+    Bad(
+        "hessian_update_",
+        {"inputs": torch.ones(2, 4), "token_weights": torch.ones(2, dtype=torch.int64)},
+        "token_weights to be floating point, but got int64",
+        TypeError,
+    ),
+    Bad(
+        "hessian_update_",
+        {"inputs": torch.ones(2, 4), "token_weights": torch.tensor([1.0, -1.0])},
+        "token_weights to be finite and not negative, but got -1 at [1]",
+        reads_values=True,
+    ),
+    Bad(
+        "hessian_update_",
         {"inputs": torch.ones(2, 4, dtype=torch.int64)},
         "inputs to be float32, float64, bfloat16 or float16, but got int64",
         TypeError,

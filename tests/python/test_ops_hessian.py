@@ -37,6 +37,24 @@ def test_adds_the_products(dtype: torch.dtype, inputs_dtype: torch.dtype) -> Non
         assert torch.equal(hessian, hessian.mT), "the two halves are the same bits"
 
 
+@pytest.mark.parametrize("inputs_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("powers_of_two", [False, True])
+def test_tokens_count_as_their_weights_say(inputs_dtype: torch.dtype, *, powers_of_two: bool) -> None:
+    inputs = torch.randn(3, 200, 40, generator=torch.Generator().manual_seed(0)).to(inputs_dtype)
+    weights = torch.rand(3, 200, generator=torch.Generator().manual_seed(1))
+    weights = weights.log2().round().exp2() if powers_of_two else weights
+    weights[1, 7] = 0
+    inputs[1, 7] = torch.nan
+    hessian = miniquant.hessian_update_(torch.eye(40), inputs, token_weights=weights)
+    wide = (inputs.nan_to_num().double() * weights.double().sqrt().unsqueeze(-1)).view(-1, 40)
+    expected = torch.eye(40, dtype=torch.float64) + wide.mT @ wide
+    # one rounding of the product with a weight, or of its square root, beside those of the sum
+    eps = torch.finfo(torch.float32).eps
+    assert bool(
+        ((hessian - expected).abs() <= bound(torch.eye(40), wide.float()) + 2 * eps * wide.abs().mT @ wide.abs()).all()
+    )
+
+
 def test_leading_dimensions_are_tokens() -> None:
     inputs = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = miniquant.hessian_update_(torch.zeros(8, 8, dtype=torch.float64), inputs.view(-1, 8))

@@ -41,7 +41,7 @@ from miniquant.quantize import (
     quantize_model,
 )
 from miniquant.ridge import LinAlgError
-from miniquant.token_weights import norm_weights
+from miniquant.token_weights import norm_weights, weigh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,7 @@ def accumulated(batches: Sequence[Tensor], *, halves: bool = False) -> HessianAc
     """Of inputs that are no causal sequences, with the weights that are the default."""
     accumulator = HessianAccumulator(batches[0].shape[-1], halves=halves)
     for batch in batches:
-        accumulator.update(batch, token_weights=norm_weights(batch))
+        accumulator.update(batch, token_weights=weigh(batch, None, "norm", causal=False)[0])
     return accumulator
 
 
@@ -707,7 +707,7 @@ def test_sums_on_a_device_are_those_of_the_accumulator() -> None:
         expected = HessianAccumulator(32, halves=halves)
         for batch, mask in zip(BATCHES, masks, strict=True):
             on_device.update(batch, mask, norm_weights(batch))
-            expected.update(batch, mask=mask, token_weights=norm_weights(batch))
+            expected.update(batch, mask=mask, token_weights=weigh(batch, None, "norm", causal=False)[0])
         found = on_device.accumulator()
         assert found.tokens == expected.tokens
         assert found.effective_tokens == pytest.approx(expected.effective_tokens)

@@ -275,7 +275,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"ridge": False}, 'ridge to be "auto", or a finite number of at least 0, but got False'),
     (
         {"token_weights": "l2"},
-        "token_weights to be one of uniform, norm, position, norm+position, but got 'l2'",
+        "token_weights to be one of uniform, norm, position, norm+position, gradient, but got 'l2'",
     ),
     ({"correction": 1.1}, "correction to be a number from 0 to 1, but got 1.1"),
     ({"correction": -1}, "correction to be a number from 0 to 1, but got -1"),

@@ -56,6 +56,8 @@ def test_help_of_quantize_sets_nothing_up(root: Path, tmp_path: Path) -> None:
         ("scripts/benchmark", "benchmarks.peers"),
         ("scripts/benchmark", "benchmarks.quality"),
         ("scripts/benchmark", "benchmarks.models"),
+        ("scripts/benchmark", "benchmarks.models.texts"),
+        ("scripts/benchmark", "benchmarks.speed.units"),
     ],
 )
 def test_help_sets_nothing_up_and_names_every_option(root: Path, tmp_path: Path, command: str, module: str) -> None:

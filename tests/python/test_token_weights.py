@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import small_models
 from miniquant import HessianAccumulator, LayerOptions, choose_ridge, gptq_auto, preset, quantize_model
 from miniquant.modules import find_sites
-from miniquant.token_weights import SCHEMES, causal_sites, norm_weights, position_weights, weigh
+from miniquant.token_weights import GRADIENT, SCHEMES, causal_sites, norm_weights, position_weights, weigh
 
 INPUTS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 # Padding on the right of the first sequence, on the left of the second.
@@ -55,16 +55,48 @@ def test_schemes_are_products_and_the_position_makes_no_sample_smaller() -> None
         "norm": (norm, norm),
         "position": (position, None),
         "norm+position": (norm * position, norm),
+        "gradient": (norm * position, norm),  # of a layer without gradients
     }
     assert set(expected) == set(SCHEMES)
     for scheme in SCHEMES:
         for found, wanted in zip(weigh(INPUTS, MASK, scheme, causal=True), expected[scheme], strict=True):
             assert (found is None and wanted is None) or torch.equal(found, wanted)  # type: ignore[arg-type]
-        base = norm if scheme.startswith("norm") else None
+        base = None if scheme in ("uniform", "position") else norm
         for inputs, causal in ((INPUTS, False), (INPUTS.flatten(0, 1), True)):
             weights, sampled = weigh(inputs, None, scheme, causal=causal)
             assert weights is sampled
             assert weights is None if base is None else torch.equal(weights, base.view(inputs.shape[:-1]))  # type: ignore[arg-type]
+
+
+def test_gradients_are_averaged_with_norm_and_position() -> None:
+    gradients = torch.rand(2, 5, generator=torch.Generator().manual_seed(2))
+    gradients[1, 2] = 0
+    others, norm = weigh(INPUTS, MASK, "norm+position", causal=True)
+    weights, sampled = weigh(INPUTS, MASK, GRADIENT, causal=True, gradients=gradients)
+    assert others is not None
+    assert norm is not None
+    torch.testing.assert_close(weights, (others * gradients).sqrt())
+    assert sampled is not None
+    assert torch.equal(sampled, norm)
+    halved, _ = weigh(INPUTS.bfloat16(), MASK, GRADIENT, causal=True, gradients=gradients)
+    assert halved is not None
+    assert halved[1, 2] == 0
+    assert (torch.frexp(halved[halved > 0]).mantissa == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bit_inputs_are_the_nearest_powers_of_two(dtype: torch.dtype) -> None:
+    inputs = INPUTS.to(dtype)
+    for weights, exact in zip(
+        weigh(inputs, MASK, "norm+position", causal=True),
+        (norm_weights(inputs) * position_weights(inputs, MASK), norm_weights(inputs)),
+        strict=True,
+    ):
+        assert weights is not None
+        assert (torch.frexp(weights).mantissa == 0.5).all()
+        # each factor is off by at most the square root of 2
+        assert (weights / exact).log2().abs().max() <= 1
+        assert torch.equal(inputs * weights.unsqueeze(-1).to(dtype), (inputs * weights.unsqueeze(-1)).to(dtype))
 
 
 CAUSAL = {
@@ -123,7 +155,7 @@ class Causal(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != GRADIENT])
 def test_a_layer_is_quantized_with_the_weights_of_its_scheme(scheme: Any) -> None:
     torch.manual_seed(0)
     model = Causal().eval()
