@@ -1,5 +1,6 @@
 #include "kernels/instruction_set.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,6 +8,10 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace miniquant::kernels {
@@ -20,6 +25,20 @@ namespace {
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
   static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return permitted;
+#else
+  return false;
+#endif
+}
+
+/// Whether an ARM CPU has the instructions of BF16.
+[[maybe_unused]] bool has_bf16_of_arm() {
+#if defined(__linux__) && defined(__aarch64__)
+  constexpr unsigned long kBf16 = 1UL << 14U;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  std::size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
 #else
   return false;
 #endif

@@ -9,7 +9,8 @@
 
 namespace miniquant::kernels {
 
-/// The instruction sets that the kernels are compiled for, weakest first: kBaseline and, on x86-64, kAvx2 and kAvx512.
+/// The instruction sets that the kernels are compiled for, weakest first: kBaseline and, on x86-64, kAvx2 and kAvx512,
+/// on 64-bit ARM kNeon.
 enum class InstructionSet : std::uint8_t {
 #define MINIQUANT_ENUMERATOR(name, enumerator, supported) enumerator,
   MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_ENUMERATOR)
@@ -23,8 +24,9 @@ inline constexpr std::array kInstructionSets = {
 #undef MINIQUANT_ELEMENT
 };
 
-/// Units of a CPU that multiply bfloat16 values and sum in float32, weakest first: kNone and, on x86-64 with a compiler
-/// that knows them, kAvx512Bf16 and kAmxBf16. The kernels of kernels/bf16.h use one; all others use an instruction set.
+/// Units of a CPU that multiply bfloat16 values and sum in float32, weakest first: kNone and, with a compiler that
+/// knows them, kAvx512Bf16 and kAmxBf16 on x86-64, kNeonBf16 on 64-bit ARM. The kernels of kernels/bf16.h use one; all
+/// others use an instruction set.
 enum class Bf16Unit : std::uint8_t {
   kNone,
 #define MINIQUANT_ENUMERATOR(name, enumerator, supported, preferred) enumerator,
@@ -39,10 +41,10 @@ inline constexpr std::array kBf16Units = {Bf16Unit::kNone,
 #undef MINIQUANT_ELEMENT
 };
 
-/// "baseline", "avx2" or "avx512": names that MINIQUANT_ISA takes.
+/// "baseline", "avx2", "avx512" or "neon": names that MINIQUANT_ISA takes.
 const char* name(InstructionSet instruction_set);
 
-/// "none", "avx512_bf16" or "amx_bf16"; MINIQUANT_ISA takes all but "none".
+/// "none", "avx512_bf16", "amx_bf16" or "neon_bf16"; MINIQUANT_ISA takes all but "none".
 const char* name(Bf16Unit unit);
 
 /// The instruction set of that name; nullopt if this build has no kernels for it.

@@ -27,6 +27,7 @@ constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(
 template <typename T>
 constexpr std::int64_t kTileRows = kVectorsPerTile * kLanes<T>;
 static_assert(kPanelColumns % kTileRows<float> == 0 && kPanelColumns % kStripColumns == 0);
+static_assert(kTileRows<double> % kStripColumns == 0);
 static_assert(kSpareRows >= kStripColumns - 1);
 
 /// Column j of an array [columns][lane], or group j of [groups][lane], with elements T or others that belong to lanes

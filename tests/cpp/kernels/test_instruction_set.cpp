@@ -85,6 +85,8 @@ TEST(InstructionSet, IsBuiltForThoseOfTheProcessor) {
   }
 #if defined(__x86_64__)
   EXPECT_EQ(names, (std::vector<std::string>{"baseline", "avx2", "avx512"}));
+#elif defined(__aarch64__)
+  EXPECT_EQ(names, (std::vector<std::string>{"baseline", "neon"}));
 #else
   EXPECT_EQ(names, (std::vector<std::string>{"baseline"}));
 #endif

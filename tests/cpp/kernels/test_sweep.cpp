@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -517,6 +519,31 @@ TYPED_TEST(Sweep, FusedInstructionSetsGiveTheSameBits) {
       EXPECT_EQ(result.zero_points, first.zero_points) << name(instruction_set);
       EXPECT_EQ(result.row_loss, first.row_loss) << name(instruction_set);
     }
+  }
+}
+
+/// FNV-1a of the bytes of values.
+template <typename V>
+std::uint64_t hash_of(std::uint64_t hash, const std::vector<V>& values) {
+  for (const std::byte byte : std::as_bytes(std::span(values))) {
+    hash = (hash ^ std::to_integer<std::uint64_t>(byte)) * 0x100000001B3U;
+  }
+  return hash;
+}
+
+// So are those of other processors: x86-64 and ARM.
+TEST(SweepFloat32, FusedInstructionSetsOfAllProcessorsGiveTheSameBits) {
+  constexpr std::uint64_t kExpected = 0xFF8F86F5731C2256U;
+  constexpr std::uint64_t kStart = 0xCBF29CE484222325U;
+  if (fused_instruction_sets().empty()) {
+    GTEST_SKIP() << "needs a CPU that fuses multiply-adds";
+  }
+  std::mt19937_64 generator(18);
+  Inputs<float> inputs = make_inputs<float>(generator, 100, 130, 32, kSymmetric4, true);
+  inputs.beam_scales = 3;
+  for (const InstructionSet instruction_set : fused_instruction_sets()) {
+    const Outputs<float> result = run(kernels_for(instruction_set).f32, inputs, Cut{32, 2}, 96);
+    EXPECT_EQ(hash_of(hash_of(kStart, result.codes), result.scales), kExpected) << name(instruction_set);
   }
 }
 
