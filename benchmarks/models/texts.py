@@ -66,8 +66,7 @@ class Texts:
                 )
         model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
         self.reference = miniquant.Reference(model.eval(), max_bytes=1 << 33)
-        for kind in KINDS:
-            self.reference.keep(self.evaluation[kind].batches)
+        self.reference.keep([batch for kind in KINDS for batch in self.evaluation[kind].batches])
 
     def row(self, setting: Setting) -> dict[str, Any]:
         """Quantizes, saves, and evaluates what was saved."""

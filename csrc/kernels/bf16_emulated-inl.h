@@ -27,15 +27,9 @@ MINIQUANT_INLINE void multiply_tile(const std::uint16_t* left, const std::uint16
   }
 }
 
-struct Bf16Multiplier {
+struct Bf16Multiplier : AddsInMemory {
   static constexpr std::int64_t kMostProducts = 0;
   static constexpr std::int64_t kMostPackedBytes = std::int64_t{64} * 1024 * 1024;
-
-  static void begin(float* sums, bool fresh) {
-    if (fresh) {
-      clear_sums(sums);
-    }
-  }
 
   static void add(const Bf16Operands& operands, float* sums) {
     for (std::int64_t block = 0; block < operands.blocks; ++block) {
@@ -46,8 +40,6 @@ struct Bf16Multiplier {
       }
     }
   }
-
-  static void end(float* /*sums*/, bool /*fresh*/) {}
 };
 
 }  // namespace

@@ -14,16 +14,10 @@
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-class Bf16Multiplier {
+class Bf16Multiplier : public AddsInMemory {
  public:
   static constexpr std::int64_t kMostProducts = 1;
   static constexpr std::int64_t kMostPackedBytes = std::int64_t{16} * 1024 * 1024;
-
-  static MINIQUANT_INLINE void begin(float* sums, bool fresh) {
-    if (fresh) {
-      clear_sums(sums);
-    }
-  }
 
   static MINIQUANT_INLINE void add(const Bf16Operands& operands, float* sums) {
     for (std::int64_t block = 0; block < operands.blocks; block += kBlocksPerSum) {
@@ -36,8 +30,6 @@ class Bf16Multiplier {
       }
     }
   }
-
-  static void end(float* /*sums*/, bool /*fresh*/) {}
 
  private:
   /// Short sums are added up, so rounding does not grow with the number of tokens.

@@ -28,14 +28,18 @@ MINIQUANT_INLINE float* sum_tile(float* sums, std::int64_t j, std::int64_t i) {
   return sums + j * kSumRow + i * kSumTile;
 }
 
-/// Sums 0 for 2 x 2 tiles.
-MINIQUANT_INLINE void clear_sums(float* sums) {
-  for (std::int64_t j = 0; j < 2; ++j) {
-    for (std::int64_t element = 0; element < 2 * kSumTile; ++element) {
-      sums[j * kSumRow + element] = 0.0F;
+/// For units whose add() adds to the sums in memory: these are 0 at the beginning, and complete at the end.
+struct AddsInMemory {
+  static MINIQUANT_INLINE void begin(float* sums, bool fresh) {
+    for (std::int64_t j = 0; fresh && j < 2; ++j) {
+      for (std::int64_t element = 0; element < 2 * kSumTile; ++element) {
+        sums[j * kSumRow + element] = 0.0F;
+      }
     }
   }
-}
+
+  static MINIQUANT_INLINE void end(float* /*sums*/, bool /*fresh*/) {}
+};
 
 }  // namespace
 }  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA
