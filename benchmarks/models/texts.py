@@ -77,6 +77,7 @@ class Texts:
             self.float_folder,
             folder,
             options,
+            format="miniquant",  # takes groups that do not divide the columns
             calibration=self.calibration[setting.kind],
             dtype=torch.float32,
             overwrite=True,
