@@ -39,8 +39,6 @@ class Bf16Multiplier : public AddsInMemory {
   }
 
  private:
-  /// Short sums are added up, so rounding does not grow with the number of tokens.
-  static constexpr std::int64_t kBlocksPerSum = 4;
   /// Rows of sums in registers, of two vectors each.
   static constexpr std::int64_t kRows = 8;
   static_assert(2 * kBf16Columns == 4 * kRows);

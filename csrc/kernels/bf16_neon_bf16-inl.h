@@ -32,8 +32,6 @@ class Bf16Multiplier : public AddsInMemory {
   }
 
  private:
-  /// Short sums are added up, so rounding does not grow with the number of tokens.
-  static constexpr std::int64_t kBlocksPerSum = 4;
   /// Rows and columns of sums in registers: kSide / 2 x kSide / 2 squares.
   static constexpr std::int64_t kSide = 8;
   static constexpr std::int64_t kSquares = kSide / 2;

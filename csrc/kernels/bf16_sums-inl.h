@@ -30,6 +30,9 @@ MINIQUANT_INLINE float* sum_tile(float* sums, std::int64_t j, std::int64_t i) {
 
 /// For units whose add() adds to the sums in memory: these are 0 at the beginning, and complete at the end.
 struct AddsInMemory {
+  /// Blocks whose sum is added at once: short sums, so rounding does not grow with the number of tokens.
+  static constexpr std::int64_t kBlocksPerSum = 4;
+
   static MINIQUANT_INLINE void begin(float* sums, bool fresh) {
     for (std::int64_t j = 0; fresh && j < 2; ++j) {
       for (std::int64_t element = 0; element < 2 * kSumTile; ++element) {
