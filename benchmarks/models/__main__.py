@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import miniquant
 from benchmarks.common.measuring import (
@@ -35,7 +35,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
-from benchmarks.models.common import BY_LAYER, LENGTH, SCHEMES, halves, readable, with_error
+from benchmarks.models.common import BY_LAYER, LENGTH, SCHEMES, float_model, halves_as_windows, readable, with_error
 from miniquant.bits import Unit, allocate, measure_units, recipe_of
 from miniquant.checkpoint import Checkpoint
 from scripts.smollm2 import write_folder
@@ -65,15 +65,9 @@ class Benchmark:
         self.float_folder = self.work / "float"
         write_folder(self.float_folder)
         text = readable(arguments.text.read_text(encoding="utf-8"))
-        for name, part in zip(("calibration", "evaluation"), halves(text), strict=True):
-            (self.work / f"{name}.txt").write_text(part, encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(self.float_folder)
-        options: dict[str, Any] = {"sequence_length": LENGTH, "short": "pack"}
-        self.calibration = miniquant.load_calibration(
-            self.work / "calibration.txt", tokenizer, tokens=arguments.tokens, **options
-        )
-        self.evaluation = miniquant.load_calibration(
-            self.work / "evaluation.txt", tokenizer, tokens=arguments.evaluation_tokens, **options
+        self.calibration, self.evaluation = halves_as_windows(
+            text, "", self.work, tokenizer, arguments.tokens, arguments.evaluation_tokens
         )
         self.setting: dict[str, Any] = {
             "machine": machine(torch.get_num_threads()),
@@ -81,8 +75,7 @@ class Benchmark:
             "evaluation_tokens": self.evaluation.tokens,
         }
         self.rows = self._earlier(arguments) if arguments.add else []
-        model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
-        model.eval()
+        model = float_model(self.float_folder)
         self.forward = min(forward_seconds(model, self.calibration.batches) for _ in range(2))
         self.reference = miniquant.Reference(model, max_bytes=1 << 33)
         self.reference.keep(self.evaluation.batches)
@@ -116,9 +109,8 @@ class Benchmark:
     def _units(self, options: miniquant.LayerOptions) -> list[Unit]:
         """What bits are worth to layers, on the first of the calibration tokens, in windows of their own."""
         windows = [row[None] for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
-        model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
         batches = [{"input_ids": window} for window in windows[: MEASURED_TOKENS // LENGTH]]
-        return measure_units(model.eval(), batches, options)
+        return measure_units(float_model(self.float_folder), batches, options)
 
     def peer(self, bits: int, python: Path) -> None:
         """Quantizes with llm-compressor."""

@@ -9,6 +9,10 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
+import miniquant
 from miniquant.recipe import CORRECTION_OF_BEST
 
 if TYPE_CHECKING:
@@ -59,6 +63,25 @@ def halves(text: str) -> tuple[str, str]:
     """A text for calibration and one for evaluation, cut at a line."""
     middle = text.index("\n", len(text) // 2)
     return text[:middle], text[middle:]
+
+
+def halves_as_windows(
+    text: str, stem: str, folder: Path, tokenizer: Any, tokens: int, evaluation_tokens: int
+) -> tuple[miniquant.Calibration, miniquant.Calibration]:
+    """Windows of a text's halves, for calibration and for evaluation; the halves stay as <stem>*.txt in the folder."""
+    found = []
+    names = ("calibration", "evaluation")
+    for name, half, count in zip(names, halves(text), (tokens, evaluation_tokens), strict=True):
+        path = folder / f"{stem}{name}.txt"
+        path.write_text(half, encoding="utf-8")
+        found.append(miniquant.load_calibration(path, tokenizer, tokens=count, sequence_length=LENGTH, short="pack"))
+    return found[0], found[1]
+
+
+def float_model(folder: Path) -> Any:
+    """The model of a folder in float32, in evaluation mode."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def with_error(scores: Mapping[str, Any], name: str, digits: int, scale: float = 1) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import miniquant
 from benchmarks.common.measuring import (
@@ -27,7 +27,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
-from benchmarks.models.common import LENGTH, SCHEMES, docstrings, halves, readable, with_error
+from benchmarks.models.common import SCHEMES, docstrings, float_model, halves_as_windows, readable, with_error
 from scripts.smollm2 import write_folder
 
 ENCYCLOPEDIA, DOCSTRINGS = KINDS = ("encyclopedia", "docstrings")
@@ -55,17 +55,11 @@ class Texts:
         whole = {ENCYCLOPEDIA: readable(text.read_text(encoding="utf-8")), DOCSTRINGS: docstrings()}
         self.calibration: dict[str, miniquant.Calibration] = {}
         self.evaluation: dict[str, miniquant.Calibration] = {}
-        for kind, parts in whole.items():
-            for into, part, count in zip(
-                (self.calibration, self.evaluation), halves(parts), (tokens, evaluation_tokens), strict=True
-            ):
-                path = work / f"{kind}-{'calibration' if into is self.calibration else 'evaluation'}.txt"
-                path.write_text(part, encoding="utf-8")
-                into[kind] = miniquant.load_calibration(
-                    path, tokenizer, tokens=count, sequence_length=LENGTH, short="pack"
-                )
-        model: Any = AutoModelForCausalLM.from_pretrained(self.float_folder, dtype=torch.float32)
-        self.reference = miniquant.Reference(model.eval(), max_bytes=1 << 33)
+        for kind, of_kind in whole.items():
+            self.calibration[kind], self.evaluation[kind] = halves_as_windows(
+                of_kind, f"{kind}-", work, tokenizer, tokens, evaluation_tokens
+            )
+        self.reference = miniquant.Reference(float_model(self.float_folder), max_bytes=1 << 33)
         self.reference.keep([batch for kind in KINDS for batch in self.evaluation[kind].batches])
 
     def row(self, setting: Setting) -> dict[str, Any]:
