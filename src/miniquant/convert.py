@@ -78,9 +78,9 @@ def convert_folder(
     """Takes a quantized model from one format to another; every weight keeps its value, or it is refused.
 
     What only our own format has (the loss of each row, options, ``full_range``) is lost on the way to another. The
-    report of the run that quantized the model is taken along, with the new format and size. In a
-    GGUF file other matrices keep their dtype, and asymmetric layers of 4 and 5 bits take a wider type that holds them
-    exactly. A GGUF file is no source: it has no folder's tokenizer and configuration.
+    report of the run that quantized the model is taken along, with the new format and size. In a GGUF file other
+    matrices keep their dtype, and asymmetric layers of 4 and 5 bits take a wider type that holds them exactly. A GGUF
+    file is no source: it has no folder's tokenizer and configuration.
 
     Args:
         source_dir: a folder in one of the formats, that is not a GGUF file's.

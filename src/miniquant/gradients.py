@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from miniquant._torch_state import evaluation_mode
 from miniquant.modules import LinearSite, Site, TransposedSite, blocks_of
-from miniquant.walk import MASKS, call, not_compiled, on_device_of, without_cache
+from miniquant.walk import MASKS, call, masks_of, not_compiled, on_device_of, without_cache
 
 # Called with a site, the number of the batch and the module's input; gives what is called with the gradient.
 Watch = Callable[[Site, int, Tensor], Callable[[Tensor], None]]
@@ -50,8 +50,8 @@ def each_gradient(
         watch: is told of every output, and gives what takes its gradient, of the output's shape.
         generator: draws the next tokens.
         forward: called as ``forward(model, batch)`` in place of ``model(...)``.
-        masks: for each batch None or a mask [B, T] of the predictions that count. Without, "attention_mask" of
-            a batch that is a mapping.
+        masks: for each batch None or a mask [B, T] of the predictions that count. Without, that of a batch's entries
+            which is for what has the logits: "attention_mask", of encoder and decoder "decoder_attention_mask".
         by_block: whether a block runs once more when the backward pass comes to it, so that what it saves for the
             backward pass is in memory for one block at a time.
         before: called before each batch; what it raises ends the passes.
@@ -60,8 +60,11 @@ def each_gradient(
         The number of predictions.
 
     Raises:
-        ValueError: for a model whose output has no logits [B, T, V].
+        ValueError: for a model whose output has no logits [B, T, V], and for a mask of another shape than theirs.
     """
+    run = call if forward is None else forward
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask_name = MASKS[1] if is_encoder_decoder else MASKS[0]
     number = 0
 
     def ran(site: Site) -> Callable[..., Tensor]:
@@ -90,15 +93,17 @@ def each_gradient(
         for number, batch in enumerate(batches):
             if before is not None:
                 before()
-            given = on_device_of(model, batch)
-            output = call(model, given) if forward is None else forward(model, given)
-            logits = getattr(output, "logits", None)
+            logits = getattr(run(model, on_device_of(model, batch)), "logits", None)
             if not isinstance(logits, Tensor) or logits.dim() != 3:
                 raise ValueError(
-                    "expected a language model, whose output has logits [B, T, V], but got "
-                    f"{type(model).__name__} (token_weights without gradients are for any model)"
+                    f"expected a language model, whose output has logits [B, T, V], but got {type(model).__name__}"
                 )
-            mask = masks[number] if masks is not None else given.get(MASKS[0]) if isinstance(given, dict) else None
+            mask = masks_of(batch).get(mask_name) if masks is None else masks[number]
+            if mask is not None and mask.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"batch {number}: expected a mask of shape {list(logits.shape[:-1])}, as the predictions have, but "
+                    f"got shape {list(mask.shape)}"
+                )
             predictions += _run_back(logits, mask, generator)
     return predictions
 

@@ -361,7 +361,7 @@ def quantize_planned(
     sites = [site for site, _ in plan.layers]
     beside = any(options.corrected_part > 0 for _, options in plan.layers)
     going_on = quantizer.check_stop
-    quantizer.take_gradients(model, batches, forward, masks)
+    quantizer.take_gradients(model, batches, sites, forward, masks)
     quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, going_on=going_on))
     return result
 
@@ -619,7 +619,6 @@ class _Quantizer:
         stop: Callable[[], bool] | None,
     ) -> None:
         self._options = {id(site): options for site, options in plan.layers}
-        self._sites = {site.name: site for site, _ in plan.layers}
         self._families: dict[str, dict[str, list[Site]]] = {}  # by module of experts and layer
         for site, _ in plan.layers:
             if (family := siblings_of(site)) is not None:
@@ -669,11 +668,12 @@ class _Quantizer:
         self,
         model: nn.Module,
         batches: Sequence[Any],
+        sites: Sequence[Site],
         forward: Callable[[nn.Module, Any], Any] | None,
         masks: Sequence[Tensor | None] | None,
     ) -> None:
         """Has the gradients that layers' tokens are weighed by, where the recipe asks for them."""
-        asked = [site for site in self._sites.values() if self._options[id(site)].token_weights == GRADIENT]
+        asked = [site for site in sites if self._options[id(site)].token_weights == GRADIENT]
         if not asked:
             return
         start = time.perf_counter()
@@ -682,7 +682,9 @@ class _Quantizer:
                 model, batches, asked, forward=forward, masks=masks, before=self.check_stop
             )
         except ValueError as error:
-            raise ValueError(f"quantize_model: token_weights {GRADIENT!r}: {error}") from error
+            raise ValueError(
+                f"quantize_model: token_weights {GRADIENT!r}: {error} (the other token_weights are for any model)"
+            ) from error
         missing = [site.name for site in asked if site.name not in self._gradients]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

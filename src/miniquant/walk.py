@@ -225,7 +225,7 @@ class Walk:
             device = _device(self._model)
             encoder = _encoder(self._model)
             for number, batch in enumerate(self._batches):
-                masks = _masks_of(batch) if self._masks is None else {MASKS[0]: self._masks[number]}
+                masks = masks_of(batch) if self._masks is None else {MASKS[0]: self._masks[number]}
                 self._runs.append(_Run(self, number, batch, device, _padding(number, masks), encoder))
                 if self._beside:
                     self._twins[number] = _Run(self, number, batch, device, {}, None, is_twin=True)
@@ -556,7 +556,7 @@ def _same(keys: Sequence[Any], others: Sequence[Any]) -> bool:
 # Masks
 
 
-def _masks_of(batch: Any) -> dict[str, Any]:
+def masks_of(batch: Any) -> dict[str, Tensor]:
     """The entries of a batch that say which tokens are padding."""
     if not isinstance(batch, Mapping):
         return {}

@@ -110,6 +110,26 @@ def test_padding_has_no_predictions() -> None:
     assert (given["model.layers.1.mlp.down_proj"][0][0, 5:] == 0).all()
 
 
+def test_of_encoder_and_decoder_the_mask_is_the_decoders() -> None:
+    model = model_of("t5")
+    sites = [site for site in find_sites(model).sites if has_gradient(site)]
+    name = "decoder.block.1.layer.2.DenseReluDense.wo"
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    batch = {
+        "input_ids": small_models.ids(2, 12, 0),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+        "decoder_input_ids": small_models.ids(2, 6, 1),
+        "decoder_attention_mask": mask,
+    }
+    squares = squared_gradients(model, [batch], sites)[name][0]
+    assert squares.shape == (2, 6)
+    assert (squares[1, 4:] == 0).all()
+    assert (squares[mask.bool()] > 0).all()
+    with pytest.raises(ValueError, match=r"batch 0: expected a mask of shape \[2, 6\], .* but got shape \[2, 12\]"):
+        squared_gradients(model, [batch], sites, masks=[batch["attention_mask"]])
+
+
 def test_a_model_without_logits_is_refused() -> None:
     model = model_of("llama").get_submodule("model")
     with pytest.raises(ValueError, match=r"'gradient': expected a language model, whose output has logits \[B, T, V\]"):
