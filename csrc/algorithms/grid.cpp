@@ -235,7 +235,8 @@ Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::T
             .zero_points = zero_points.has_value() ? zero_points->clone(at::MemoryFormat::Contiguous)
                                                    : at::zeros({rows, groups}, bytes),
             .units = units,
-            .held = {}};
+            .held = {},
+            .steps = {}};
   if (scales.has_value() && units.defined()) {
     grid.scales.div_(units.unsqueeze(1));
   }
@@ -255,6 +256,23 @@ void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& gr
   grid.held = at::stack({extreme("amin"), extreme("amax")}, /*dim=*/2);
 }
 
+namespace {
+
+template <typename T>
+kernels::StepsView<T> view(const GridSteps& steps) {
+  if (!steps.scales.defined()) {
+    return {};
+  }
+  const bool has_minima = steps.minima.defined();
+  return {.scale_steps = steps.scales.const_data_ptr<T>(),
+          .minimum_steps = has_minima ? steps.minimums.const_data_ptr<T>() : nullptr,
+          .minima = has_minima ? steps.minima.mutable_data_ptr<T>() : nullptr,
+          .lowest = steps.lowest,
+          .highest = steps.highest};
+}
+
+}  // namespace
+
 template <typename T>
 kernels::GridView<T> view(const Grid& grid) {
   return {.range = grid.range,
@@ -265,7 +283,8 @@ kernels::GridView<T> view(const Grid& grid) {
           .codes = grid.codes.mutable_data_ptr<int8_t>(),
           .round_scale = round_scale_to<T>(grid.stored),
           .units = grid.units.defined() ? grid.units.const_data_ptr<T>() : nullptr,
-          .held = grid.held.defined() ? grid.held.const_data_ptr<T>() : nullptr};
+          .held = grid.held.defined() ? grid.held.const_data_ptr<T>() : nullptr,
+          .steps = view<T>(grid.steps)};
 }
 template kernels::GridView<float> view(const Grid& grid);
 template kernels::GridView<double> view(const Grid& grid);

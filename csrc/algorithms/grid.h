@@ -43,6 +43,15 @@ struct ScaledWeight {
 /// units, too.
 ScaledWeight scaled_weight(const at::Tensor& weight, const std::optional<at::Tensor>& scales);
 
+/// What a two-level grid has beside its scales, as kernels::StepsView: compute dtype [N, groups], in units of the row.
+struct GridSteps {
+  at::Tensor scales;    ///< steps of the scales
+  at::Tensor minimums;  ///< steps of the minima; undefined where there are none
+  at::Tensor minima;    ///< undefined where there are none
+  int32_t lowest = 0;
+  int32_t highest = 0;
+};
+
 /// The codes, scales and zero points of a weight while they are computed: contiguous, scales in the compute dtype.
 struct Grid {
   kernels::CodeRange range;
@@ -53,6 +62,7 @@ struct Grid {
   at::Tensor zero_points;  ///< int8 [N, groups]
   at::Tensor units;        ///< [N], of ScaledWeight
   at::Tensor held;         ///< [N, groups, 2], kernels::GridView::held; undefined where all may be clipped
+  GridSteps steps;         ///< read by refine() only
   [[nodiscard]] at::Tensor stored_scales() const;
 };
 

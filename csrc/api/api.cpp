@@ -1,7 +1,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <string_view>
+
+#include "algorithms/superblocks.h"
 #include "miniquant/miniquant.h"
 #include "ops/find_operator.h"
+#include "ops/names.h"
+#include "ops/results.h"
 #include "ops/signature.h"
 
 // The C++ functions: each calls its operator through the dispatcher, so C++ and Python get the same checks.
@@ -35,6 +40,21 @@ GptqResult gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, c
   return call(op, weight, hessian, options);
 }
 
+SuperblockWeight rtn_superblocks(const at::Tensor& weight, SuperblockType type) {
+  static const auto op =
+      ops::find_operator<ops::SuperblockTuple(const at::Tensor&, std::string_view)>("miniquant::rtn_superblocks");
+  auto [codes, scales, zero_points, minima, super_scales, super_minima] = op.call(weight, ops::name_of_choice(type));
+  return {{algorithms::grid_of(type), codes, scales, zero_points}, minima, super_scales, super_minima};
+}
+
+SuperblockResult gptq_superblocks(const at::Tensor& weight, const at::Tensor& hessian, SuperblockType type,
+                                  const GptqOptions& options) {
+  static const auto op = ops::find_operator<ops::GptqSuperblocksSignature>("miniquant::gptq_superblocks");
+  auto [codes, scales, zero_points, minima, super_scales, super_minima, row_loss] =
+      ops::call_gptq_superblocks(op, weight, hessian, type, options);
+  return {{{algorithms::grid_of(type), codes, scales, zero_points}, minima, super_scales, super_minima}, row_loss};
+}
+
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                       int64_t group_size, std::optional<at::ScalarType> dtype) {
   static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
@@ -44,6 +64,12 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const a
 
 at::Tensor dequantize(const QuantizedWeight& quantized, std::optional<at::ScalarType> dtype) {
   return dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size, dtype);
+}
+
+at::Tensor dequantize(const SuperblockWeight& quantized) {
+  const at::Tensor minima = quantized.minima.repeat_interleave(quantized.group_size, /*dim=*/1);
+  return dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size, at::kFloat) -
+         minima;
 }
 
 at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,

@@ -10,4 +10,6 @@ std::string_view name_of(GroupScales group_scales) { return ops::name_of_choice(
 
 std::string_view name_of(ColumnOrder column_order) { return ops::name_of_choice(column_order); }
 
+std::string_view name_of(SuperblockType type) { return ops::name_of_choice(type); }
+
 }  // namespace miniquant

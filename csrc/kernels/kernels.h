@@ -27,6 +27,17 @@ struct CodeRange {
 template <typename T>
 using RoundScale = T (*)(T scale, std::int32_t levels);
 
+/// What a two-level grid has beside its scales: value = (code - zero point) * scale - minimum, where scales and minima
+/// are whole multiples of steps that groups share.
+template <typename T>
+struct StepsView {
+  const T* scale_steps = nullptr;    ///< [N, groups], none of them 0; null where the grid has one level
+  const T* minimum_steps = nullptr;  ///< [N, groups], none of them negative; null where there are no minima
+  T* minima = nullptr;               ///< [N, groups]; null where there are none
+  std::int32_t lowest = 0;           ///< multiple of a step that a scale may be; it is never 0
+  std::int32_t highest = 0;          ///< multiple of a step that a scale or a minimum may be; minima are at least 0
+};
+
 /// One group-quantized weight, as pointers to its arrays.
 template <typename T>
 struct GridView {
@@ -43,6 +54,8 @@ struct GridView {
   /// [N, groups, 2]: the lowest (at most 0) and the highest weight (at least 0) that no scale of the group may clip.
   /// Null where all may be clipped.
   const T* held = nullptr;
+  /// Read by refine() only: the other kernels take weights to which the minima are added.
+  StepsView<T> steps = {};
 };
 
 /// The scales that a search tries: those for ranges `factors` times as wide as the group's.
@@ -93,7 +106,7 @@ struct QuadraticFormProblem {
 template <typename T>
 struct RefineProblem {
   std::int64_t columns;  ///< K
-  GridView<T> grid;      ///< codes change; scales change in refine() only; zero points do not
+  GridView<T> grid;      ///< codes change; scales and minima change in refine() only; zero points do not
   const T* hessian;      ///< the damped H, laid out by SymmetricLayout{columns}
   T* gradient;           ///< [N, SymmetricLayout::padded_columns()], E H before, and after a descent
   std::int64_t rounds;   ///< max rounds

@@ -14,6 +14,8 @@
 // changes
 //   by  t^2 H_jj - 2 t G_j                    if column j's dequantized value moves by t
 //   by  d^2 z H_gg z^T - 2 d z G_g^T          if group g's scale moves by d, with z its codes - zero point
+// and in a two-level grid, where the minimum moves by m at the same time,
+//   by  d^2 z H_gg z^T - 2 d m z H_gg 1^T + m^2 1 H_gg 1^T - 2 d z G_g^T + 2 m 1 G_g^T
 //
 //   for each round, from the first group to the last or back, for each group g
 //     G_g = E H[:, g]                                              the blocked product, most of the work
@@ -41,6 +43,7 @@ struct RefineArrays {
   T* passed;              // [tiles][K][lane]  change H over the groups that a round had passed when it reached a column
   T* gradient;            // [tiles][B][lane]  G of the group
   T* other;               // [B][lane]         z H_gg, then -t of the columns visited
+  T* column_sums;         // [B]               1 H_gg
   double* loss;           // [tiles][lane]
   std::int64_t elements;  // in elements of T
 };
@@ -57,6 +60,7 @@ MINIQUANT_INLINE RefineArrays<T> lay_out(const RefineProblem<T>& problem, std::i
   arrays.passed = cutter.take(lanes * problem.columns);
   arrays.gradient = cutter.take(lanes * group);
   arrays.other = cutter.take(kTileRows<T> * group);
+  arrays.column_sums = cutter.take(group);
   arrays.loss = reinterpret_cast<double*>(cutter.take(lanes * kElementsPerDouble<T>));
   arrays.elements = cutter.used;
   return arrays;
@@ -73,6 +77,7 @@ struct RefineTile {
   T* passed;          // [K][lane]
   T* gradient;        // [B][lane]
   T* other;           // [B][lane]
+  T* column_sums;     // [B]
   double* loss;       // [lane]
 };
 
@@ -90,6 +95,7 @@ MINIQUANT_INLINE RefineTile<T> tile_of(const RefineProblem<T>& problem, const Re
           arrays.passed + lanes * problem.columns,
           arrays.gradient + lanes * group,
           arrays.other,
+          arrays.column_sums,
           arrays.loss + lanes};
 }
 
@@ -240,6 +246,158 @@ MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineT
   return any;
 }
 
+/// The quadratic form by which the loss of a lane changes where scale and minimum of a group move.
+struct StepForm {
+  double scale_slope;      // z G^T
+  double minimum_slope;    // 1 G^T
+  double scale_curvature;  // z H z^T
+  double mixed;            // z H 1^T
+  double curvature;        // 1 H 1^T
+
+  /// Of moves d of the scale and m of the minimum.
+  [[nodiscard]] MINIQUANT_INLINE double change(double d, double m) const {
+    return d * (d * scale_curvature - 2.0 * scale_slope) + m * (m * curvature + 2.0 * (minimum_slope - d * mixed));
+  }
+
+  /// The best move of the minimum where the scale moves by d.
+  [[nodiscard]] MINIQUANT_INLINE double minimum_move(double d) const { return (d * mixed - minimum_slope) / curvature; }
+
+  /// The best move of the scale where the minimum moves as is best, or not at all.
+  [[nodiscard]] MINIQUANT_INLINE double scale_move(bool with_minimum) const {
+    constexpr double kIndependent = 1e-6;  // below that fraction scale and minimum do the same
+    const double determinant = scale_curvature * curvature - mixed * mixed;
+    if (with_minimum && determinant > kIndependent * scale_curvature * curvature) {
+      return (scale_slope * curvature - minimum_slope * mixed) / determinant;
+    }
+    return scale_slope / scale_curvature;
+  }
+};
+
+MINIQUANT_INLINE double floor_of(double value) {
+  const auto below = static_cast<double>(static_cast<std::int64_t>(value));
+  return below > value ? below - 1.0 : below;
+}
+
+MINIQUANT_INLINE double clamp_of(double value, double low, double high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+/// Scale and minimum of a group, and the change of the loss that they bring.
+template <typename T>
+struct StepChoice {
+  T scale;
+  T minimum;
+  double change;
+};
+
+/// The multiples of the steps with the least loss: of the scale the two around the best value of any size, each with
+/// its best minimum. `now` has the present ones, which stay where neither is better.
+template <typename T>
+MINIQUANT_INLINE StepChoice<T> best_steps(const StepsView<T>& steps, std::int64_t at, const StepForm& form,
+                                          StepChoice<T> now) {
+  const auto scale = static_cast<double>(now.scale);
+  const auto minimum = static_cast<double>(now.minimum);
+  const auto step = static_cast<double>(steps.scale_steps[at]);
+  const double minimum_step = steps.minima == nullptr ? 0.0 : static_cast<double>(steps.minimum_steps[at]);
+  const bool moves_minimum = minimum_step > 0.0 && form.curvature > 0.0;
+  const double highest = static_cast<double>(steps.highest);
+  const double wanted =
+      clamp_of((scale + form.scale_move(moves_minimum)) / step, static_cast<double>(steps.lowest), highest);
+  StepChoice<T> best = now;
+  for (const double multiple : {floor_of(wanted), floor_of(wanted) + 1.0}) {
+    const double other = multiple * step;
+    if (multiple > highest || (other > 0.0) != (scale > 0.0) || other == 0.0) {
+      continue;
+    }
+    double other_minimum = minimum;
+    if (moves_minimum) {
+      const double exact = clamp_of((minimum + form.minimum_move(other - scale)) / minimum_step, 0.0, highest);
+      other_minimum = floor_of(exact + 0.5) * minimum_step;
+    }
+    const double change = form.change(other - scale, other_minimum - minimum);
+    if (change < best.change) {
+      best = {static_cast<T>(other), static_cast<T>(other_minimum), change};
+    }
+  }
+  return best;
+}
+
+/// Moves scale and minimum of a group of a two-level grid to the multiples of their steps of least loss, and updates
+/// the group's error and gradient. Returns whether any lane's moved.
+template <typename T>
+MINIQUANT_INLINE bool refit_steps(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  const SymmetricLayout layout = {problem.columns};
+  const std::int64_t count = group.size() * kTileRows<T>;
+  const T* const level = column_of<T>(tile.level, group.begin);
+  T* const products = tile.other;  // z H_gg
+  for (std::int64_t i = 0; i < count; ++i) {
+    products[i] = T(0);
+  }
+  add_products(problem, level, group, group, products);
+  double curvature = 0.0;
+  for (std::int64_t j = group.begin; j < group.end; ++j) {
+    T sum = T(0);
+    for (std::int64_t i = group.begin; i < group.end; ++i) {
+      sum += *symmetric_entry(problem.hessian, layout, i, j);
+    }
+    tile.column_sums[j - group.begin] = sum;
+    curvature += static_cast<double>(sum);
+  }
+
+  double scale_slope[kTileRows<T>] = {};
+  double minimum_slope[kTileRows<T>] = {};
+  double scale_curvature[kTileRows<T>] = {};
+  double mixed[kTileRows<T>] = {};
+  for (std::int64_t j = 0; j < group.size(); ++j) {
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+      const std::int64_t i = j * kTileRows<T> + lane;
+      scale_slope[lane] += static_cast<double>(level[i] * tile.gradient[i]);
+      minimum_slope[lane] += static_cast<double>(tile.gradient[i]);
+      scale_curvature[lane] += static_cast<double>(level[i] * products[i]);
+      mixed[lane] += static_cast<double>(level[i] * tile.column_sums[j]);
+    }
+  }
+  const StepsView<T>& steps = problem.grid.steps;
+  T scale_move[kTileRows<T>];
+  T minimum_move[kTileRows<T>];
+  bool any = false;
+  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    scale_move[lane] = T(0);
+    minimum_move[lane] = T(0);
+    const std::int64_t group_index = group.begin / problem.grid.group_size;
+    if (lane >= tile.rows || !(scale_curvature[lane] > 0.0) ||
+        !held_range(problem.grid, tile.row + lane, group_index).is_empty()) {
+      continue;
+    }
+    const std::int64_t at = (tile.row + lane) * problem.grid.groups + group_index;
+    T& scale = problem.grid.scales[at];
+    const T minimum = steps.minima == nullptr ? T(0) : steps.minima[at];
+    const StepForm form = {scale_slope[lane], minimum_slope[lane], scale_curvature[lane], mixed[lane], curvature};
+    const StepChoice<T> best = best_steps<T>(steps, at, form, {scale, minimum, 0.0});
+    if (best.change < 0.0) {
+      scale_move[lane] = best.scale - scale;
+      minimum_move[lane] = best.minimum - minimum;
+      scale = best.scale;
+      if (steps.minima != nullptr) {
+        steps.minima[at] = best.minimum;
+      }
+      tile.loss[lane] += best.change;
+      any = true;
+    }
+  }
+  if (any) {
+    T* const change = column_of<T>(tile.change, group.begin);
+    for (std::int64_t j = 0; j < group.size(); ++j) {
+      for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+        const std::int64_t i = j * kTileRows<T> + lane;
+        change[i] += minimum_move[lane] - scale_move[lane] * level[i];
+        tile.gradient[i] += minimum_move[lane] * tile.column_sums[j] - scale_move[lane] * products[i];
+      }
+    }
+  }
+  return any;
+}
+
 /// Moves every column of a group to its best grid point, one after the other. Returns whether any column moved.
 template <typename T>
 MINIQUANT_INLINE bool move_columns(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
@@ -320,7 +478,8 @@ MINIQUANT_INLINE bool refine_group(const RefineProblem<T>& problem, const Refine
       // G += (-t) H_gg, for the moves of the columns in the previous pass
       add_products(problem, tile.other, group, group, tile.gradient);
     }
-    moved = refit_scale(problem, tile, group) || moved;
+    const bool has_steps = problem.grid.steps.scale_steps != nullptr;
+    moved = (has_steps ? refit_steps(problem, tile, group) : refit_scale(problem, tile, group)) || moved;
     moved = move_columns(problem, tile, group) || moved;
   }
   return moved;

@@ -39,7 +39,8 @@ struct TriangleLayout {
 };
 
 /// Layout of a whole symmetric matrix H [K, K]: panels of kPanelColumns columns, one after the other, each row by row.
-/// H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0.
+/// H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0. After the last panel
+/// come spare elements: a strip that begins within a panel is read whole.
 struct SymmetricLayout {
   std::int64_t columns;  ///< K
 
@@ -51,7 +52,10 @@ struct SymmetricLayout {
   }
 
   /// The number of elements.
-  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t size() const { return offset(0, panels()); }
+  [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t size() const {
+    constexpr std::int64_t kSpareColumns = kSpareRows;
+    return offset(0, panels()) + kSpareColumns;
+  }
 
   /// Columns of a matrix [N, K] with its columns padded to whole panels.
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t padded_columns() const {

@@ -9,10 +9,13 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 
 #include "algorithms/damping.h"
 #include "algorithms/finite.h"
 #include "algorithms/grid.h"
+#include "algorithms/superblocks.h"
 #include "algorithms/symmetric.h"
 #include "ops/names.h"
 
@@ -330,6 +333,23 @@ void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tenso
   check_rtn_values(op, weight, grid);
   const double largest = check_hessian_values(op, hessian);
   check_ridge_of(op, weight, hessian, largest, sweep.ridge);
+}
+
+std::tuple<int64_t, int64_t, bool> superblock_grid(std::string_view kind) {
+  const QuantizationGrid grid = algorithms::grid_of(choice_named<SuperblockType>("superblock_grid", "kind", kind));
+  return {grid.bits, grid.group_size, grid.symmetric};
+}
+
+SuperblockArguments check_superblock_arguments(const char* op, const at::Tensor& weight, std::string_view kind,
+                                               std::string_view scale_method) {
+  static const std::optional<at::Tensor> none;
+  const auto type = choice_named<SuperblockType>(op, "kind", kind);
+  check_weight(op, weight);
+  TORCH_CHECK_VALUE(weight.sym_size(1) % algorithms::kSuperblockColumns == 0, op,
+                    ": expected weight to have columns in multiples of ", algorithms::kSuperblockColumns,
+                    ", a superblock of ", kind, ", but got shape ", weight.sym_sizes());
+  const QuantizationGrid grid = algorithms::grid_of(type);
+  return {type, {grid.bits, grid.group_size, grid.symmetric, none, none, grid.full_range, scale_method, at::kFloat}};
 }
 
 GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 
 #include "miniquant/options.h"
 #include "ops/signature.h"
@@ -43,6 +45,17 @@ GptqOptions check_gptq_reference_arguments(const at::Tensor& weight, const at::T
                                            const GridArguments& grid, const SweepArguments& sweep);
 void check_gptq_values(const char* op, const at::Tensor& weight, const at::Tensor& hessian, const GridArguments& grid,
                        const SweepArguments& sweep);
+
+/// The arguments of rtn_superblocks and gptq_superblocks that are the type's.
+struct SuperblockArguments {
+  SuperblockType type;
+  GridArguments grid;
+};
+/// The grid of a type's groups: bits, columns per group, symmetric or not. Throws c10::ValueError for another name.
+std::tuple<int64_t, int64_t, bool> superblock_grid(std::string_view kind);
+/// Checks the weight's shape and the name of a type.
+SuperblockArguments check_superblock_arguments(const char* op, const at::Tensor& weight, std::string_view kind,
+                                               std::string_view scale_method);
 
 /// Checks the arguments, and returns them as options.
 GridOptions check_choose_ridge_arguments(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,

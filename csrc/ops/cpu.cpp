@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string_view>
 
 #include "algorithms/finite.h"
 #include "algorithms/gptq.h"
@@ -10,6 +11,7 @@
 #include "algorithms/packing.h"
 #include "algorithms/ridge.h"
 #include "algorithms/rtn.h"
+#include "algorithms/superblocks.h"
 #include "ops/checks.h"
 #include "ops/plain_operations.h"
 #include "ops/results.h"
@@ -29,11 +31,14 @@ QuantizedTuple rtn(const at::Tensor& weight, const GridArguments& grid) {
   return {result.codes, result.scales, result.zero_points};
 }
 
-GptqTuple checked(const char* op, const GptqResult& result, double ridge) {
-  TORCH_CHECK_VALUE(algorithms::all_finite(result.row_loss), op,
-                    ": expected weight and hessian whose products are finite in ",
-                    c10::getDtypeNames(result.row_loss.scalar_type()).first, " with ridge ", ridge,
+void check_row_loss(const char* op, const at::Tensor& row_loss, double ridge) {
+  TORCH_CHECK_VALUE(algorithms::all_finite(row_loss), op, ": expected weight and hessian whose products are finite in ",
+                    c10::getDtypeNames(row_loss.scalar_type()).first, " with ridge ", ridge,
                     ", but got a row loss that is not");
+}
+
+GptqTuple checked(const char* op, const GptqResult& result, double ridge) {
+  check_row_loss(op, result.row_loss, ridge);
   return {result.codes, result.scales, result.zero_points, result.row_loss};
 }
 
@@ -52,6 +57,29 @@ GptqTuple gptq_reference(const at::Tensor& weight, const at::Tensor& hessian, co
   const GptqOptions options = check_gptq_reference_arguments(weight, hessian, grid, sweep);
   check_gptq_values("gptq_reference", weight, hessian, grid, sweep);
   return checked("gptq_reference", algorithms::gptq_reference(weight, hessian, options), sweep.ridge);
+}
+
+SuperblockTuple rtn_superblocks(const at::Tensor& weight, std::string_view kind) {
+  const PlainOperations plain;
+  const SuperblockArguments of_type = check_superblock_arguments("rtn_superblocks", weight, kind, "absmax");
+  check_on_cpu("rtn_superblocks", "weight", weight);
+  check_rtn_values("rtn_superblocks", weight, of_type.grid);
+  const SuperblockWeight result = algorithms::rtn_superblocks(weight, of_type.type);
+  return {result.codes, result.scales, result.zero_points, result.minima, result.super_scales, result.super_minima};
+}
+
+SuperblockGptqTuple gptq_superblocks(const at::Tensor& weight, const at::Tensor& hessian, std::string_view kind,
+                                     std::string_view scale_method, const SweepArguments& sweep) {
+  constexpr const char* op = "gptq_superblocks";
+  const PlainOperations plain;
+  const SuperblockArguments of_type = check_superblock_arguments(op, weight, kind, scale_method);
+  const GptqOptions options = check_gptq_arguments(op, weight, hessian, of_type.grid, sweep);
+  check_on_cpu(op, "weight", weight);
+  check_gptq_values(op, weight, hessian, of_type.grid, sweep);
+  const SuperblockResult result = algorithms::gptq_superblocks(weight, hessian, of_type.type, options);
+  check_row_loss(op, result.row_loss, sweep.ridge);
+  return {result.codes,        result.scales,       result.zero_points, result.minima,
+          result.super_scales, result.super_minima, result.row_loss};
 }
 
 RidgeTuple choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second, int64_t tokens,
@@ -117,6 +145,8 @@ void implement(torch::Library& m) {
   m.impl("rtn", rtn_operator<rtn>);
   m.impl("gptq", gptq_operator<gptq>);
   m.impl("gptq_reference", gptq_operator<gptq_reference>);
+  m.impl("rtn_superblocks", rtn_superblocks);
+  m.impl("gptq_superblocks", gptq_superblocks_operator<gptq_superblocks>);
   m.impl("choose_ridge", choose_ridge);
   m.impl("quantization_loss", quantization_loss);
   m.impl("dequantize", dequantize);

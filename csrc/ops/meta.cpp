@@ -1,12 +1,16 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
+#include <tuple>
 #include <utility>
 
 #include "algorithms/grid.h"
 #include "algorithms/ridge.h"
+#include "algorithms/superblocks.h"
 #include "ops/checks.h"
 #include "ops/results.h"
 
@@ -45,6 +49,29 @@ GptqTuple meta_gptq_reference(const at::Tensor& weight, const at::Tensor& hessia
                               const SweepArguments& sweep) {
   check_gptq_reference_arguments(weight, hessian, grid, sweep);
   return empty_gptq(weight, grid);
+}
+
+SuperblockTuple empty_superblocks(const at::Tensor& weight, const GridArguments& grid) {
+  auto [codes, scales, zero_points] = empty_quantized(weight, grid);
+  const auto halves = weight.options().dtype(at::kHalf);
+  const auto supers = [&] {
+    return at::empty_symint({weight.sym_size(0), weight.sym_size(1) / algorithms::kSuperblockColumns}, halves);
+  };
+  return {codes, scales, zero_points, at::empty_like(scales), supers(), supers()};
+}
+
+SuperblockTuple meta_rtn_superblocks(const at::Tensor& weight, std::string_view kind) {
+  return empty_superblocks(weight, check_superblock_arguments("rtn_superblocks", weight, kind, "absmax").grid);
+}
+
+SuperblockGptqTuple meta_gptq_superblocks(const at::Tensor& weight, const at::Tensor& hessian, std::string_view kind,
+                                          std::string_view scale_method, const SweepArguments& sweep) {
+  constexpr const char* op = "gptq_superblocks";
+  const SuperblockArguments of_type = check_superblock_arguments(op, weight, kind, scale_method);
+  check_gptq_arguments(op, weight, hessian, of_type.grid, sweep);
+  const auto losses = weight.options().dtype(algorithms::compute_dtype(weight.scalar_type()));
+  return std::tuple_cat(empty_superblocks(weight, of_type.grid),
+                        std::make_tuple(at::empty_symint({weight.sym_size(0)}, losses)));
 }
 
 RidgeTuple meta_choose_ridge(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
@@ -97,6 +124,8 @@ TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
   m.impl("rtn", miniquant::ops::rtn_operator<miniquant::ops::meta_rtn>);
   m.impl("gptq", miniquant::ops::gptq_operator<miniquant::ops::meta_gptq>);
   m.impl("gptq_reference", miniquant::ops::gptq_operator<miniquant::ops::meta_gptq_reference>);
+  m.impl("rtn_superblocks", miniquant::ops::meta_rtn_superblocks);
+  m.impl("gptq_superblocks", miniquant::ops::gptq_superblocks_operator<miniquant::ops::meta_gptq_superblocks>);
   m.impl("choose_ridge", miniquant::ops::meta_choose_ridge);
   m.impl("quantization_loss", miniquant::ops::meta_quantization_loss);
   m.impl("dequantize", miniquant::ops::meta_dequantize);

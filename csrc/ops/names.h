@@ -37,6 +37,13 @@ template <>
 inline constexpr std::array<Named<ColumnOrder>, 3> kNames<ColumnOrder>{
     {{ColumnOrder::kNatural, "natural"}, {ColumnOrder::kActivation, "activation"}, {ColumnOrder::kGroup, "group"}}};
 
+template <>
+inline constexpr std::array<Named<SuperblockType>, 5> kNames<SuperblockType>{{{SuperblockType::kQ2K, "Q2_K"},
+                                                                              {SuperblockType::kQ3K, "Q3_K"},
+                                                                              {SuperblockType::kQ4K, "Q4_K"},
+                                                                              {SuperblockType::kQ5K, "Q5_K"},
+                                                                              {SuperblockType::kQ6K, "Q6_K"}}};
+
 /// The name of a choice; for an invalid value "unknown", which no operator accepts.
 template <typename Choice>
 constexpr std::string_view name_of_choice(Choice choice) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops/build.h"
+#include "ops/checks.h"
 #include "ops/signature.h"
 
 // The operators' schemas. include/miniquant/*.h documents them; cpu.cpp and meta.cpp implement them.
@@ -20,6 +21,10 @@ TORCH_LIBRARY(miniquant, m) {
     define(c10::str(op, "(Tensor weight, Tensor hessian, *, ", kGridSchema, ", ", kSweepSchema, ")", results,
                     ", Tensor row_loss)"));
   }
+  const char* const supers = ", Tensor minima, Tensor super_scales, Tensor super_minima";
+  define(c10::str("rtn_superblocks(Tensor weight, str kind)", results, supers, ")"));
+  define(c10::str("gptq_superblocks(Tensor weight, Tensor hessian, str kind, *, str scale_method=\"absmax\", ",
+                  kSweepSchema, ")", results, supers, ", Tensor row_loss)"));
   m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()", tags);
   m.def(
       "accumulator_update_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, "
@@ -50,14 +55,16 @@ TORCH_LIBRARY(miniquant, m) {
   // No tensor among the arguments: one implementation serves every dispatch key.
   m.def("version() -> str", [] { return std::string(miniquant::ops::version()); });
   m.def("instruction_set() -> str", [] { return std::string(miniquant::ops::instruction_set()); });
+  m.def("superblock_grid(str kind) -> (int bits, int group_size, bool symmetric)", miniquant::ops::superblock_grid);
   m.def("bfloat16_unit() -> str", [] { return std::string(miniquant::ops::bfloat16_unit()); });
 }
 
 // The operators have no derivatives: results never require a gradient, whatever the inputs.
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
-  for (const char* op : {"rtn", "gptq", "gptq_reference", "choose_ridge", "hessian_update_", "accumulator_update_",
-                         "accumulator_merge_", "accumulator_hessian", "accumulator_tokens", "quantization_loss",
-                         "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
+  for (const char* op :
+       {"rtn", "gptq", "gptq_reference", "rtn_superblocks", "gptq_superblocks", "choose_ridge", "hessian_update_",
+        "accumulator_update_", "accumulator_merge_", "accumulator_hessian", "accumulator_tokens", "quantization_loss",
+        "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

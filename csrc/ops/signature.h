@@ -87,4 +87,26 @@ inline GptqTuple call_gptq(const c10::TypedOperatorHandle<GptqSignature>& op, co
                  name_of_choice(options.column_order), options.refine, options.beam_scales);
 }
 
+/// gptq_superblocks as the dispatcher calls it: gptq_superblocks(Tensor weight, Tensor hessian, str kind, *,
+/// str scale_method, <kSweepSchema>).
+template <SuperblockGptqTuple (*implementation)(const at::Tensor& weight, const at::Tensor& hessian,
+                                                std::string_view kind, std::string_view scale_method,
+                                                const SweepArguments& sweep)>
+SuperblockGptqTuple gptq_superblocks_operator(const at::Tensor& weight, const at::Tensor& hessian,
+                                              std::string_view kind, std::string_view scale_method, double ridge,
+                                              int64_t block_size, std::string_view group_scales,
+                                              std::string_view column_order, int64_t refine, int64_t beam_scales) {
+  return implementation(weight, hessian, kind, scale_method,
+                        {ridge, block_size, group_scales, column_order, refine, beam_scales});
+}
+using GptqSuperblocksSignature = decltype(gptq_superblocks_operator<nullptr>);
+
+inline SuperblockGptqTuple call_gptq_superblocks(const c10::TypedOperatorHandle<GptqSuperblocksSignature>& op,
+                                                 const at::Tensor& weight, const at::Tensor& hessian,
+                                                 SuperblockType type, const GptqOptions& options) {
+  return op.call(weight, hessian, name_of_choice(type), name_of_choice(options.scale_method), options.ridge,
+                 options.block_size, name_of_choice(options.group_scales), name_of_choice(options.column_order),
+                 options.refine, options.beam_scales);
+}
+
 }  // namespace miniquant::ops

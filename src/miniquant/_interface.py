@@ -11,7 +11,7 @@ from miniquant.calibration import Calibration, load_calibration  # noqa: E402
 from miniquant.convert import Converted, convert_folder  # noqa: E402
 from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
-from miniquant.grid import QuantizedWeight, dequantize, rtn  # noqa: E402
+from miniquant.grid import QuantizedWeight, SuperblockWeight, dequantize, rtn  # noqa: E402
 from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.linear import QuantizedLinear  # noqa: E402
@@ -24,6 +24,7 @@ from miniquant.quantize import LayerResult, ModelResult, QuantizationError, Stop
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 from miniquant.run import FolderResult, quantize_folder  # noqa: E402
+from miniquant.superblocks import SuperblockResult, gptq_superblocks, rtn_superblocks  # noqa: E402
 
 __version__ = str(torch.ops.miniquant.version())
 
@@ -49,6 +50,8 @@ __all__ = [
     "Rule",
     "SavedLayer",
     "Stopped",
+    "SuperblockResult",
+    "SuperblockWeight",
     "bfloat16_unit",
     "choose_ridge",
     "compare_embeddings",
@@ -59,6 +62,7 @@ __all__ = [
     "gptq",
     "gptq_auto",
     "gptq_reference",
+    "gptq_superblocks",
     "hessian_update_",
     "instruction_set",
     "load",
@@ -71,6 +75,7 @@ __all__ = [
     "quantize_folder",
     "quantize_model",
     "rtn",
+    "rtn_superblocks",
     "save_layer",
     "unpack",
     "unpack_int4",

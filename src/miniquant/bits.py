@@ -218,7 +218,7 @@ def measure_units(
             weight = site.read().float()
             costs = {}
             for bits in widths:
-                arguments = replace(options, bits=bits, preset="fast", ridge=RIDGE).arguments()
+                arguments = replace(options, bits=bits, superblocks=None, preset="fast", ridge=RIDGE).arguments()
                 error = dequantize(gptq(weight, hessian, **arguments)) - weight
                 costs[bits] = sample.cost(error) / tokens
             units.setdefault(visit.inputs_id, []).append((site, costs))

@@ -20,6 +20,7 @@ from miniquant.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, code_of, line
 Preset = Literal["best", "fast", "plain"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "miniquant"]
 TokenWeights = Literal["uniform", "norm", "position", "norm+position", "gradient"]
+SuperblockKind = Literal["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 Unseen = Literal["error", "siblings", "rtn"]
 OtherType = Literal["F16", "F32", "BF16", "Q8_0"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -176,6 +177,15 @@ def quantize(
             help="Whether the grid has no zero points. Asymmetric loses less at 4 bits.",
         ),
     ] = None,
+    superblocks: Annotated[
+        SuperblockKind | None,
+        typer.Option(
+            rich_help_panel=_RECIPE,
+            show_default=False,
+            help="A type of llama.cpp with two levels of scales, in place of bits and group size; with --format gguf, "
+            "for columns in multiples of 256.",
+        ),
+    ] = None,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -325,7 +335,7 @@ def quantize(
       miniquant quantize Llama-3.2-1B Llama-3.2-1B-4bit
       miniquant quantize Llama-3.2-1B out --calibration chats.jsonl --tokens 65536
       miniquant quantize Llama-3.2-1B out --bits 3 --rule '*.down_proj bits=4' --skip '*.layers.0.*'
-      miniquant quantize Llama-3.2-1B out --format gguf --group-size 32
+      miniquant quantize Llama-3.2-1B out --format gguf --superblocks Q4_K --rule '*.down_proj superblocks=Q6_K'
       miniquant quantize Llama-3.2-1B out --dry-run      [dim]what it will do, cost and need[/dim]
       miniquant quantize Llama-3.2-1B out --resume       [dim]after Ctrl-C, kill -9 or a full disk[/dim]
     """
@@ -339,6 +349,7 @@ def quantize(
                 "bits": bits,
                 "group_size": group_size,
                 "symmetric": symmetric,
+                "superblocks": superblocks,
                 "preset": preset,
                 "ridge": ridge,
                 "token_weights": token_weights,

@@ -94,7 +94,7 @@ class Asked:
         if "ridge" in stated:
             stated["ridge"] = _value(stated["ridge"])
         rules = [*(Rule(pattern, {"skip": True}) for pattern in self.skip), *map(parse_rule, self.rules), *base.rules]
-        return Recipe(dataclasses.replace(base.defaults, **stated), rules, base.format)
+        return Recipe(base.defaults.with_stated(stated), rules, base.format)
 
 
 def parse_rule(text: str) -> Rule:

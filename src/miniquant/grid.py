@@ -10,6 +10,7 @@ from torch import Tensor
 
 from miniquant.operators import call
 
+SuperblockKind = Literal["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 ScaleMethod = Literal["absmax", "mse", "hessian", "loss"]
 
 
@@ -57,6 +58,34 @@ class QuantizedWeight:
 
 
 torch.export.register_dataclass(QuantizedWeight, serialized_type_name="miniquant.QuantizedWeight")
+
+
+@dataclass(frozen=True, eq=False)
+class SuperblockWeight(QuantizedWeight):
+    """A weight quantized to a type of GGUF with two levels of scales (:mod:`miniquant.superblocks`).
+
+    ``value = (code - zero_point) * scale - minimum``. ``scales`` are float32; they and ``minima`` are whole multiples
+    of the steps of their superblock of 256 columns. Where there are minima, zero points are the lowest code.
+
+    Attributes:
+        kind: the type, "Q4_K" for instance.
+        minima: float32 [N, G]; 0 for a symmetric grid.
+        super_scales: float16 [N, K / 256], the steps of the scales.
+        super_minima: float16 [N, K / 256], the steps of the minima.
+    """
+
+    kind: SuperblockKind
+    minima: Tensor
+    super_scales: Tensor
+    super_minima: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales, zero points, minima, and the steps of scales and of minima."""
+        return *super().tensors, self.minima, self.super_scales, self.super_minima
+
+
+torch.export.register_dataclass(SuperblockWeight, serialized_type_name="miniquant.SuperblockWeight")
 
 
 def rtn(
@@ -124,7 +153,7 @@ def dequantize(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``(codes - zero_points) * scales``, each group with its own.
+    """``(codes - zero_points) * scales``, each group with its own; less its minimum in a :class:`SuperblockWeight`.
 
     The product is computed in the widest of float32, the dtype of ``scales`` and ``dtype``, then rounded to ``dtype``.
     With bfloat16 scales, ``dtype=torch.float32`` gives the exact values, for which ``row_loss`` is measured; None gives
@@ -153,6 +182,9 @@ def dequantize(
                 raise TypeError(
                     f"dequantize: expected no {name} beside a QuantizedWeight, which has its own, but got it"
                 )
+        if isinstance(codes, SuperblockWeight):
+            values = dequantize(codes.codes, codes.scales, codes.zero_points, codes.group_size, dtype=torch.float32)
+            return (values - codes.minima.repeat_interleave(codes.group_size, 1)).to(dtype or torch.float32)
         return dequantize(codes.codes, codes.scales, codes.zero_points, codes.group_size, dtype=dtype)
     for name, value in given.items():
         if value is None:

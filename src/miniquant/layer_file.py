@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from miniquant.gptq import GptqResult
-from miniquant.grid import QuantizedWeight
+from miniquant.grid import QuantizedWeight, SuperblockWeight
+from miniquant.superblocks import SUPERBLOCK, SuperblockResult
 
 FORMAT = "miniquant.layer"
 VERSION = "1"
@@ -68,6 +69,11 @@ def save_layer(
         >>> save_layer("fc1.safetensors", gptq(weight, hessian, **options), layer="fc1", options=options)
         >>> values = dequantize(load_layer("fc1.safetensors").quantized)
     """
+    if isinstance(quantized, SuperblockWeight):
+        raise TypeError(
+            f"save_layer: expected quantized to have one level of scales, but got a {type(quantized).__name__} "
+            f"({quantized.kind})"
+        )
     if not isinstance(quantized, QuantizedWeight):
         raise TypeError(f"save_layer: expected quantized to be a QuantizedWeight, but got {type(quantized).__name__}")
     if not isinstance(layer, str):
@@ -175,7 +181,7 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
     Args:
         where: begins the message: a function, and a file if there is one.
         what: whose tensors they are.
-        quantized: the weight; a :class:`miniquant.GptqResult` has its row_loss checked, too.
+        quantized: the weight; row_loss, minima and the steps of superblocks are checked where it has them.
 
     Raises:
         ValueError, TypeError: the latter for a tensor of another dtype.
@@ -209,7 +215,11 @@ def check_quantized(where: str, what: str, quantized: QuantizedWeight) -> None:
     expect("codes", (torch.int8,), (rows, columns), quantized.codes)
     expect("scales", SCALE_DTYPES, (rows, groups), quantized.scales)
     expect("zero_points", (torch.int8,), (rows, groups), quantized.zero_points)
-    if isinstance(quantized, GptqResult):
+    if isinstance(quantized, SuperblockWeight):
+        expect("minima", (torch.float32,), (rows, groups), quantized.minima)
+        for name in ("super_scales", "super_minima"):
+            expect(name, (torch.float16,), (rows, columns // SUPERBLOCK), getattr(quantized, name))
+    if isinstance(quantized, GptqResult | SuperblockResult):
         expect("row_loss", ROW_LOSS_DTYPES, (rows,), quantized.row_loss)
     largest = 2 ** (bits - 1) - 1
     smallest = -largest if quantized.symmetric and not quantized.full_range else -largest - 1

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from miniquant.formats.base import LayerGrid, check_finite
-from miniquant.grid import QuantizedWeight
+from miniquant.grid import QuantizedWeight, SuperblockWeight
 from miniquant.layer_file import check_quantized, dtype_names
 from miniquant.modules import PRODUCTS, StandIn, expert_of
 from miniquant.packing import pack, unpack
@@ -163,6 +163,11 @@ class QuantizedLinear(nn.Module):
         Example:
             >>> layer = QuantizedLinear.from_quantized(gptq(linear.weight, hessian), linear.bias)
         """
+        if isinstance(quantized, SuperblockWeight):
+            raise TypeError(
+                "QuantizedLinear: expected quantized to have one level of scales, but got a "
+                f"{type(quantized).__name__} ({quantized.kind})"
+            )
         if not isinstance(quantized, QuantizedWeight):
             raise TypeError(
                 f"QuantizedLinear: expected quantized to be a QuantizedWeight, but got {type(quantized).__name__}"

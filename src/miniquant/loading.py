@@ -29,7 +29,7 @@ from miniquant.architecture import Conversion, build_model, find_sources, groupe
 from miniquant.checkpoint import CONFIG, Checkpoint, StoredTensor, read_json, read_tensor
 from miniquant.float_models import gguf_of
 from miniquant.formats import Format, LayerGrid, Native, format_of
-from miniquant.formats.gguf_blocks import TYPES
+from miniquant.formats.gguf_blocks import COLUMNS, TYPES
 from miniquant.formats.gguf_reader import GgufTensor, read_gguf
 from miniquant.grid import QuantizedWeight, dequantize
 from miniquant.layer_file import dtype_names
@@ -37,6 +37,7 @@ from miniquant.lazy import give_back_memory
 from miniquant.linear import QuantizedConvolution, QuantizedExperts, QuantizedLinear
 from miniquant.modules import ConvolutionSite, ExpertSite, Site, TransposedSite, find_sites
 from miniquant.report import JSON_NAME
+from miniquant.superblocks import GRIDS
 
 GENERATION_CONFIG = "generation_config.json"
 _WEIGHT = ".weight"
@@ -708,13 +709,14 @@ _PLAIN_TYPES = {
 def _gguf_layer(tensor: GgufTensor) -> LayerContents:
     known = TYPES.get(tensor.kind)
     bits = re.search(r"\d+", tensor.kind)
+    one_level = None if tensor.kind in GRIDS else known
     return LayerContents(
         tensor.name,
         tensor.shape,
         tensor.kind,
         None if bits is None else int(bits.group()),
-        None if known is None else 32,
-        None if known is None else not known.has_minimum,
-        None if known is None else "float16",
+        None if one_level is None else COLUMNS,
+        None if one_level is None else not one_level.has_minimum,
+        None if one_level is None else "float16",
         tensor.data.nbytes,
     )

@@ -28,11 +28,13 @@ _EXPECTED = {
         "dequantize",
         "gptq",
         "gptq_reference",
+        "gptq_superblocks",
         "hessian_update_",
         "pack",
         "pack_int4",
         "quantization_loss",
         "rtn",
+        "rtn_superblocks",
         "unpack",
         "unpack_int4",
     )

@@ -294,8 +294,8 @@ def holds_a_gguf_file(output: Path) -> bool:
 
 def planned_grid(rows: int, columns: int, options: LayerOptions, scale_dtype: torch.dtype) -> LayerGrid:
     """The grid that a weight [rows, columns] will have."""
-    kind = (options.bits, options.group_size, options.symmetric, options.full_range)
-    return LayerGrid(rows, columns, *kind, scale_dtype)
+    dtype = scale_dtype if options.superblocks is None else torch.float32
+    return LayerGrid(rows, columns, *options.grid, options.full_range, dtype, options.superblocks)
 
 
 def check_layers(form: LayerFormat, grids: Mapping[str, LayerGrid]) -> list[str]:

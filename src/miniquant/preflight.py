@@ -315,7 +315,7 @@ def preflight_tables(plan: Preflight, *, width: int = 100) -> RenderableType:
             kind,
             str(len(layers)),
             each(f"{layer.grid.rows} × {layer.grid.columns}" for layer in layers),
-            each(f"{layer.grid.bits}{'' if layer.grid.symmetric else ' asym.'}" for layer in layers),
+            each(layer.grid.text for layer in layers),
             each(group_text(layer.grid.group_size) for layer in layers),
             *([each(layer.options.preset for layer in layers)] if wide else []),
             *([units.size(sum(layer.bytes_before for layer in layers))] if wide else []),

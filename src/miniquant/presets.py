@@ -4,6 +4,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from miniquant.grid import SuperblockKind
+from miniquant.superblocks import GRIDS
+
 Preset = Literal["plain", "fast", "best"]
 
 
@@ -24,7 +27,10 @@ _PRESETS = {
 }
 
 
-def preset(name: Preset, *, symmetric: bool = True) -> dict[str, Any]:
+_OF_GRIDS = ("symmetric", "full_range")
+
+
+def preset(name: Preset, *, symmetric: bool = True, kind: SuperblockKind | None = None) -> dict[str, Any]:
     """Keyword arguments of :func:`miniquant.gptq` for a preset; pass bits, group_size and ridge in addition.
 
     - "plain": the smallest scale that covers each group's range, codes in [-7, 7] at 4 bits, columns from left to
@@ -41,9 +47,11 @@ def preset(name: Preset, *, symmetric: bool = True) -> dict[str, Any]:
         name: "plain", "fast" or "best".
         symmetric: False for an asymmetric grid. This grid uses all codes already, so the result contains
             ``symmetric=False`` instead of ``full_range``.
+        kind: a type of :func:`miniquant.gptq_superblocks`, whose arguments are then given: the type has a grid of its
+            own, so ``symmetric`` is not read.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name or kind.
 
     Example:
         >>> miniquant.gptq(weight, hessian, bits=3, **miniquant.preset("best"))
@@ -52,4 +60,8 @@ def preset(name: Preset, *, symmetric: bool = True) -> dict[str, Any]:
     """
     if name not in get_args(Preset):
         raise ValueError(f"preset: expected name to be one of {', '.join(get_args(Preset))}, but got {name!r}")
-    return dict(_PRESETS[name, bool(symmetric)])
+    if kind is None:
+        return dict(_PRESETS[name, bool(symmetric)])
+    if kind not in GRIDS:
+        raise ValueError(f"preset: expected kind to be one of {', '.join(GRIDS)}, but got {kind!r}")
+    return {key: value for key, value in _PRESETS[name, True].items() if key not in _OF_GRIDS}

@@ -19,7 +19,8 @@ from miniquant.hessian import HessianAccumulator
 from miniquant.loss import quantization_loss
 from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
 from miniquant.recipe import LayerOptions, Recipe
-from miniquant.ridge import LinAlgError, choose_ridge, gptq_with_choice
+from miniquant.ridge import LinAlgError, choose_ridge, with_choice
+from miniquant.superblocks import gptq_superblocks, rtn_superblocks
 from miniquant.token_weights import GRADIENT, TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
 
@@ -891,7 +892,7 @@ class _Quantizer:
         done = LayerResult(name=site.name, site=site, options=options, seconds=self._busy() - before, **layer)
         if self._store is not None:
             shared = hessians is not None and hessians is self._last
-            found = self._ridges.get(_grid(options)) if shared else None
+            found = self._ridges.get(options.grid) if shared else None
             self._store.save(FinishedLayer(done, found, self._searched, waited))
         self._add(done)
 
@@ -903,7 +904,7 @@ class _Quantizer:
         except Exception as error:
             raise self._failed(done.site, error) from error
         if finished.found_ridge is not None:
-            grid = _grid(done.options)
+            grid = done.options.grid
             if finished.searched:
                 self._carried.found(_kind(done.site, done.options), finished.found_ridge)
             elif grid not in self._ridges:
@@ -926,14 +927,7 @@ class _Quantizer:
         weight = site.read() if self._weights is None else self._weights(site)
         self._searched = False
         start = time.perf_counter()
-        rounded = rtn(
-            weight,
-            bits=options.bits,
-            group_size=options.group_size,
-            symmetric=options.symmetric,
-            full_range=options.full_range,
-            scale_dtype=self._scale_dtype,
-        )
+        rounded = _rounded_to_nearest(weight, options, self._scale_dtype)
         quantized: QuantizedWeight = rounded
         ridge: float | None = None
         target = weight
@@ -965,8 +959,7 @@ class _Quantizer:
         self, site: Site, weight: Tensor, options: LayerOptions, hessians: _Hessians, notes: list[str]
     ) -> tuple[Tensor, QuantizedWeight, float]:
         """The weight to be approached, the quantized one, and the ridge."""
-        arguments = options.arguments(self._scale_dtype)
-        grid = _grid(options)
+        grid = options.grid
         shared = self._last is hessians
         if options.ridge != "auto":
             return self._with_ridge(weight, options, hessians, float(options.ridge), notes)
@@ -981,29 +974,30 @@ class _Quantizer:
         choice = choose_ridge(
             weight,
             hessians.calibration,
-            bits=options.bits,
-            group_size=options.group_size,
-            symmetric=options.symmetric,
+            **grid._asdict(),
             effective_tokens=hessians.sample.effective_tokens,
         )
         target = self._target(weight, options, hessians, choice.ridge, notes)
-        quantized = gptq_with_choice(target, hessians.calibration.hessian(), choice, **arguments)
+        hessian = hessians.calibration.hessian()
+        quantized, ridge, failed = with_choice(
+            choice, lambda ridge: _with_options(target, hessian, options, ridge, self._scale_dtype)
+        )
         if shared:
-            self._ridges[grid] = quantized.ridge
+            self._ridges[grid] = ridge
             self._searched = True
             if siblings_of(site) is None:
-                self._carried.found(_kind(site, options), quantized.ridge)
-        if quantized.failed:
-            failed = ", ".join(f"{one:.2g}" for one in quantized.failed)
-            notes.append(f"the Hessian was not positive definite with ridge {failed}, so it is {quantized.ridge:.2g}")
-        return target, quantized, quantized.ridge
+                self._carried.found(_kind(site, options), ridge)
+        if failed:
+            tried = ", ".join(f"{one:.2g}" for one in failed)
+            notes.append(f"the Hessian was not positive definite with ridge {tried}, so it is {ridge:.2g}")
+        return target, quantized, ridge
 
     def _with_ridge(
         self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
     ) -> tuple[Tensor, QuantizedWeight, float]:
         target = self._target(weight, options, hessians, ridge, notes)
-        arguments = {**options.arguments(self._scale_dtype), "ridge": ridge}
-        return target, gptq(target, hessians.calibration.hessian(), **arguments), ridge
+        hessian = hessians.calibration.hessian()
+        return target, _with_options(target, hessian, options, ridge, self._scale_dtype), ridge
 
     def _target(
         self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
@@ -1045,6 +1039,23 @@ class _CarriedRidges:
         self._left[kind] = CARRIED if is_same and ridge < LARGEST_CARRIED else 0
 
 
+def _rounded_to_nearest(weight: Tensor, options: LayerOptions, scale_dtype: torch.dtype | None) -> QuantizedWeight:
+    """A weight rounded to nearest on the grid of options."""
+    if options.superblocks is not None:
+        return rtn_superblocks(weight, options.superblocks)
+    return rtn(weight, **options.grid._asdict(), full_range=options.full_range, scale_dtype=scale_dtype)
+
+
+def _with_options(
+    weight: Tensor, hessian: Tensor, options: LayerOptions, ridge: float, scale_dtype: torch.dtype | None
+) -> QuantizedWeight:
+    """A weight quantized as options say, with this ridge."""
+    arguments = {**options.arguments(scale_dtype), "ridge": ridge}
+    if options.superblocks is not None:
+        return gptq_superblocks(weight, hessian, options.superblocks, **arguments)
+    return gptq(weight, hessian, **arguments)
+
+
 def _sum_dtype(site: Site) -> torch.dtype:
     """The dtype of a Hessian of a layer."""
     return torch.float64 if site.dtype == torch.float64 else torch.float32
@@ -1053,11 +1064,6 @@ def _sum_dtype(site: Site) -> torch.dtype:
 def _kind(site: Site, options: LayerOptions) -> Hashable:
     """Equal for the same layer of different blocks, to which the same is done."""
     return re.sub(r"\d+", "#", site.name), site.rows, site.columns, options
-
-
-def _grid(options: LayerOptions) -> tuple[int, int, bool]:
-    """What a ridge depends on beside the Hessian and the weight."""
-    return options.bits, options.group_size, options.symmetric
 
 
 def _judged_rows(rows: int) -> Tensor:

@@ -36,7 +36,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from miniquant.grid import SuperblockKind
 from miniquant.presets import Preset, preset
+from miniquant.superblocks import GRIDS, GroupGrid
 from miniquant.token_weights import TokenWeights
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ _REGULAR_EXPRESSION = "re:"
 _MOST_ERRORS = 10
 # What the preset that does the most corrects: a whole correction fits calibration tokens too closely.
 CORRECTION_OF_BEST = 0.5
+_OF_GRID = GroupGrid._fields  # options that superblocks take the place of
 _FRACTIONS = ("ridge", "correction")  # options that are numbers, but no integers
 
 
@@ -66,6 +69,8 @@ class LayerOptions:
         bits: of a code, 2 to 8.
         group_size: columns per scale; -1 is one group per row.
         symmetric: which of the two grids (see the package).
+        superblocks: a type of GGUF with two levels of scales (:mod:`miniquant.superblocks`), in place of ``bits``,
+            ``group_size`` and ``symmetric``, which then have their defaults and are not read.
         preset: of :func:`miniquant.preset`.
         ridge: relative to the Hessian's mean diagonal; "auto" finds it in the tokens (:func:`miniquant.gptq_auto`).
         token_weights: how much each token counts in the Hessian (:mod:`miniquant.token_weights`): "uniform": alike;
@@ -87,6 +92,7 @@ class LayerOptions:
     bits: int = 4
     group_size: int = 64
     symmetric: bool = True
+    superblocks: SuperblockKind | None = None
     preset: Preset = "best"
     ridge: float | Literal["auto"] = "auto"
     token_weights: TokenWeights = "norm+position"  # noqa: S105  (no password)
@@ -99,6 +105,9 @@ class LayerOptions:
         _raise_first("LayerOptions", _errors(vars(self), "options"))
         for name, value in _normalized({name: getattr(self, name) for name in _FRACTIONS}).items():
             object.__setattr__(self, name, value)
+        if self.superblocks is not None:
+            for name in _OF_GRID:
+                object.__setattr__(self, name, getattr(type(self), name))
 
     def tokens_needed(self, columns: int) -> int:
         """How many tokens a layer of so many columns must see to be quantized with a Hessian of its own.
@@ -116,32 +125,54 @@ class LayerOptions:
         return self.correction
 
     @property
+    def grid(self) -> GroupGrid:
+        """Bits, group size and whether the grid is symmetric, those of ``superblocks`` where it is stated."""
+        if self.superblocks is not None:
+            return GRIDS[self.superblocks]
+        return GroupGrid(self.bits, self.group_size, self.symmetric)
+
+    @property
     def full_range(self) -> bool:
-        """Whether the grid is the symmetric one with one code more, as the preset sets it."""
+        """Whether the grid is the symmetric one with one code more, as the preset or ``superblocks`` sets it."""
+        if self.superblocks is not None:
+            return self.grid.symmetric
         return bool(preset(self.preset, symmetric=self.symmetric).get("full_range", False))
 
     def arguments(self, scale_dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Keyword arguments: of :func:`miniquant.gptq_auto` where the ridge is "auto", else of :func:`miniquant.gptq`.
 
+        With ``superblocks`` they are of :func:`miniquant.gptq_superblocks`.
+
         Args:
-            scale_dtype: the dtype in which scales will be stored; None is the weight's.
+            scale_dtype: the dtype in which scales will be stored; None is the weight's. Superblocks have their own.
 
         Example:
             >>> quantized = gptq_auto(weight, accumulator, **options.arguments(torch.float16))
         """
         ridge = {} if self.ridge == "auto" else {"ridge": self.ridge}
+        if self.superblocks is not None:
+            return {**ridge, **preset(self.preset, kind=self.superblocks)}
         return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
+            **self.grid._asdict(),
             "scale_dtype": scale_dtype,
             **ridge,
             **preset(self.preset, symmetric=self.symmetric),
         }
 
+    def with_stated(self, stated: Mapping[str, Any]) -> "LayerOptions":
+        """The same with options that somebody states: bits, group_size or symmetric take the place of superblocks.
+
+        Raises:
+            ValueError: for a bad option, or one of these beside superblocks.
+        """
+        _raise_first("LayerOptions", _two_grids(stated))
+        other_grid = {"superblocks": None} if any(option in stated for option in _OF_GRID) else {}
+        return replace(self, **{**other_grid, **stated})
+
     def to_dict(self) -> dict[str, Any]:
-        """All options, as JSON can hold them."""
-        return {option.name: getattr(self, option.name) for option in fields(self)}
+        """All options, as JSON can hold them; without those that superblocks take the place of."""
+        left_out = () if self.superblocks is None else _OF_GRID
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.name not in left_out}
 
 
 @dataclass(frozen=True, init=False)
@@ -175,6 +206,7 @@ class Rule:
         if "pattern" in stated:
             raise ValueError("Rule: expected the names of options, but got 'pattern' among them")
         _raise_first("Rule", _errors({"pattern": pattern, **stated}, "rule"))
+        _raise_first("Rule", _two_grids(stated))
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "options", _normalized(stated))
         _ = self._matches  # a pattern that is none says so now
@@ -207,7 +239,8 @@ class Recipe:
 
     Attributes:
         defaults: for layers that no rule matches, and where a rule leaves an option out.
-        rules: for each layer the first that matches counts.
+        rules: for each layer the first that matches counts. One that states bits, group_size or symmetric takes its
+            layers out of the defaults' superblocks.
         format: of the checkpoint; None: what the caller says.
 
     Raises:
@@ -285,7 +318,11 @@ class Recipe:
                 rules.append(Rule(options.pop("pattern"), options))
             except ValueError as error:
                 raise ValueError(f"{where}: rule {number}: {str(error).removeprefix('Rule: ')}") from error
-        return cls(LayerOptions(**document.get("defaults", {})), rules, document.get("format"))
+        try:
+            defaults = LayerOptions().with_stated(document.get("defaults", {}))
+        except ValueError as error:
+            raise ValueError(f"{where}: defaults: {str(error).removeprefix('LayerOptions: ')}") from error
+        return cls(defaults, rules, document.get("format"))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe, as JSON can hold it; :meth:`from_dict` gives an equal one."""
@@ -302,7 +339,7 @@ class Recipe:
     def options(self, name: str) -> LayerOptions:
         """What is done to a layer."""
         rule = self.rule(name)
-        return self.defaults if rule is None else replace(self.defaults, **rule.options)
+        return self.defaults if rule is None else self.defaults.with_stated(rule.options)
 
     def check(self, names: Iterable[str]) -> None:
         """Checks that every rule has a layer to which it applies.
@@ -343,6 +380,17 @@ class Recipe:
             for place in dict.fromkeys((*mine, *its))
             if mine.get(place) != its.get(place)
         ]
+
+
+def _two_grids(stated: Mapping[str, Any]) -> list[str]:
+    """What is wrong where options state superblocks and a grid."""
+    if stated.get("superblocks") is None:
+        return []
+    return [
+        f"expected no {option} beside superblocks, which have their own, but got {stated[option]!r}"
+        for option in _OF_GRID
+        if option in stated
+    ]
 
 
 def _stated(recipe: Recipe) -> dict[str, str]:

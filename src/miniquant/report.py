@@ -20,9 +20,11 @@ import torch
 
 from miniquant.calibration import Calibration
 from miniquant.formats.base import LayerGrid
+from miniquant.formats.gguf_superblocks import NBYTES
 from miniquant.layer_file import dtype_names
 from miniquant.quantize import LayerResult, ModelResult
 from miniquant.recipe import Recipe
+from miniquant.superblocks import SUPERBLOCK
 
 VERSION = 1
 SCHEMA = Path(__file__).with_name("report.schema.json")
@@ -162,6 +164,10 @@ class Kind(NamedTuple):
         """The sum over the layers of one of their numbers."""
         return float(sum(layer[key] for layer in self.layers))
 
+    def grids(self) -> list[str]:
+        """What people call the different grids of the layers."""
+        return sorted({grid_text(layer) for layer in self.layers})
+
     def values(self, key: str) -> list[Any]:
         """The different values of the layers, ascending."""
         return sorted({layer[key] for layer in self.layers})
@@ -210,6 +216,7 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
         "full_range": grid.full_range,
+        "superblocks": grid.superblocks,
         "preset": layer.options.preset,
         "method": layer.method,
         "tokens": layer.tokens,
@@ -224,8 +231,15 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
     }
 
 
+def grid_text(layer: Mapping[str, Any]) -> str:
+    """What people call the grid of a report's layer: "Q4_K", "4", "4 asym."."""
+    return layer.get("superblocks") or f"{layer['bits']}{'' if layer['symmetric'] else ' asym.'}"
+
+
 def stored_bytes(grid: LayerGrid) -> int:
     """Bytes of a layer's codes without gaps, of its scales, and of zero points of as many bits as codes."""
+    if grid.superblocks is not None:
+        return grid.rows * grid.columns // SUPERBLOCK * NBYTES[grid.superblocks]
     points = 0 if grid.symmetric else -(-grid.rows * grid.groups * grid.bits // 8)
     return grid.rows * (-(-grid.columns * grid.bits // 8) + grid.groups * grid.scale_dtype.itemsize) + points
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from miniquant import units
 from miniquant.layer_file import replacing
-from miniquant.report import HTML_NAME, JSON_NAME, Kind, Report, by_kind, check_report, judged_on, ratio
+from miniquant.report import HTML_NAME, JSON_NAME, Kind, Report, by_kind, check_report, grid_text, judged_on, ratio
 from miniquant.report_plots import plots
 
 _STYLE = """
@@ -223,7 +223,7 @@ def _kinds(kinds: Sequence[Kind]) -> str:
                 _Cell(kind.kind),
                 _number(len(kind.layers), str(len(kind.layers))),
                 _number(nearest, str(nearest)),
-                _Cell(", ".join(map(str, kind.values("bits")))),
+                _Cell(", ".join(kind.grids())),
                 _Cell(", ".join(_group(size) for size in kind.values("group_size"))),
                 _number(kind.ratio, units.ratio(kind.ratio)),
                 _number(kind.worst, units.ratio(kind.worst)),
@@ -246,12 +246,11 @@ def _layers(report: Report) -> str:
     rows, classes = [], []
     for layer in report["layers"]:
         n, k = layer["shape"]
-        grid = "" if layer["symmetric"] else " asym."
         rows.append(
             [
                 _Cell(layer["name"]),
                 _number(n * k, f"{n} × {k}"),
-                _number(layer["bits"], f"{layer['bits']}{grid}"),
+                _number(layer["bits"], grid_text(layer)),
                 _number(layer["group_size"], _group(layer["group_size"])),
                 _Cell("RTN" if layer["method"] == "rtn" else layer["preset"]),
                 *_losses(layer, "held_out"),

@@ -290,8 +290,11 @@ def _worst(report: Report, tokens: str) -> Plot:
 
 
 def _grid(layer: Mapping[str, Any]) -> str:
+    nearest = "" if layer["method"] == "gptq" else ", RTN"
+    if layer.get("superblocks") is not None:
+        return f"{layer['superblocks']}{nearest}"
     group = "a group per row" if layer["group_size"] == -1 else f"groups of {layer['group_size']}"
-    return f"{layer['bits']} bits, {group}" + ("" if layer["method"] == "gptq" else ", RTN")
+    return f"{layer['bits']} bits, {group}{nearest}"
 
 
 def _parts(report: Report) -> Plot:

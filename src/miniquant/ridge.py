@@ -2,8 +2,9 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from miniquant.gptq import GptqResult, gptq
 from miniquant.hessian import HessianAccumulator
 from miniquant.operators import call
+
+Result = TypeVar("Result")
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
@@ -148,30 +151,28 @@ def gptq_auto(
             raise TypeError(f"gptq_auto: expected an option of gptq ({', '.join(_OPTIONS)}), but got {name!r}")
     grid = {name: options[name] for name in ("bits", "group_size", "symmetric") if name in options}
     choice = choose_ridge(weight, accumulator, effective_tokens=effective_tokens, **grid)
-    return gptq_with_choice(weight, accumulator.hessian(), choice, **options)
+    hessian = accumulator.hessian()
+    result, ridge, failed = with_choice(choice, lambda ridge: gptq(weight, hessian, ridge=ridge, **options))
+    return AutoGptqResult(**vars(result), choice=choice, ridge=ridge, failed=failed)
 
 
-def gptq_with_choice(weight: Tensor, hessian: Tensor, choice: RidgeChoice, **options: Any) -> AutoGptqResult:
-    """:func:`miniquant.gptq` with the ridge of a choice, or the first of its fallbacks that serves.
+def with_choice(choice: RidgeChoice, solve: Callable[[float], Result]) -> tuple[Result, float, tuple[float, ...]]:
+    """What a solver gives with the ridge of a choice, or with the first of its fallbacks that serves.
 
     Args:
-        weight: [N, K].
-        hessian: [K, K].
         choice: of :func:`choose_ridge`.
-        options: the options of :func:`miniquant.gptq`, except ``ridge``.
+        solve: takes a ridge.
+
+    Returns:
+        The result, the ridge, and the ridges that failed before.
 
     Raises:
-        ValueError, TypeError: for a bad argument.
         torch.linalg.LinAlgError: if none of these ridges makes the Hessian positive definite.
     """
     failed: list[float] = []
-    for ridge in (choice.ridge, *choice.fallbacks):
+    for ridge in (choice.ridge, *choice.fallbacks[:-1]):
         try:
-            result = gptq(weight, hessian, ridge=ridge, **options)
-        except LinAlgError:  # noqa: PERF203  (at most four times)
-            if ridge == choice.fallbacks[-1]:
-                raise
+            return solve(ridge), ridge, tuple(failed)
+        except LinAlgError:  # noqa: PERF203  (at most three times)
             failed.append(ridge)
-        else:
-            break
-    return AutoGptqResult(**vars(result), choice=choice, ridge=ridge, failed=tuple(failed))
+    return solve(choice.fallbacks[-1]), choice.fallbacks[-1], tuple(failed)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from miniquant import units
 from miniquant.quantize import LayerResult
-from miniquant.report import Kind, Report, by_kind, geometric_mean, judged_on, place_of, ratio, worst_layers
+from miniquant.report import Kind, Report, by_kind, geometric_mean, grid_text, judged_on, place_of, ratio, worst_layers
 
 if TYPE_CHECKING:
     from miniquant.loading import Contents, LayerContents, TensorContents
@@ -293,7 +293,7 @@ def _kinds_table(kinds: Sequence[Kind], width: int) -> Table:
         made.add_row(
             kind.kind,
             f"{len(kind.layers)}" + (f" ({nearest} RTN)" if nearest else ""),
-            ", ".join(map(str, kind.values("bits"))),
+            ", ".join(kind.grids()),
             ", ".join(map(group_text, kind.values("group_size"))),
             units.ratio(kind.ratio),
             units.ratio(kind.worst),
@@ -320,7 +320,7 @@ def _layers_table(report: Report, width: int) -> Table:
         ]
         made.add_row(
             layer["name"],
-            f"{layer['bits']}",
+            grid_text(layer),
             group_text(layer["group_size"]),
             "RTN" if layer["method"] == "rtn" else layer["preset"],
             units.ratio(ratio(layer, tokens)),
@@ -332,7 +332,7 @@ def _layers_table(report: Report, width: int) -> Table:
 def _worst_table(report: Report) -> Table:
     made = table("layers that gain least", [("layer", False), ("bits", True), ("loss/RTN", True)])
     for layer, value in worst_layers(report, 5):
-        made.add_row(layer["name"], f"{layer['bits']}", units.ratio(value))
+        made.add_row(layer["name"], grid_text(layer), units.ratio(value))
     return made
 
 

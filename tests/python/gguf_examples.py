@@ -97,9 +97,12 @@ def build(model_class: str, config_class: str, options: dict[str, Any], **quanti
         if (convolution or isinstance(module, torch.nn.Linear)) and name not in ("lm_head", "pooler.dense"):
             weight = module.weight.detach()
             weight = weight.t() if convolution else weight
-            layers[name] = miniquant.rtn(
-                weight, scale_dtype=torch.float16, **{"group_size": 32, "full_range": True, **quantization}
-            )
+            if "superblocks" in quantization:
+                layers[name] = miniquant.rtn_superblocks(weight, quantization["superblocks"])
+            else:
+                layers[name] = miniquant.rtn(
+                    weight, scale_dtype=torch.float16, **{"group_size": 32, "full_range": True, **quantization}
+                )
             values = miniquant.dequantize(layers[name], dtype=torch.float32)
             module.weight.data = (values.t() if convolution else values).contiguous()
     return Small(model, layers)

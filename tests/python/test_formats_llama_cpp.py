@@ -35,6 +35,7 @@ from gguf_examples import (
 from miniquant.float_models import load_gguf
 from miniquant.formats import LayerGrid
 from miniquant.formats.gguf_file import GGUF_FILE, plan_gguf, write_gguf
+from miniquant.superblocks import GRIDS
 
 pytestmark = [
     pytest.mark.nightly,
@@ -220,11 +221,13 @@ def test_outputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         {"bits": 5, "symmetric": False, "full_range": False},
         {"bits": 8},
         {"bits": 7, "symmetric": False, "full_range": False},
+        *({"superblocks": kind} for kind in GRIDS),
     ],
     ids=str,
 )
 def test_every_type_of_block(quantization: dict[str, Any], tmp_path: Path) -> None:
-    spec = ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "intermediate_size": 128})
+    sizes = {"hidden_size": 256, "intermediate_size": 512} if "superblocks" in quantization else {}
+    spec = ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "intermediate_size": 128, **sizes})
     made = build(*spec, **quantization)
     letter = save_tokenizer(byte_level(PLAIN), tmp_path, **GPT2_TOKENS).convert_tokens_to_ids("a")
     made.write(tmp_path / "codes.gguf", folder=tmp_path)

@@ -21,10 +21,12 @@ OPERATORS = (
     "dequantize",
     "gptq",
     "gptq_reference",
+    "gptq_superblocks",
     "hessian_update_",
     "pack_int4",
     "quantization_loss",
     "rtn",
+    "rtn_superblocks",
     "unpack_int4",
 )
 
@@ -55,7 +57,9 @@ def test_function_has_the_operators_arguments_and_defaults(name: str) -> None:
         assert parameter.default == expected
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, "HessianAccumulator", "QuantizedWeight", "GptqResult"])
+@pytest.mark.parametrize(
+    "name", [*OPERATORS, "HessianAccumulator", "QuantizedWeight", "GptqResult", "SuperblockWeight", "SuperblockResult"]
+)
 def test_everything_public_is_documented(name: str) -> None:
     assert name in miniquant.__all__
     assert len(inspect.getdoc(getattr(miniquant, name)) or "") > 40

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 import small_models
 from miniquant import (
-    AutoGptqResult,
     HessianAccumulator,
     LayerOptions,
     Recipe,
@@ -206,15 +205,26 @@ def test_layers_of_many_rows_are_judged_by_some_of_them() -> None:
     assert layer.loss == pytest.approx(float(rows.sum()), rel=0.05)
 
 
-def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own() -> None:
+def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[Any] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        searches.append(options)
+        return choose_ridge(*arguments, **options)
+
+    monkeypatch.setattr(quantize, "choose_ridge", counted)
     model = chain()
     weight = model.right.weight.detach().clone()
     result = quantize_model(model, BATCHES, Recipe(FAST, [Rule("right", {"bits": 2})]), held_out=0)
     expected = gptq_auto(weight, accumulated(BATCHES, halves=True), bits=2, group_size=16, **preset("fast"))
     assert result.layers["right"].ridge == expected.ridge
-    assert isinstance(result.layers["right"].quantized, AutoGptqResult)
+    assert len(searches) == 3
+    searches.clear()
     same = quantize_model(chain(), BATCHES, FAST, held_out=0)
-    assert not isinstance(same.layers["right"].quantized, AutoGptqResult)
+    assert len(searches) == 2
+    assert same.layers["right"].ridge == same.layers["left"].ridge
     assert torch.equal(result.layers["right"].quantized.codes, expected.codes)
 
 

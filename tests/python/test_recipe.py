@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import miniquant
-from miniquant.presets import Preset
+from miniquant.presets import Preset, preset
 from miniquant.recipe import SCHEMA, FormatName, LayerOptions, Recipe, Rule, Unseen
 from miniquant.token_weights import SCHEMES
 
@@ -26,7 +27,7 @@ NAMES = [
     for block in range(12)
     for layer in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 ]
-OPTIONS = "bits, group_size, symmetric, preset, ridge, token_weights, correction, unseen, min_tokens, skip"
+OPTIONS = "bits, group_size, symmetric, superblocks, preset, ridge, token_weights, correction, unseen, min_tokens, skip"
 SCHEMA_DOCUMENT: dict[str, Any] = json.loads(SCHEMA.read_text())
 
 
@@ -110,6 +111,36 @@ def test_arguments_are_those_of_the_call(name: Preset, ridge: Any, *, symmetric:
     assert (result.bits, result.group_size, result.symmetric) == (3, 16, symmetric)
     assert result.full_range == options.full_range == (symmetric and name != "plain")
     assert result.scales.dtype == torch.bfloat16
+
+
+def test_superblocks_take_the_place_of_a_grid() -> None:
+    options = LayerOptions(superblocks="Q6_K", preset="fast", ridge=0.1)
+    assert options.grid == (6, 16, True)
+    assert options.full_range
+    assert options.arguments(torch.float16) == {"ridge": 0.1, **preset("fast", kind="Q6_K")}
+    assert "bits" not in options.to_dict()
+    assert LayerOptions(bits=8, superblocks="Q4_K") == LayerOptions(superblocks="Q4_K")
+    rules = [Rule("*.a", {"bits": 8}), Rule("*.b", {"superblocks": "Q6_K"}), Rule("*.c", {"preset": "plain"})]
+    recipe = Recipe(LayerOptions(superblocks="Q4_K", preset="fast"), rules)
+    assert recipe.options("x.a") == LayerOptions(bits=8, preset="fast")
+    assert recipe.options("x.b") == LayerOptions(superblocks="Q6_K", preset="fast")
+    assert recipe.options("x.c") == LayerOptions(superblocks="Q4_K", preset="plain")
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("option", [{"bits": 4}, {"group_size": 32}, {"symmetric": False}], ids=str)
+def test_superblocks_beside_a_grid_are_refused(option: dict[str, Any]) -> None:
+    both = {"superblocks": "Q4_K", **option}
+    (name,) = option
+    message = f"expected no {name} beside superblocks, which have their own, but got {option[name]!r}"
+    for make, where in (
+        (lambda: Rule("*", both), "Rule: "),
+        (lambda: Recipe.from_dict({"defaults": both}), "Recipe.from_dict: defaults: "),
+        (lambda: Recipe.from_dict({"rules": [{"pattern": "*", **both}]}), "Recipe.from_dict: rule 1: "),
+        (lambda: LayerOptions().with_stated(both), "LayerOptions: "),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(where + message)}$"):
+            make()
 
 
 def test_tokens_needed() -> None:
@@ -265,6 +296,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 2**31}, "group_size to be a positive integer, or -1 for one group per row, but got 2147483648"),
     ({"group_size": []}, "group_size to be a positive integer, or -1 for one group per row, but got []"),
     ({"symmetric": 1}, "symmetric to be true or false, but got 1"),
+    ({"superblocks": "Q4_0"}, "superblocks to be one of Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, but got 'Q4_0'"),
     ({"preset": "slow"}, "preset to be one of plain, fast, best, but got 'slow'"),
     ({"preset": None}, "preset to be one of plain, fast, best, but got None"),
     ({"ridge": -0.1}, 'ridge to be "auto", or a finite number of at least 0, but got -0.1'),

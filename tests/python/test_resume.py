@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import resumable_run
 import small_models
 from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
+from miniquant.grid import SuperblockKind
 from miniquant.modules import find_sites
 from miniquant.quantize import FinishedLayer, LayerResult, Stopped, TooFewTokensError
 from miniquant.run import _Done, plan_folder, quantize_folder
@@ -569,11 +570,13 @@ def test_other_versions_are_noted(source: Path, tmp_path: Path) -> None:
     assert "layers may differ from those of one run: software.threads: 1, before 7" in result.notes
 
 
-def test_a_gguf_file_after_a_stop(tmp_path: Path) -> None:
-    folder = gguf_model(tmp_path / "float")
+@pytest.mark.parametrize("superblocks", [None, "Q4_K"])
+def test_a_gguf_file_after_a_stop(tmp_path: Path, superblocks: SuperblockKind | None) -> None:
+    sizes = {} if superblocks is None else {"hidden_size": 256, "intermediate_size": 256}
+    folder = gguf_model(tmp_path / "float", **sizes)
     batches = [{"input_ids": small_models.ids(2, 24, seed, below=290)} for seed in range(6)]
     given: dict[str, Any] = {
-        "recipe": LayerOptions(preset="fast", group_size=32),
+        "recipe": LayerOptions(preset="fast", group_size=32, superblocks=superblocks),
         "calibration": load_calibration(batches, tokens=10**6),
         "dtype": torch.float32,
         "format": "gguf",

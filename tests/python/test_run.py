@@ -30,7 +30,7 @@ from miniquant.formats.gguf_reader import read_gguf
 from miniquant.loading import contents_of
 from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
-from miniquant.report import read_report
+from miniquant.report import check_report, read_report
 from miniquant.run import fast_dtype, plan_folder, quantize_folder
 from test_formats_gptq import published_weight
 
@@ -204,6 +204,45 @@ def test_the_package_gguf_gets_the_weights_of_a_gguf_file(kind: str, tmp_path: P
     np.testing.assert_array_equal(
         gguf.quants.dequantize(down.data, down.tensor_type), dequantize(layers[name].quantized, dtype=torch.float32)
     )
+
+
+def test_superblocks_go_into_a_gguf_file(tmp_path: Path) -> None:
+    folder = gguf_model(tmp_path / "float", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    recipe = Recipe(
+        LayerOptions(superblocks="Q4_K"),
+        [
+            Rule("*.down_proj", {"superblocks": "Q2_K"}),
+            Rule("*.v_proj", {"bits": 8, "group_size": 32}),
+            Rule("*.o_proj", {"superblocks": "Q3_K"}),
+        ],
+    )
+    calibration = load_calibration(
+        [{"input_ids": small_models.ids(2, 48, seed, below=290)} for seed in range(6)], tokens=10**6
+    )
+    given: dict[str, Any] = {"calibration": calibration, "dtype": torch.float32}
+    with pytest.raises(ValueError, match=r"q_proj' \(and 3 more\) to have one level of scales, but got Q4_K"):
+        quantize_folder(folder, tmp_path / "other", recipe, **given)
+    assert not (tmp_path / "other").exists()
+    result = quantize_folder(folder, tmp_path / "out", recipe, format="gguf", **given)
+    own = loaded(folder)
+    layers = quantize_model(own, calibration, recipe, scale_dtype=torch.float16).layers
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).tensors}
+    kinds = {"attn_q": "Q4_K", "attn_v": "Q8_0", "attn_output": "Q3_K", "ffn_down": "Q2_K", "ffn_up": "Q4_K"}
+    assert {name: tensors[f"blk.0.{name}.weight"].tensor_type.name for name in kinds} == kinds
+    read = loaded_gguf(tmp_path / "out").state_dict()
+    for name, layer in layers.items():
+        assert torch.equal(read[f"{name}.weight"], dequantize(layer.quantized, dtype=torch.float32)), name
+        assert layer.method == "gptq"
+        assert layer.loss < layer.rtn_loss, name
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    check_report(report)
+    said = {layer["name"].rpartition(".")[2]: layer["superblocks"] for layer in report["layers"]}
+    assert (said["q_proj"], said["v_proj"], said["down_proj"]) == ("Q4_K", None, "Q2_K")
+    blocks = sum(tensor.n_bytes for name, tensor in tensors.items() if name.startswith("blk") and "norm" not in name)
+    assert sum(layer["bytes_after"] for layer in report["layers"]) == blocks
+    assert result.bytes_after == (tmp_path / "out" / GGUF_FILE).stat().st_size
+    kinds_of = {layer.name: layer.kind for layer in contents_of(tmp_path / "out").layers}
+    assert kinds_of["blk.0.ffn_down.weight"] == "Q2_K"
 
 
 def loaded_gguf(folder: Path) -> Any:

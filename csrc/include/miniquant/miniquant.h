@@ -11,3 +11,4 @@
 #include <miniquant/packing.h>
 #include <miniquant/presets.h>
 #include <miniquant/ridge.h>
+#include <miniquant/superblocks.h>

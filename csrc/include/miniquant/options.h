@@ -100,6 +100,29 @@ struct GptqResult : QuantizedWeight {
   at::Tensor row_loss;
 };
 
+/// A type of GGUF with two levels of scales. Each superblock of 256 columns of a row has a float16 step d; the scale of
+/// each of its groups is a multiple of d. Types with minima have a second step, of which the minima are multiples.
+///
+///   type    bits  columns per group  scale / d     minimum / its d   value
+///   Q2_K    2     16                 1 to 15       0 to 15           (code - zero_point) * scale - minimum
+///   Q3_K    3     16                 -32 to 31     no minima         code * scale
+///   Q4_K    4     32                 1 to 63       0 to 63           (code - zero_point) * scale - minimum
+///   Q5_K    5     32                 1 to 63       0 to 63           (code - zero_point) * scale - minimum
+///   Q6_K    6     16                 -128 to 127   no minima         code * scale
+enum class SuperblockType { kQ2K, kQ3K, kQ4K, kQ5K, kQ6K };
+
+/// A weight quantized to one of them. `scales` are float32 and exact. Codes are in [-2^(bits-1), 2^(bits-1) - 1]; where
+/// there are minima the zero point is the lowest of these.
+struct SuperblockWeight : QuantizedWeight {
+  at::Tensor minima;        ///< float32 [N, G], exact; 0 for types without minima
+  at::Tensor super_scales;  ///< float16 [N, K / 256]: the steps of the scales
+  at::Tensor super_minima;  ///< float16 [N, K / 256]: the steps of the minima
+};
+
+struct SuperblockResult : SuperblockWeight {
+  at::Tensor row_loss;  ///< [N]: as of GptqResult
+};
+
 /// What a HessianAccumulator keeps: S = 1 sum over all tokens, or S = 2 sums, one for each half of the tokens.
 struct HessianSums {
   at::Tensor sums;     ///< [S, K, K], float32 or float64: X^T diag(w) X of tokens X [n, K] with weights w

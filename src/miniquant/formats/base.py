@@ -11,8 +11,9 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from miniquant.grid import QuantizedWeight
+from miniquant.grid import QuantizedWeight, SuperblockKind, SuperblockWeight
 from miniquant.layer_file import SCALE_DTYPES, check_quantized, dtype_names
+from miniquant.superblocks import GRIDS
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LayerGrid:
         symmetric: which of the two grids (see the package).
         full_range: whether it is the symmetric grid with one code more.
         scale_dtype: of the stored scales: float32, float64, bfloat16 or float16.
+        superblocks: the type of a grid with two levels of scales, "Q4_K" for instance; None of any other grid.
 
     Raises:
         ValueError: for values that no grid has.
@@ -39,6 +41,7 @@ class LayerGrid:
     symmetric: bool
     full_range: bool
     scale_dtype: torch.dtype
+    superblocks: SuperblockKind | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("rows", 1, None), ("columns", 1, None), ("bits", 2, 8)):
@@ -64,6 +67,20 @@ class LayerGrid:
             raise ValueError(
                 f"LayerGrid: expected scale_dtype to be {dtype_names(*SCALE_DTYPES)}, but got {self.scale_dtype!r}"
             )
+        if self.superblocks is not None:
+            self._check_superblocks(self.superblocks)
+
+    def _check_superblocks(self, kind: SuperblockKind) -> None:
+        if kind not in GRIDS:
+            raise ValueError(f"LayerGrid: expected superblocks to be one of {', '.join(GRIDS)}, but got {kind!r}")
+        grid = GRIDS[kind]
+        of_type = (*grid, grid.symmetric, torch.float32)
+        ours = (self.bits, self.group_size, self.symmetric, self.full_range, self.scale_dtype)
+        if ours != of_type:
+            raise ValueError(
+                f"LayerGrid: expected bits, group_size, symmetric, full_range and scale_dtype of {kind} to "
+                f"be {of_type}, but got {ours}"
+            )
 
     @property
     def columns_per_group(self) -> int:
@@ -87,7 +104,13 @@ class LayerGrid:
             quantized.symmetric,
             quantized.full_range,
             quantized.scales.dtype,
+            quantized.kind if isinstance(quantized, SuperblockWeight) else None,
         )
+
+    @property
+    def text(self) -> str:
+        """What people call it: "Q4_K", "4", "4 asym."."""
+        return self.superblocks or f"{self.bits}{'' if self.symmetric else ' asym.'}"
 
 
 class LayerFormat(Protocol):
@@ -210,6 +233,15 @@ def check_whole_groups(form: str, name: str, grid: LayerGrid) -> None:
         raise ValueError(
             f"{form}: expected group_size of layer {name!r} to divide its {grid.columns} columns, but got "
             f"{grid.group_size} (choose one that does or -1, or skip the layer)"
+        )
+
+
+def check_one_level(form: str, name: str, grid: LayerGrid) -> None:
+    """Raises a ValueError for a grid with two levels of scales."""
+    if grid.superblocks is not None:
+        raise ValueError(
+            f"{form}: expected layer {name!r} to have one level of scales, but got {grid.superblocks}, a type of GGUF "
+            "(choose the format gguf, or bits and group_size in place of superblocks)"
         )
 
 

@@ -25,6 +25,7 @@ from miniquant.formats.base import (
     check_finite,
     check_layers,
     check_model_dtype,
+    check_one_level,
     check_whole_groups,
     checked_grid,
     compiled,
@@ -64,6 +65,7 @@ class CompressedTensors(Format):
 
     def check(self, name: str, grid: LayerGrid) -> list[str]:
         """Any layer of 2 to 8 bits whose columns are a whole number of groups."""
+        check_one_level(METHOD, name, grid)
         check_whole_groups(METHOD, name, grid)
         warnings = []
         if grid.bits in CHANGED_WIDTHS:

@@ -1,4 +1,6 @@
-"""Weights in the blocks of GGUF, of 32 columns each: what llama.cpp reads, with the codes that were chosen here.
+"""Weights in the blocks of GGUF, of 32 or 256 columns each: what llama.cpp reads, with the codes that were chosen here.
+
+Q2_K to Q6_K, of 256 columns, are in ``gguf_superblocks``; the others here.
 
 A block has one scale d, float16. With unsigned codes u:
 
@@ -18,11 +20,12 @@ A group longer than 32 columns repeats its scale.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from miniquant.formats import gguf_superblocks
 from miniquant.formats.base import (
     LayerFormat,
     LayerGrid,
@@ -31,8 +34,9 @@ from miniquant.formats.base import (
     check_model_dtype,
     checked_grid,
 )
-from miniquant.grid import QuantizedWeight
+from miniquant.grid import QuantizedWeight, SuperblockKind, SuperblockWeight
 from miniquant.layer_file import check_quantized, dtype_names
+from miniquant.superblocks import GRIDS, SUPERBLOCK
 
 NAME = "gguf"
 COLUMNS = 32  # of a block
@@ -46,15 +50,19 @@ class BlockType:
         name: as the package gguf has it.
         bits: of a code.
         has_minimum: whether a block has m beside d.
+        columns: of a block.
     """
 
     name: str
     bits: int
     has_minimum: bool = False
+    columns: int = COLUMNS
 
     @property
     def nbytes(self) -> int:
         """Of a block."""
+        if self.columns == SUPERBLOCK:
+            return gguf_superblocks.NBYTES[self.name]
         return 2 + 2 * self.has_minimum + COLUMNS * self.bits // 8
 
     @property
@@ -71,6 +79,7 @@ TYPES: Mapping[str, BlockType] = {
         BlockType("Q5_0", 5),
         BlockType("Q5_1", 5, has_minimum=True),
         BlockType("Q8_0", 8),
+        *(BlockType(name, grid.bits, not grid.symmetric, SUPERBLOCK) for name, grid in GRIDS.items()),
     )
 }
 
@@ -95,6 +104,13 @@ class Gguf(LayerFormat):
     def check(self, name: str, grid: LayerGrid) -> list[str]:
         """float16 scales, columns in multiples of 32, groups that are whole blocks, and no 8 asymmetric bits."""
         where = f"of layer {name!r}"
+        if grid.superblocks is not None:
+            if grid.columns % SUPERBLOCK:
+                raise ValueError(
+                    f"{NAME}: expected columns {where} to be a multiple of {SUPERBLOCK} for {grid.superblocks}, but "
+                    f"got {grid.columns} (choose bits and a group_size of {COLUMNS} for it)"
+                )
+            return []
         check_float16_scales(NAME, name, grid)
         if grid.columns % COLUMNS:
             raise ValueError(
@@ -118,7 +134,8 @@ class Gguf(LayerFormat):
 
     def nbytes(self, name: str, grid: LayerGrid) -> int:
         """Of the blocks."""
-        return grid.rows * grid.columns // COLUMNS * self.type_of(name, grid).nbytes
+        kind = self.type_of(name, grid)
+        return grid.rows * grid.columns // kind.columns * kind.nbytes
 
     def type_of(self, name: str, grid: LayerGrid) -> BlockType:
         """The smallest type that holds the integers of a grid.
@@ -126,6 +143,8 @@ class Gguf(LayerFormat):
         Raises:
             ValueError: for 8 asymmetric bits.
         """
+        if grid.superblocks is not None:
+            return TYPES[grid.superblocks]
         if grid.symmetric:
             return TYPES["Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"]
         if grid.bits == 8:
@@ -141,7 +160,7 @@ class Gguf(LayerFormat):
         """A weight in blocks, row after row.
 
         Returns:
-            uint8 [N, K / 32 * nbytes], and the type.
+            uint8 [N, blocks of a row * nbytes], and the type.
 
         Raises:
             ValueError, TypeError: where ``check`` raises, for tensors that do not fit together, and for a group whose
@@ -150,6 +169,11 @@ class Gguf(LayerFormat):
         grid = checked_grid(NAME, name, quantized)
         self.check(name, grid)
         kind = self.type_of(name, grid)
+        if isinstance(quantized, SuperblockWeight):
+            try:
+                return gguf_superblocks.pack(quantized), kind
+            except ValueError as error:
+                raise ValueError(f"{NAME}: layer {name!r}: {error}") from None
         repeats = grid.columns_per_group // COLUMNS
         blocks = grid.columns // COLUMNS
 
@@ -180,11 +204,11 @@ class Gguf(LayerFormat):
         return torch.cat(fields, 2).flatten(1), kind
 
     def read(self, name: str, blocks: Tensor, kind: BlockType) -> QuantizedWeight:
-        """A weight from its blocks: the one whose values they have, in groups of 32 columns.
+        """A weight from its blocks: the one whose values they have, in groups of the type's columns.
 
         Args:
             name: of the layer.
-            blocks: uint8 [N, K / 32 * nbytes].
+            blocks: uint8 [N, blocks of a row * nbytes].
             kind: the type.
 
         Raises:
@@ -196,6 +220,11 @@ class Gguf(LayerFormat):
                 f"{NAME}: expected blocks of layer {name!r} to be uint8 of shape [N, a multiple of {kind.nbytes}], but "
                 f"got {dtype_names(blocks.dtype)} of shape {list(blocks.shape)}"
             )
+        if kind.columns == SUPERBLOCK:
+            superblocks = gguf_superblocks.unpack(blocks, cast("SuperblockKind", kind.name))
+            for what in ("super_scales", "super_minima"):
+                check_finite(NAME, name, what, getattr(superblocks, what))
+            return superblocks
         sizes = [2] * (1 + kind.has_minimum) + [4] * (kind.bits == 5) + [COLUMNS if kind.bits == 8 else COLUMNS // 2]
         fields = list(blocks.unflatten(1, (-1, kind.nbytes)).split(sizes, 2))
         scales = _floats(fields[0])

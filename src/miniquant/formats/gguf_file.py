@@ -7,7 +7,7 @@ become a file; :func:`write_gguf` then takes one tensor after the other, so that
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,6 +32,7 @@ from miniquant.layer_file import dtype_names, replacing
 GGUF_FILE = "model.gguf"  # in a folder that is written
 OtherType = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {"F32": "ALL_F32", **{name: f"MOSTLY_{name}" for name in ("F16", "BF16", *TYPES)}}
+_FILE_TYPES |= {name: f"MOSTLY_{name}_S" for name in ("Q3_K", "Q4_K", "Q5_K")}
 _ALWAYS_F32 = ("position_embd.weight", "token_types.weight")
 _POOLING = {"mean_tokens": "MEAN", "cls_token": "CLS", "lasttoken": "LAST"}
 
@@ -369,12 +370,7 @@ def _layer(plan: GgufPlan, tensor: _Tensor, load_layer: Callable[[str], Quantize
         )
     if tensor.placement.heads:
         order = _pairs_of_halves(grid.rows, tensor.placement.heads)
-        quantized = replace(
-            quantized,
-            codes=quantized.codes[order],
-            scales=quantized.scales[order],
-            zero_points=quantized.zero_points[order],
-        )
+        quantized = quantized.map(lambda of_rows: of_rows[order])
     blocks, _ = form.blocks(tensor.layer, quantized)
     return blocks.numpy()
 

@@ -29,6 +29,7 @@ from miniquant.formats.base import (
     check_float16_scales,
     check_layers,
     check_model_dtype,
+    check_one_level,
     check_whole_groups,
     checked_grid,
     compiled,
@@ -81,6 +82,7 @@ class Gptq(Format):
     def check(self, name: str, grid: LayerGrid) -> list[str]:
         """2, 3, 4 or 8 bits, float16 scales, whole groups, and rows and columns that fill words."""
         where = f"of layer {name!r}"
+        check_one_level(self.name, name, grid)
         if grid.bits not in BITS:
             raise ValueError(
                 f"{self.name}: expected bits {where} to be 2, 3, 4 or 8, but got {grid.bits} (the format "

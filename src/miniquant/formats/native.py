@@ -2,7 +2,8 @@
 
 For each layer: ``codes`` uint8 [N, ceil(K * bits / 8)] (:func:`miniquant.pack`); ``scales`` [N, G] in their own dtype;
 ``zero_points`` int8 [N, G] where the grid is asymmetric; ``row_loss`` [N] where the weight was quantized with a
-Hessian.
+Hessian. Layers in superblocks, which only unfinished runs keep here, have ``minima``, ``super_scales`` and
+``super_minima``, too, and ``superblocks`` in the configuration.
 
 The configuration has the grid of every layer, and the options that it was quantized with:
 
@@ -24,6 +25,7 @@ from miniquant.formats.base import (
     check_finite,
     check_layers,
     check_model_dtype,
+    check_one_level,
     checked_grid,
     grid_of_layer,
     is_integer,
@@ -31,12 +33,14 @@ from miniquant.formats.base import (
     method_config,
 )
 from miniquant.gptq import GptqResult
-from miniquant.grid import QuantizedWeight
+from miniquant.grid import QuantizedWeight, SuperblockWeight
 from miniquant.layer_file import ROW_LOSS_DTYPES, SCALE_DTYPES, check_quantized, dtype_names
 from miniquant.packing import pack, unpack
+from miniquant.superblocks import GRIDS, SUPERBLOCK, SuperblockResult
 
 METHOD = "miniquant"
 VERSION = 1
+_OF_SUPERBLOCKS = ("minima", "super_scales", "super_minima")
 _DTYPES = {dtype_names(dtype): dtype for dtype in SCALE_DTYPES}
 
 
@@ -51,8 +55,9 @@ class Native(Format):
         check_model_dtype(METHOD, model_dtype)
         return model_dtype
 
-    def check(self, name: str, grid: LayerGrid) -> list[str]:  # noqa: ARG002  (every grid has its place)
-        """Any layer."""
+    def check(self, name: str, grid: LayerGrid) -> list[str]:
+        """Any layer with one level of scales. Others are kept while a run goes on, but no module computes with them."""
+        check_one_level(METHOD, name, grid)
         return []
 
     def nbytes(self, name: str, grid: LayerGrid) -> int:  # noqa: ARG002  (as for any format)
@@ -67,7 +72,9 @@ class Native(Format):
         tensors = {f"{name}.codes": pack(quantized), f"{name}.scales": quantized.scales.detach().contiguous()}
         if not grid.symmetric:
             tensors[f"{name}.zero_points"] = quantized.zero_points.contiguous()
-        if isinstance(quantized, GptqResult):
+        if isinstance(quantized, SuperblockWeight):
+            tensors |= {f"{name}.{part}": getattr(quantized, part).contiguous() for part in _OF_SUPERBLOCKS}
+        if isinstance(quantized, GptqResult | SuperblockResult):
             tensors[f"{name}.row_loss"] = quantized.row_loss.detach().contiguous()
         return tensors
 
@@ -94,6 +101,7 @@ class Native(Format):
                     "symmetric": grid.symmetric,
                     "full_range": grid.full_range,
                     "scale_dtype": dtype_names(grid.scale_dtype),
+                    **({} if grid.superblocks is None else {"superblocks": grid.superblocks}),
                     "options": _json_object(name, options.get(name, {})),
                 }
                 for name, grid in layers.items()
@@ -108,7 +116,8 @@ class Native(Format):
             rows, columns = shape
             dtype = entry.take("scale_dtype", f"one of {', '.join(_DTYPES)}", _is_dtype)
             values = (entry.values.get(key) for key in ("bits", "group_size", "symmetric", "full_range"))
-            grid = grid_of_layer(METHOD, name, rows, columns, *values, _DTYPES[dtype])
+            kind = entry.take("superblocks", f"one of {', '.join(GRIDS)}", lambda value: value in (None, *GRIDS))
+            grid = grid_of_layer(METHOD, name, rows, columns, *values, _DTYPES[dtype], kind)
             _stored(name, tensors, grid)
             grids[name] = grid
         return grids
@@ -127,10 +136,16 @@ class Native(Format):
         check_finite(METHOD, name, "scales", scales)
         if zero_points is None:
             zero_points = torch.zeros(grid.rows, grid.groups, dtype=torch.int8)
-        parts = (unpack(codes, grid.bits, grid.columns), scales, zero_points, grid.bits, grid.group_size)
-        quantized = QuantizedWeight(*parts, grid.symmetric, grid.full_range)
-        if row_loss is not None:
-            quantized = GptqResult(*parts, grid.symmetric, grid.full_range, row_loss)
+        kind = (grid.bits, grid.group_size, grid.symmetric, grid.full_range)
+        parts = (unpack(codes, grid.bits, grid.columns), scales, zero_points, *kind)
+        quantized: QuantizedWeight
+        if grid.superblocks is not None:
+            further = (grid.superblocks, *_superblocks(name, tensors, grid))
+            quantized = SuperblockWeight(*parts, *further)
+            if row_loss is not None:
+                quantized = SuperblockResult(*parts, *further, row_loss)
+        else:
+            quantized = QuantizedWeight(*parts) if row_loss is None else GptqResult(*parts, row_loss)
         check_quantized(METHOD, f"layer {name!r}", quantized)
         return quantized
 
@@ -162,6 +177,17 @@ def _stored(
     if f"{name}.row_loss" in tensors:
         row_loss = layer_tensor(METHOD, name, tensors, "row_loss", ROW_LOSS_DTYPES, (rows,))
     return codes, scales, zero_points, row_loss
+
+
+def _superblocks(name: str, tensors: Mapping[str, Tensor], grid: LayerGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Minima, and the steps of scales and of minima."""
+    halves = ((torch.float16,), (grid.rows, grid.columns // SUPERBLOCK))
+    kinds = (((torch.float32,), (grid.rows, grid.groups)), halves, halves)
+    minima, super_scales, super_minima = (
+        layer_tensor(METHOD, name, tensors, part, dtypes, shape)
+        for part, (dtypes, shape) in zip(_OF_SUPERBLOCKS, kinds, strict=True)
+    )
+    return minima, super_scales, super_minima
 
 
 def _json_object(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

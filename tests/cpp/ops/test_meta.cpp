@@ -56,6 +56,32 @@ TEST(Meta, ResultsHaveTheShapesDtypesAndStridesOfRealOnes) {
   }
 }
 
+TEST(Meta, SuperblocksHaveTheShapesAndDtypesOfRealOnes) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    for (const int64_t rows : {0, 3}) {
+      for (const SuperblockType type : {SuperblockType::kQ2K, SuperblockType::kQ3K, SuperblockType::kQ5K}) {
+        const at::Tensor weight = testing::normal({rows, 512}, 1, dtype);
+        const at::Tensor hessian = testing::hessian_of_inputs(512, 700, 2, at::kFloat);
+        const SuperblockWeight nearest = rtn_superblocks(weight, type);
+        const SuperblockResult result = gptq_superblocks(weight, hessian, type);
+        const SuperblockWeight meta_nearest = rtn_superblocks(weight.to(at::kMeta), type);
+        const SuperblockResult meta = gptq_superblocks(weight.to(at::kMeta), hessian.to(at::kMeta), type);
+        for (const auto& [of_meta, real] : {std::pair<SuperblockWeight, SuperblockWeight>{meta_nearest, nearest},
+                                            std::pair<SuperblockWeight, SuperblockWeight>{meta, result}}) {
+          expect_like(of_meta.codes, real.codes, "codes");
+          expect_like(of_meta.scales, real.scales, "scales");
+          expect_like(of_meta.zero_points, real.zero_points, "zero_points");
+          expect_like(of_meta.minima, real.minima, "minima");
+          expect_like(of_meta.super_scales, real.super_scales, "super_scales");
+          expect_like(of_meta.super_minima, real.super_minima, "super_minima");
+        }
+        expect_like(meta.row_loss, result.row_loss, "row_loss");
+        expect_like(dequantize(meta), dequantize(result), "dequantized");
+      }
+    }
+  }
+}
+
 TEST(Meta, HessianUpdateReturnsItsArgument) {
   at::Tensor hessian = at::zeros({4, 4}, at::TensorOptions().device(at::kMeta));
   EXPECT_EQ(&hessian_update_(hessian, at::zeros({2, 3, 4}, at::TensorOptions().device(at::kMeta))), &hessian);

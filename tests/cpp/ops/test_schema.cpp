@@ -23,6 +23,13 @@ constexpr std::pair<const char*, const char*> kSchemas[] = {
      "(Tensor codes, Tensor scales, Tensor zero_points)"},
     {"gptq", kGptqArguments},
     {"gptq_reference", kGptqArguments},
+    {"rtn_superblocks",
+     "(Tensor weight, str kind) -> (Tensor codes, Tensor scales, Tensor zero_points, Tensor minima, "
+     "Tensor super_scales, Tensor super_minima)"},
+    {"gptq_superblocks",
+     "(Tensor weight, Tensor hessian, str kind, *, str scale_method=\"absmax\", float ridge=0.01, int block_size=128, "
+     "str group_scales=\"static\", str column_order=\"natural\", int refine=0, int beam_scales=0) -> (Tensor codes, "
+     "Tensor scales, Tensor zero_points, Tensor minima, Tensor super_scales, Tensor super_minima, Tensor row_loss)"},
     {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()"},
     {"accumulator_update_",
      "(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, Tensor? mask=None, "
