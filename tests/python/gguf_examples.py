@@ -91,7 +91,7 @@ def build(model_class: str, config_class: str, options: dict[str, Any], **quanti
         if parameter.dim() == 1:
             centre = 0 if name.endswith("bias") or model_class.startswith("Gemma") else 1
             parameter.data = torch.randn_like(parameter) * 0.1 + centre
-    layers = {}
+    layers: dict[str, miniquant.QuantizedWeight] = {}
     for name, module in model.named_modules():
         convolution = type(module).__name__ == "Conv1D"  # its weight is [K, N]
         if (convolution or isinstance(module, torch.nn.Linear)) and name not in ("lm_head", "pooler.dense"):

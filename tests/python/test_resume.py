@@ -572,7 +572,7 @@ def test_other_versions_are_noted(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("superblocks", [None, "Q4_K"])
 def test_a_gguf_file_after_a_stop(tmp_path: Path, superblocks: SuperblockKind | None) -> None:
-    sizes = {} if superblocks is None else {"hidden_size": 256, "intermediate_size": 256}
+    sizes: dict[str, Any] = {} if superblocks is None else {"hidden_size": 256, "intermediate_size": 256}
     folder = gguf_model(tmp_path / "float", **sizes)
     batches = [{"input_ids": small_models.ids(2, 24, seed, below=290)} for seed in range(6)]
     given: dict[str, Any] = {

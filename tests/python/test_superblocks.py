@@ -10,6 +10,7 @@ import torch
 import miniquant
 import oracle
 from miniquant.grid import SuperblockKind
+from miniquant.ridge import LinAlgError
 from miniquant.superblocks import GRIDS, SUPERBLOCK
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def test_bad_arguments_of_gptq(options: dict[str, Any], message: str) -> None:
 
 def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
     hessian = torch.ones(256, 256)
-    with pytest.raises(torch.linalg.LinAlgError, match="gptq_superblocks: expected hessian to be positive definite"):
+    with pytest.raises(LinAlgError, match="gptq_superblocks: expected hessian to be positive definite"):
         miniquant.gptq_superblocks(torch.ones(2, 256), hessian, "Q2_K", ridge=0.0)
 
 
