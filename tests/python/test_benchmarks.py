@@ -16,15 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
+import gguf_examples
 import miniquant
 from benchmarks.common import measuring
 from benchmarks.common.tables import table
-from benchmarks.models import texts
+from benchmarks.models import gguf, texts
 from benchmarks.models.common import docstrings, halves, readable
 from benchmarks.peers import __main__ as compare_peers
 from benchmarks.peers.runner import Problem
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import against, units
+from miniquant.formats import Gguf
+from miniquant.output import planned_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = speed.Plan(
@@ -169,6 +172,31 @@ def test_settings_of_texts_are_both_kinds_and_other_groups_of_one() -> None:
         ("plain", 32, "encyclopedia"),
         ("best", 32, "encyclopedia"),
     ]
+
+
+def test_gguf_files_have_the_types_of_others(tmp_path: Path) -> None:
+    sizes = {**gguf_examples.DECODER, "vocab_size": 300}
+    small = gguf_examples.build("LlamaForCausalLM", "LlamaConfig", sizes, bits=5)
+    small.model.save_pretrained(tmp_path / "float")
+    tokenizer = gguf_examples.byte_level(gguf_examples.PLAIN)
+    gguf_examples.save_tokenizer(tokenizer, tmp_path / "float", **gguf_examples.GPT2_TOKENS)
+    gguf.write_float(tmp_path / "float", tmp_path / "float.gguf")
+    assert set(gguf.layers_of(tmp_path / "float.gguf").values()) == {"F32"}
+    assert gguf.bits_per_weight(tmp_path / "float.gguf") == 32
+    small.write(tmp_path / "codes.gguf")
+    kinds = gguf.layers_of(tmp_path / "codes.gguf")
+    assert kinds == dict.fromkeys(small.layers, "Q5_0")
+    assert gguf.bits_per_weight(tmp_path / "codes.gguf") == 5.5
+    recipe = gguf.recipe_of({**kinds, "model.layers.1.mlp.down_proj": "Q6_K"}, "fast")
+    assert recipe.options("model.layers.0.mlp.up_proj").grid == (5, 32, True)
+    assert recipe.options("model.layers.1.mlp.down_proj").superblocks == "Q6_K"
+    assert {kind: planned_type(kind) for kind in gguf.OPTIONS} == {kind: kind for kind in gguf.OPTIONS}
+
+
+def planned_type(kind: str) -> str:
+    """The type that the options for a type lead to."""
+    grid = planned_grid(8, 256, miniquant.LayerOptions(**gguf.OPTIONS[kind]), torch.float16)
+    return Gguf().type_of("fc", grid).name
 
 
 def test_units_keeps_the_figures_of_other_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
