@@ -178,7 +178,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['bits_per_weight']:.2f}",
             with_error(row["scores"], "kl_divergence", 4),
             with_error(row["scores"], "perplexity", 2),
-            with_error(row["scores"], "same_top_token", 1, 100),
+            with_error(row["scores"], "same_top", 1, 100),
             f"{row['seconds']:.0f}",
         ]
         for row in results["rows"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.text import Text
 from torch import nn
 
@@ -40,6 +41,7 @@ from miniquant.layer_file import replacing
 from miniquant.modules import find_sites
 from miniquant.output import GgufOptions
 from miniquant.quantize import Stopped
+from miniquant.ranks import Ranks
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
 from miniquant.report_plots import write_bits_plot
@@ -162,16 +164,46 @@ def quantize(
         **options,
     }
     naming = _naming("quantize", model_dir, output_dir, *(calibration or ()))
+    with naming, _ranks() as ranks:
+        if ranks is not None:
+            arguments["ranks"] = ranks
+            if ranks.rank != 0:
+                if not dry_run:
+                    quantize_folder(model_dir, output_dir, **arguments)
+                return
+        if dry_run:
+            arguments.pop("ranks", None)
+        _quantize_and_show(model_dir, output_dir, console, arguments, dry_run=dry_run)
+
+
+@contextmanager
+def _ranks() -> Iterator[Ranks | None]:
+    """The processes that torchrun started, where it did; the others end with this one where it fails."""
+    ranks = Ranks.joined()
+    if ranks is None:
+        yield None
+        return
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.close(error)
+        raise
+    ranks.close()
+
+
+def _quantize_and_show(
+    model_dir: Path, output_dir: Path, console: Console, arguments: dict[str, Any], *, dry_run: bool
+) -> None:
+    """Quantizes a folder with arguments of quantize_folder, and shows how that goes and what came of it."""
     if dry_run:
         from miniquant.preflight import preflight, preflight_tables  # noqa: PLC0415  (for this option only)
 
-        with naming:
-            plan = preflight(model_dir, output_dir, **arguments)
+        plan = preflight(model_dir, output_dir, **arguments)
         _out(preflight_tables(plan, width=console_of(sys.stdout).width))
         return
     quietly = quiet(transformers_package())
     stopping = stop_when_asked(console, lambda: _kept(output_dir))
-    with naming, stopping as stop, quietly, Progress(tokens=tokens, console=console) as progress:
+    with stopping as stop, quietly, Progress(tokens=arguments["tokens"], console=console) as progress:
         progress.stage(f"reads {model_dir}")
         try:
             result = quantize_folder(model_dir, output_dir, progress=progress.layer, stop=stop, **arguments)
@@ -182,7 +214,7 @@ def quantize(
     _out(report_tables(report, width=console_of(sys.stdout).width))
     where = result.folder / HTML_NAME
     print(f"written: {result.folder} ({result.format}, {units.size(result.bytes_after)}); {where} has the report")
-    if name != "gguf":
+    if result.format != "gguf":
         print(f"next: miniquant evaluate {result.folder} --against {model_dir} --text FILE")
 
 

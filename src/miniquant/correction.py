@@ -18,6 +18,8 @@ Costs: the float model's forward pass beside the other one, T K^2 multiplication
 (twice those of H), and K^3 / 3 + 2 N K^2 for a layer.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,16 @@ class InputErrors:
         if not bool(product.isfinite().all()):
             raise ValueError("expected inputs whose products are finite, but got others")
         self._sum += product.to("cpu", self._sum.dtype)
+
+    def merge(self, total: Callable[..., None]) -> None:
+        """Adds the tokens of other processes.
+
+        Args:
+            total: sums tensors over all of them, in place.
+        """
+        weight = torch.tensor([self._weight], dtype=torch.float64)
+        total(self._sum, weight)
+        self._weight = float(weight)
 
     def mean(self) -> Tensor:
         """E[(x - y) y^T], [K, K]; 0 of no tokens."""

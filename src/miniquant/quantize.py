@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from miniquant.grid import QuantizedWeight, dequantize, rtn
 from miniquant.hessian import HessianAccumulator
 from miniquant.loss import quantization_loss
 from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
+from miniquant.ranks import RankError, Ranks
 from miniquant.recipe import LayerOptions, Recipe
 from miniquant.ridge import LinAlgError, choose_ridge, with_choice
 from miniquant.superblocks import gptq_superblocks, rtn_superblocks
@@ -41,6 +42,7 @@ LARGEST_CARRIED = 10.0
 JUDGED_ROWS = 256
 
 Method = Literal["gptq", "rtn"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,6 +332,7 @@ def quantize_planned(
     progress: Callable[[LayerResult, int, int], None] | None = None,
     store: LayerStore | None = None,
     stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> ModelResult:
     """:func:`quantize_model` with a plan that is made already.
 
@@ -346,6 +349,11 @@ def quantize_planned(
         progress: as there.
         store: as there.
         stop: as there.
+        ranks: the processes of the run, each of which has all batches given and takes its share of them; None is this
+            one alone.
+
+    Raises:
+        RankError: for layers of experts, for fewer batches than ranks, and where ranks come to different layers.
     """
     if isinstance(calibration, Calibration):
         held_out = (calibration.held_out or None) if held_out is None else held_out
@@ -356,9 +364,13 @@ def quantize_planned(
     count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
     batches += kept
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
+    if ranks is not None:
+        batches, count, masks = _share_of(ranks, plan, batches, count, masks)
     result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
     result.notes += () if note is None else (note,)
-    quantizer = _Quantizer(model, plan, result, scale_dtype, weights, progress, store, stop)
+    quantizer = _Quantizer(
+        model, plan, result, len(batches) - count, scale_dtype, weights, progress, store, stop, ranks
+    )
     sites = [site for site, _ in plan.layers]
     beside = any(options.corrected_part > 0 for _, options in plan.layers)
     going_on = quantizer.check_stop
@@ -368,6 +380,28 @@ def quantize_planned(
 
 
 # Batches
+
+
+def _share_of(
+    ranks: Ranks, plan: Plan, batches: list[Any], held_out: int, masks: Sequence[Tensor | None] | None
+) -> tuple[list[Any], int, Sequence[Tensor | None] | None]:
+    """This rank's batches, those held out last, how many are held out, and their masks."""
+    experts = [site.name for site, _ in plan.layers if siblings_of(site) is not None]
+    if experts:
+        raise RankError(
+            f"quantize_model: expected a model whose batches all come to the same layers for {ranks.count} ranks, but "
+            f"got experts as {experts[0]!r} (quantize it with one process)"
+        )
+    first = len(batches) - held_out
+    if first < ranks.count:
+        raise RankError(
+            f"quantize_model: expected a calibration batch for each of {ranks.count} ranks, but got {first} (smaller "
+            "batches can be shared)"
+        )
+    numbers = [*ranks.share(range(first)), *ranks.share(range(first, len(batches)))]
+    mine = [None if masks is None else masks[number] for number in numbers]
+    kept = sum(number >= first for number in numbers)
+    return [batches[number] for number in numbers], kept, None if masks is None else mine
 
 
 def _batches(name: str, given: Any) -> list[Any]:
@@ -580,14 +614,47 @@ class _Hessians:
         self.held_out.merge(other.held_out)
         self.sample.merge(other.sample)
 
-    def corrected(self, weight: Tensor, ridge: float, part: float) -> Tensor | None:
-        """The weight that makes up for errors in its inputs; None where it does not on held-out tokens."""
+    def sum_over(self, ranks: Ranks, *, has_held_out: bool) -> None:
+        """Adds the tokens of all ranks.
+
+        Args:
+            ranks: of the run.
+            has_held_out: whether batches of this one are held out.
+        """
+        for accumulator in (self.calibration, self.held_out):
+            state = accumulator.state_dict()
+            ranks.sum(*state.values())
+            accumulator.load_state_dict(state)
+        sample = torch.tensor([self.sample.weights, self.sample.squares], dtype=torch.float64)
+        ranks.sum(sample)
+        self.sample = _Sample(*sample.tolist())
+        judged = ranks.any(has_held_out) and not ranks.any(has_held_out and self.held_out_errors is None)
+        if self.errors is None or ranks.any(self.errors is None):
+            self.errors = self.held_out_errors = None
+            return
+        self.errors.merge(ranks.sum)
+        if judged:
+            columns, dtype = self.held_out.in_features, self.held_out.dtype
+            self.held_out_errors = self.held_out_errors or InputErrors(columns, dtype)
+            self.held_out_errors.merge(ranks.sum)
+
+    def corrected(
+        self, weight: Tensor, ridge: float, part: float, decided: Callable[[Callable[[], bool]], bool]
+    ) -> Tensor | None:
+        """The weight that makes up for errors in its inputs; None where it does not on held-out tokens.
+
+        Args:
+            weight: [N, K].
+            ridge: of the layer.
+            part: of the errors.
+            decided: says whether it does, with a function that finds out.
+        """
         if self.errors is None or not part:
             return weight
         if ridge not in self._corrections:
             self._corrections[ridge] = Correction(self.errors.mean(), self.calibration.hessian(), ridge)
         target = self._corrections[ridge].of(weight, part)
-        return target if self._gains(weight, target) else None
+        return target if decided(lambda: self._gains(weight, target)) else None
 
     def _gains(self, weight: Tensor, target: Tensor) -> bool:
         """Whether ||W x - W' y||^2 is at most ||W x - W y||^2 on held-out tokens, in a part of the rows."""
@@ -613,12 +680,16 @@ class _Quantizer:
         model: nn.Module,
         plan: Plan,
         result: ModelResult,
+        first_held_out: int,
         scale_dtype: torch.dtype | None,
         weights: Callable[[Site], Tensor] | None,
         progress: Callable[[LayerResult, int, int], None] | None,
         store: LayerStore | None,
         stop: Callable[[], bool] | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._first_held_out = first_held_out
         self._options = {id(site): options for site, options in plan.layers}
         self._families: dict[str, dict[str, list[Site]]] = {}  # by module of experts and layer
         for site, _ in plan.layers:
@@ -646,8 +717,12 @@ class _Quantizer:
         start = time.perf_counter() - self._seconds.get("gradients", 0.0)
         with walk:
             for visit in walk:
+                if self._ranks is not None:
+                    self._ranks.check_layer(visit.site.name)
                 self._leave_families(walk, visit.site)
                 self._visit(visit)
+            if self._ranks is not None:
+                self._ranks.check_layer("the end")
             self._leave_families(walk, None)
             self._unreached(walk.unreached)
         for counts, text in (
@@ -777,12 +852,14 @@ class _Quantizer:
             return self._last
         columns, dtype, weighing = visit.site.columns, _sum_dtype(visit.site), self._weighing(visit.site)
         start = time.perf_counter()
-        first_held_out = self._result.batches
+        first_held_out = self._first_held_out
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
         known, sample, errors = accumulated(calibration, columns, dtype, weighing, halves=True)
         judged, _, held_out_errors = accumulated(held_out, columns, dtype, weighing, halves=False)
         hessians = _Hessians(known, judged, sample, errors, held_out_errors)
+        if self._ranks is not None:
+            hessians.sum_over(self._ranks, has_held_out=bool(held_out))
         self._seconds["hessians"] += time.perf_counter() - start
         self._last = hessians
         return hessians
@@ -934,7 +1011,7 @@ class _Quantizer:
         if hessians is not None and not nearest:
             target, quantized, ridge = self._with_hessian(site, weight, options, hessians, notes)
         solved = time.perf_counter()
-        losses = _losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
+        losses = self._from_first(lambda: _losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype))
         ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
         if ours is not None and its is not None and ours > its and hessians is not None:
             notes.append(
@@ -971,17 +1048,17 @@ class _Quantizer:
                 found = self._with_ridge(weight, options, hessians, carried, notes)
                 self._ridges[grid] = carried
                 return found
-        choice = choose_ridge(
-            weight,
-            hessians.calibration,
-            **grid._asdict(),
-            effective_tokens=hessians.sample.effective_tokens,
+        choice = self._from_first(
+            lambda: choose_ridge(
+                weight,
+                hessians.calibration,
+                **grid._asdict(),
+                effective_tokens=hessians.sample.effective_tokens,
+            )
         )
         target = self._target(weight, options, hessians, choice.ridge, notes)
         hessian = hessians.calibration.hessian()
-        quantized, ridge, failed = with_choice(
-            choice, lambda ridge: _with_options(target, hessian, options, ridge, self._scale_dtype)
-        )
+        quantized, ridge, failed = with_choice(choice, lambda ridge: self._by_rows(target, hessian, options, ridge))
         if shared:
             self._ridges[grid] = ridge
             self._searched = True
@@ -997,12 +1074,24 @@ class _Quantizer:
     ) -> tuple[Tensor, QuantizedWeight, float]:
         target = self._target(weight, options, hessians, ridge, notes)
         hessian = hessians.calibration.hessian()
-        return target, _with_options(target, hessian, options, ridge, self._scale_dtype), ridge
+        return target, self._by_rows(target, hessian, options, ridge), ridge
+
+    def _by_rows(self, target: Tensor, hessian: Tensor, options: LayerOptions, ridge: float) -> QuantizedWeight:
+        """A weight quantized as options say, a share of the rows by each rank."""
+        if self._ranks is None:
+            return _with_options(target, hessian, options, ridge, self._scale_dtype)
+        return self._ranks.by_rows(
+            len(target), lambda rows: _with_options(target[rows], hessian, options, ridge, self._scale_dtype)
+        )
+
+    def _from_first(self, make: Callable[[], Value]) -> Value:
+        """What rank 0 makes; what this process makes where it is alone."""
+        return make() if self._ranks is None else self._ranks.from_first(make)
 
     def _target(
         self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
     ) -> Tensor:
-        target = hessians.corrected(weight, ridge, options.corrected_part)
+        target = hessians.corrected(weight, ridge, options.corrected_part, self._from_first)
         if target is None:
             notes.append("errors of earlier layers are not corrected: on held-out tokens that loses more than it gains")
             return weight

@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,12 +76,14 @@ from miniquant.quantize import (
     plan_model,
     quantize_planned,
 )
+from miniquant.ranks import Ranks
 from miniquant.recipe import FormatName, LayerOptions, Recipe
 from miniquant.report import Report, as_dict
 from miniquant.report_page import write_report
 from miniquant.state import (
     RUN,
     RunState,
+    SharedState,
     check_state_folder,
     differences,
     kept_layers,
@@ -142,6 +145,7 @@ def quantize_folder(
     report: bool = True,
     progress: Callable[[LayerResult, int, int], None] | None = None,
     stop: threading.Event | Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> FolderResult:
     """Quantizes the model of a folder and writes it in a format that engines load.
 
@@ -172,6 +176,8 @@ def quantize_folder(
         report: whether report.json and report.html (:mod:`miniquant.report`) are written beside the model.
         progress: called as ``progress(layer, number, of)`` after each layer.
         stop: an event, or a function that says True: ends the run at the boundary of a layer, with what is done kept.
+        ranks: the processes of the run (:meth:`miniquant.ranks.Ranks.joined`), which all call this with equal
+            arguments; rank 0 keeps finished layers and writes. None is this one alone.
 
     Raises:
         ValueError, TypeError: for a bad argument, a model or recipe that does not fit the format, and a run to resume
@@ -179,6 +185,7 @@ def quantize_folder(
         FileExistsError: where the output or an unfinished run is there.
         OSError: where a file cannot be read or written; what is done is kept.
         miniquant.quantize.Stopped: where `stop` said so.
+        miniquant.ranks.RankError: where ranks differ in version, recipe, model or tokens, or cannot share this model.
         miniquant.QuantizationError, miniquant.walk.WalkError: as of :func:`miniquant.quantize_model`.
         ImportError: without the packages transformers, or gguf where it is needed.
 
@@ -203,8 +210,9 @@ def quantize_folder(
         lazy=lazy,
         trust_remote_code=trust_remote_code,
         gguf=gguf,
+        ranks=ranks,
     )
-    for note in plan.notes:
+    for note in plan.notes if plan.is_first else ():
         logger.warning("%s", note)
     return plan.run(progress, stop.is_set if isinstance(stop, threading.Event) else stop, report=report)
 
@@ -228,6 +236,7 @@ def plan_folder(
     lazy: bool = True,
     trust_remote_code: bool = False,
     gguf: GgufOptions | None = None,
+    ranks: Ranks | None = None,
 ) -> "FolderPlan":
     """All checks of :func:`quantize_folder`, whose arguments these are, and what it would do. Nothing is written."""
     recipe = as_recipe(recipe)
@@ -236,11 +245,14 @@ def plan_folder(
     checkpoint, output = Checkpoint(model_dir), Path(output_dir)
     _check_float(checkpoint)
     check_apart("quantize_folder", checkpoint.folder, output)
-    before = _unfinished(output, resume=resume, overwrite=overwrite)
-    if before is None:
+    is_first = ranks is None or ranks.rank == 0
+    before = _unfinished(output, resume=resume, overwrite=overwrite) if is_first else None
+    if before is None and is_first:
         check_output(output, form, overwrite=overwrite)
     place = available_device(device)
     chosen = _dtype(dtype, checkpoint, place, before)
+    if ranks is not None:
+        chosen = ranks.from_first(lambda: chosen)
     source = LazyModel(checkpoint.folder, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
     layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
     planned = plan_output(source, layers, recipe, form, options)
@@ -261,14 +273,17 @@ def plan_folder(
         "calibration": _identity(calibration, held_out),
         "software": _software(),
     }
+    if ranks is not None:
+        _check_ranks(ranks, asked)
     notes = (*planned.warnings, *_check_same(output, before, asked))
     if before is not None:
         asked["software"] = before.get("software")
     plan = FolderPlan(
         source, output, form, planned, recipe, calibration, held_out, chosen, asked, before is not None, notes,
-        max_shard_bytes, overwrite, trust_remote_code,
+        max_shard_bytes, overwrite, trust_remote_code, ranks,
     )  # fmt: skip
-    plan.check_room()
+    if plan.is_first:
+        plan.check_room()
     return plan
 
 
@@ -291,6 +306,7 @@ class FolderPlan:
         max_shard_bytes: of a file of weights.
         overwrite: whether a model's folder that is there is replaced.
         trust_remote_code: whether Python files are copied.
+        ranks: the processes of the run; None is this one alone.
     """
 
     source: LazyModel
@@ -307,6 +323,12 @@ class FolderPlan:
     max_shard_bytes: int
     overwrite: bool
     trust_remote_code: bool
+    ranks: Ranks | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process keeps finished layers and writes the output."""
+        return self.ranks is None or self.ranks.rank == 0
 
     @property
     def bytes_before(self) -> int:
@@ -318,9 +340,19 @@ class FolderPlan:
         """Of the output's tensors, about."""
         return self.planned.contents.nbytes(self.form)
 
-    def state(self) -> RunState:
-        """What is kept of the run on the disk until it is finished."""
-        return RunState(state_folder(self.output), [site.name for site, _ in self.planned.plan.layers])
+    @contextmanager
+    def state(self) -> Iterator[RunState]:
+        """What is kept of the run on the disk until it is finished; by a rank other than the first for itself."""
+        names = [site.name for site, _ in self.planned.plan.layers]
+        if self.is_first:
+            with RunState(state_folder(self.output), names) as state:
+                yield state
+            return
+        with (
+            tempfile.TemporaryDirectory(prefix="miniquant-rank-") as folder,
+            RunState(Path(folder), names) as state,
+        ):
+            yield state
 
     def check_room(self) -> None:
         """Refuses to start where the disk has no room for finished layers and for the output.
@@ -367,6 +399,7 @@ class FolderPlan:
                 state.begin(self.asked)
             done = _Done(planned, state)
             source.restore = done.restore
+            store = state if self.ranks is None else SharedState(state, self.ranks)
 
             def finished(layer: LayerResult, number: int, of: int) -> None:
                 done.add(layer.name)
@@ -383,14 +416,24 @@ class FolderPlan:
                         scale_dtype=planned.scale_dtype,
                         weights=_stored_weights(planned, source.checkpoint, self.dtype),
                         progress=finished,
-                        store=state,
+                        store=store,
                         stop=stop,
+                        ranks=self.ranks,
+                    )
+                if not self.is_first:
+                    assert self.ranks is not None  # noqa: S101
+                    self.ranks.wait()
+                    size = self.bytes_after
+                    return FolderResult(
+                        result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(notes)
                     )
                 files = _Files(self.output, source.checkpoint, planned, self.form, state)
                 size = files.write(self.max_shard_bytes, overwrite=self.overwrite, code=self.trust_remote_code)
                 if report:
                     write_report(self.output, self._report(result, size, notes))
             state.finish()
+            if self.ranks is not None:
+                self.ranks.wait()
         said = tuple(dict.fromkeys(notes))
         return FolderResult(result, self.output, self.form.name, self.dtype, self.bytes_before, size, said)
 
@@ -531,6 +574,13 @@ def _software() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _check_ranks(ranks: Ranks, asked: Mapping[str, Any]) -> None:
+    """Refuses ranks of which another thing is asked, or that have other software."""
+    of_machine = ("cpu", "threads")
+    software = {name: value for name, value in asked["software"].items() if name not in of_machine}
+    ranks.check_same({**{key: value for key, value in asked.items() if key != "software"}, **software})
 
 
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, str]:

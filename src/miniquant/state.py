@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import replacing
 from miniquant.modules import Site
 from miniquant.quantize import FinishedLayer, LayerResult
+from miniquant.ranks import Ranks
 from miniquant.recipe import LayerOptions, Recipe
 
 RUN = "run.json"
@@ -193,6 +195,10 @@ class RunState:
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
+    def kept(self) -> set[str]:
+        """The names of the layers that are done."""
+        return set(self._kept)
+
     def save(self, layer: FinishedLayer) -> None:
         """Writes a layer's file.
 
@@ -280,6 +286,39 @@ class RunState:
             f"quantize_folder: {self._files[name]}: expected layer {name!r} {expected}, but got: {why} (remove the "
             "file, and resume=True quantizes the layer again)"
         )
+
+
+class SharedState:
+    """Layers of a run of several ranks: those that rank 0 has from an earlier one are given to all.
+
+    Args:
+        state: of this rank: the run's of rank 0, of any other a folder of its own for as long as the run takes.
+        ranks: of the run.
+    """
+
+    def __init__(self, state: RunState, ranks: Ranks) -> None:
+        self._state, self._ranks = state, ranks
+        self._earlier: set[str] = ranks.from_first(state.kept)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._earlier
+
+    def load(self, site: Site, options: LayerOptions) -> FinishedLayer:
+        """A layer that rank 0 has."""
+
+        def loaded() -> FinishedLayer:
+            layer = self._state.load(site, options)
+            return replace(layer, result=replace(layer.result, site=None))  # type: ignore[arg-type]  # modules stay
+
+        layer = self._ranks.from_first(loaded)
+        layer = replace(layer, result=replace(layer.result, site=site))
+        if self._ranks.rank != 0:
+            self._state.save(layer)
+        return layer
+
+    def save(self, layer: FinishedLayer) -> None:
+        """Keeps a layer on this rank's disk."""
+        self._state.save(layer)
 
 
 @contextmanager

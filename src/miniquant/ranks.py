@@ -1,0 +1,273 @@
+"""The processes of one run: ``torchrun --nproc-per-node N -m miniquant quantize ...``, on one machine or several.
+
+Each process, a rank, has its share of the calibration batches and walks through the model with them. What the layers'
+tokens say is summed over all ranks before a layer is quantized; each rank then quantizes its share of the rows, which
+do not depend on one another, and all get all rows. Ridges and whether a layer keeps rounding to nearest are decided by
+rank 0, which also keeps finished layers and writes the output.
+
+Messages go through torch.distributed with gloo. Beside that every rank says every few seconds that it is alive, in the
+store that torchrun has for all. A rank that does not say so for `SILENCE` seconds, or that says why it failed, ends the
+run on all ranks with a message that names it: a process that waits for another in gloo cannot be told otherwise.
+"""
+
+import json
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miniquant.grid import QuantizedWeight
+
+Value = TypeVar("Value")
+Weight = TypeVar("Weight", bound=QuantizedWeight)
+
+SILENCE = 45.0  # seconds after which a rank counts as lost
+_BEAT = 3.0  # seconds between two signs of life
+_LONGEST = timedelta(days=7)  # that a rank waits in gloo: others may be solving; the watch ends it if they are lost
+_FAILED = 1
+
+
+class RankError(RuntimeError):
+    """Ranks that do not go together: other versions, recipes, models or tokens; or other layers."""
+
+
+class Ranks:
+    """This process among those of the run. :meth:`joined` makes it.
+
+    Attributes:
+        rank: its number, from 0.
+        count: of ranks.
+        bytes_sent: by this rank so far, about: what it gave to others.
+    """
+
+    def __init__(self, rank: int, count: int, store: Any, group: Any) -> None:
+        self.rank, self.count = rank, count
+        self.bytes_sent = 0
+        self._store, self._group = store, group
+        self._watch = _Watch(rank, count, store)
+
+    @classmethod
+    def joined(cls) -> "Ranks | None":
+        """The ranks of torchrun; None where it did not start this process, or started it alone.
+
+        Raises:
+            RankError: where they do not all come within two minutes.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1 or "RANK" not in os.environ or not dist.is_available():
+            return None
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+            group = dist.new_group(backend="gloo", timeout=_LONGEST)
+        except RuntimeError as error:
+            raise RankError(f"expected {count} ranks to meet, but got: {str(error).splitlines()[0]}") from error
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (torchrun's; there is no public name)
+        return cls(dist.get_rank(), count, store, group)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the watch; with an error, says so to the other ranks, which then end, too."""
+        self._watch.end(None if error is None else str(error).strip() or type(error).__name__)
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+    def share(self, things: Sequence[Value]) -> list[Value]:
+        """This rank's of a list that all have: every `count`-th."""
+        return list(things[self.rank :: self.count])
+
+    def check_same(self, said: Mapping[str, Any]) -> None:
+        """Compares what ranks say of themselves.
+
+        Raises:
+            RankError: on all ranks, where one differs from rank 0; it is named, with the first entry that differs.
+        """
+        texts = self._gathered({key: json.dumps(value, sort_keys=True) for key, value in said.items()})
+        for rank, other in enumerate(texts):
+            for key, value in texts[0].items():
+                if other.get(key) != value:
+                    got = other.get(key, "nothing")
+                    raise RankError(
+                        f"expected rank {rank} to have the {key} of rank 0, {_short(value)}, but got {_short(got)}"
+                    )
+
+    def check_layer(self, name: str) -> None:
+        """Checks that all ranks are at one layer.
+
+        Raises:
+            RankError: on all ranks, where they are not.
+        """
+        names = self._gathered(name)
+        for rank, other in enumerate(names):
+            if other != names[0]:
+                raise RankError(
+                    f"expected batches of all ranks to come to the same layers, but those of rank 0 come to "
+                    f"{names[0]!r} where those of rank {rank} come to {other!r} (a model whose batches take different "
+                    "ways, as through experts, is for one process)"
+                )
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Adds the tensors of all ranks, in place: the same bits on all."""
+        for tensor in tensors:
+            with self._answered():
+                dist.all_reduce(tensor, group=self._group)
+            self.bytes_sent += 2 * tensor.nbytes * (self.count - 1) // self.count
+
+    def any(self, value: bool) -> bool:  # noqa: FBT001  (as of the builtin)
+        """Whether it is so on any rank."""
+        flag = torch.tensor([int(value)])
+        self.sum(flag)
+        return bool(flag.item())
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """What rank 0 makes, on all ranks; or the error that it meets."""
+        made: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                made = [(make(), None)]
+            except Exception as error:  # noqa: BLE001  (it is raised below, on all ranks)
+                made = [(None, error)]
+        with self._answered():
+            dist.broadcast_object_list(made, src=0, group=self._group)
+        self.bytes_sent += len(pickle.dumps(made[0])) * (self.count - 1) if self.rank == 0 else 0
+        value, failed = made[0]
+        if failed is not None:
+            raise failed
+        found: Value = value
+        return found
+
+    def by_rows(self, rows: int, make: Callable[[slice], Weight]) -> Weight:
+        """A weight of which each rank makes a share of the rows, whole on all ranks.
+
+        Args:
+            rows: N, of all ranks together.
+            make: gives the quantized rows of a slice.
+        """
+        share = -(-rows // self.count)
+        begin = min(self.rank * share, rows)
+        mine: Weight | None = None
+        failed: Exception | None = None
+        try:
+            mine = make(slice(begin, min(begin + share, rows)))
+        except Exception as error:  # noqa: BLE001  (it is raised below, on all ranks)
+            failed = error
+        errors = self._gathered(failed)
+        first = next((one for one in errors if one is not None), None)
+        if first is not None:
+            raise first
+        assert mine is not None  # noqa: S101  (there was no error)
+        return cast("Weight", mine.map(lambda tensor: self._joined(tensor, rows, share)))
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        with self._answered():
+            dist.barrier(group=self._group)
+
+    def _joined(self, mine: Tensor, rows: int, share: int) -> Tensor:
+        """Rows of all ranks one after the other."""
+        stored = mine.contiguous().flatten(1) if mine.dim() > 1 else mine.contiguous()[:, None]
+        width = stored.shape[1]
+        sent = torch.zeros(share, width * stored.element_size(), dtype=torch.uint8)
+        sent[: len(stored)] = stored.view(torch.uint8).view(len(stored), -1)
+        parts = [torch.empty_like(sent) for _ in range(self.count)]
+        with self._answered():
+            dist.all_gather(parts, sent, group=self._group)
+        self.bytes_sent += sent.nbytes * (self.count - 1)
+        whole = torch.cat(parts)[:rows].view(mine.dtype)
+        return whole.view(rows, *mine.shape[1:])
+
+    def _gathered(self, value: Value) -> list[Value]:
+        """Of all ranks."""
+        values: list[Any] = [None] * self.count
+        with self._answered():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """An error of gloo, as of a rank that was killed, names the rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = self._watch.lost() or str(error).splitlines()[0]
+            raise RankError(f"expected all {self.count} ranks to answer, but got: {why}") from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+class _Watch:
+    """Says that this rank is alive, and looks whether the others are."""
+
+    def __init__(self, rank: int, count: int, store: Any) -> None:
+        self._rank, self._others = rank, [other for other in range(count) if other != rank]
+        self._store = store
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="miniquant-ranks", daemon=True)
+        self._say("0")
+        self._thread.start()
+
+    def end(self, error: str | None) -> None:
+        """Stops; other ranks are told of an error, or that this one is done."""
+        self._over.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            self._say("done" if error is None else f"failed: {error}")
+
+    def lost(self) -> str:
+        """Which ranks say nothing any more, or why they failed; "" where all are alive."""
+        try:
+            before = {rank: self._said(rank) for rank in self._others}
+            time.sleep(2 * _BEAT + 1)
+            now = {rank: self._said(rank) for rank in self._others}
+        except RuntimeError:
+            return "nothing from the ranks' store"
+        return "; ".join(
+            f"rank {rank} {said}" if said.startswith("failed: ") else f"nothing from rank {rank}"
+            for rank, said in now.items()
+            if said == before[rank]
+        )
+
+    def _key(self, rank: int) -> str:
+        return f"miniquant/rank{rank}"
+
+    def _say(self, what: str) -> None:
+        self._store.set(self._key(self._rank), what)
+
+    def _run(self) -> None:
+        heard = dict.fromkeys(self._others, "")
+        since = dict.fromkeys(self._others, time.monotonic())
+        beat = 0
+        while not self._over.wait(_BEAT):
+            beat += 1
+            try:
+                self._say(str(beat))
+                for rank in self._others:
+                    said = self._said(rank)
+                    if said.startswith("failed: "):
+                        self._leave(f"rank {rank} failed: {said.removeprefix('failed: ')}")
+                    if said != heard[rank] or said == "done":
+                        heard[rank], since[rank] = said, time.monotonic()
+                    elif time.monotonic() - since[rank] > SILENCE:
+                        self._leave(f"rank {rank} has not been heard of for {SILENCE:.0f} seconds")
+            except RuntimeError as error:  # the store is gone, and with it whoever had it
+                self._leave(f"the ranks' store has not been heard of ({str(error).splitlines()[0]})")
+
+    def _said(self, rank: int) -> str:
+        return str(self._store.get(self._key(rank)).decode()) if self._store.check([self._key(rank)]) else ""
+
+    def _leave(self, why: str) -> NoReturn:
+        """Ends this process: its main thread waits for a message that does not come."""
+        if self._over.is_set():
+            sys.exit()  # this thread
+        print(f"miniquant: rank {self._rank} ends: {why}", file=sys.stderr, flush=True)
+        os._exit(_FAILED)
