@@ -109,6 +109,25 @@ class HessianAccumulator:
         """
         call("accumulator_update_", *self._state, inputs, mask=mask, token_weights=token_weights)
 
+    def update_half(self, index: int, inputs: Tensor, *, token_weights: Tensor | None = None) -> None:
+        """Adds a batch to one half, where whoever calls knows which: as :meth:`update` without a mask.
+
+        Raises:
+            ValueError, TypeError: as there; if the accumulator has no halves, or for another index than 0 or 1.
+        """
+        if not self.halves or index not in (0, 1):
+            raise ValueError(
+                f"HessianAccumulator: expected index to be 0 or 1 of an accumulator with halves, but got {index}"
+                + ("" if self.halves else " of one without")
+            )
+        sums, tokens, weights = self._state
+        call(
+            "accumulator_update_",
+            *(sums[index : index + 1], tokens[index : index + 1], weights[:, index : index + 1], inputs),
+            mask=None,
+            token_weights=token_weights,
+        )
+
     def merge(self, other: "HessianAccumulator") -> None:
         """Adds the tokens of another accumulator.
 

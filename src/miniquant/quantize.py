@@ -460,28 +460,63 @@ def _held_out_batches(sizes: Sequence[int], part: float) -> tuple[int, str | Non
 # Hessians
 
 
-class _DeviceSums:
-    """X^T diag(w) X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`.
+def _parts_in_halves(tokens: int, before: Sequence[int]) -> list[tuple[int, slice]]:
+    """Which half each part of a batch goes to, as in a :class:`HessianAccumulator`.
 
-    Halves are made as there: a batch that is longer than all before is cut so that both have as many tokens, any other
-    goes to the half that has fewer.
+    A batch that is longer than all before is cut so that both have as many tokens, any other goes to the half that has
+    fewer.
+
+    Args:
+        tokens: of the batch.
+        before: tokens of either half so far, or of all where there are no halves.
     """
+    lighter, cut = before.index(min(before)), tokens
+    if len(before) == 2 and tokens > sum(before):
+        cut = (tokens + max(before) - min(before) + 1) // 2
+    return [(lighter, slice(cut)), *([(1 - lighter, slice(cut, None))] if cut < tokens else [])]
+
+
+def _parts_of_ranks(ranks: Ranks, counts: Sequence[int]) -> list[list[tuple[int, slice]]]:
+    """The same for each batch of this rank, as if one process had the batches of all in their order."""
+    of_ranks = ranks.gathered(list(counts))
+    sums, mine = [0, 0], []
+    for turn in range(max(map(len, of_ranks))):
+        for rank, of_rank in enumerate(of_ranks):
+            if turn >= len(of_rank):
+                continue
+            parts = _parts_in_halves(of_rank[turn], sums)
+            for half, part in parts:
+                sums[half] += len(range(*part.indices(of_rank[turn])))
+            if rank == ranks.rank:
+                mine.append(parts)
+    return mine
+
+
+def _tokens_that_count(given: Given) -> int:
+    tokens = given.tokens()
+    return int(tokens.shape[:-1].numel() if given.mask is None else given.mask.sum())
+
+
+class _DeviceSums:
+    """X^T diag(w) X of either half of the tokens on the device where inputs are, for a :class:`HessianAccumulator`."""
 
     def __init__(self, columns: int, dtype: torch.dtype, device: torch.device, *, halves: bool) -> None:
         self._sums = torch.zeros(2 if halves else 1, columns, columns, dtype=dtype, device=device)
         self._tokens = [0] * len(self._sums)
         self._weights = torch.zeros(2, len(self._sums), dtype=torch.float64, device=device)
 
-    def update(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+    def update(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        parts: list[tuple[int, slice]] | None = None,
+    ) -> None:
         rows = inputs.flatten(0, -2) if mask is None else inputs[mask]
         of_rows = None if weights is None else weights.flatten() if mask is None else weights[mask]
         if not bool(rows.isfinite().all()):
             raise ValueError("expected inputs to be finite, but got others")
-        lighter, cut = self._tokens.index(min(self._tokens)), len(rows)
-        if len(self._tokens) == 2 and cut > sum(self._tokens):
-            cut = (cut + max(self._tokens) - min(self._tokens) + 1) // 2
-        cuts = [(lighter, slice(cut)), (1 - lighter, slice(cut, None))] if cut < len(rows) else [(lighter, slice(None))]
-        for number, cut_out in cuts:
+        for number, cut_out in _parts_in_halves(len(rows), self._tokens) if parts is None else parts:
             part = rows[cut_out].to(self._sums.dtype)
             if of_rows is not None:
                 part = part * of_rows[cut_out, None].sqrt().to(part.dtype)
@@ -505,17 +540,22 @@ def accumulated(
     weighing: "Weighing",
     *,
     halves: bool,
+    ranks: Ranks | None = None,
 ) -> tuple[HessianAccumulator, "_Sample", InputErrors | None]:
     """The Hessian of what batches give to a layer, how many tokens the sample amounts to, and the errors of its inputs.
 
-    The last are None where not every batch runs in the float model too.
+    The last are None where not every batch runs in the float model too. With ranks, which have to be here together,
+    halves are those of all batches of the run; sums are of this rank's.
     """
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
+    parts = None
+    if ranks is not None and halves:
+        parts = _parts_of_ranks(ranks, [_tokens_that_count(given) for given in inputs])
     sample = _Sample()
     has_originals = bool(inputs) and all(given.original is not None for given in inputs)
     errors = InputErrors(columns, dtype) if has_originals else None
-    for given in inputs:
+    for number, given in enumerate(inputs):
         tokens = given.tokens()
         if tokens.shape[-1] != columns:
             raise ValueError(f"expected inputs of {columns} columns, but got shape {list(tokens.shape)}")
@@ -523,11 +563,14 @@ def accumulated(
             continue
         try:
             weights, sampled = weighing.of(given, tokens)
-            if tokens.device.type == "cpu":
+            of_batch = None if parts is None else parts[number]
+            if tokens.device.type != "cpu":
+                on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
+                on_device.update(tokens, given.mask, weights, of_batch)
+            elif of_batch is None:
                 accumulator.update(tokens, mask=given.mask, token_weights=weights)
             else:
-                on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
-                on_device.update(tokens, given.mask, weights)
+                _add_to_halves(accumulator, tokens, given.mask, weights, of_batch)
             sample.add(tokens, given.mask, sampled)
             original = given.original_tokens()
             if errors is not None and original is not None:
@@ -540,6 +583,20 @@ def accumulated(
     if accumulator.tokens:
         elsewhere.merge(accumulator)
     return elsewhere, sample, errors
+
+
+def _add_to_halves(
+    accumulator: HessianAccumulator,
+    tokens: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    parts: Sequence[tuple[int, slice]],
+) -> None:
+    """Adds parts of a batch on the CPU to the halves that they are for."""
+    rows = tokens.flatten(0, -2) if mask is None else tokens[mask]
+    of_rows = None if weights is None else weights.flatten() if mask is None else weights[mask]
+    for half, part in parts:
+        accumulator.update_half(half, rows[part], token_weights=None if of_rows is None else of_rows[part])
 
 
 class Weighing(NamedTuple):
@@ -855,7 +912,7 @@ class _Quantizer:
         first_held_out = self._first_held_out
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
-        known, sample, errors = accumulated(calibration, columns, dtype, weighing, halves=True)
+        known, sample, errors = accumulated(calibration, columns, dtype, weighing, halves=True, ranks=self._ranks)
         judged, _, held_out_errors = accumulated(held_out, columns, dtype, weighing, halves=False)
         hessians = _Hessians(known, judged, sample, errors, held_out_errors)
         if self._ranks is not None:

@@ -90,7 +90,7 @@ class Ranks:
         Raises:
             RankError: on all ranks, where one differs from rank 0; it is named, with the first entry that differs.
         """
-        texts = self._gathered({key: json.dumps(value, sort_keys=True) for key, value in said.items()})
+        texts = self.gathered({key: json.dumps(value, sort_keys=True) for key, value in said.items()})
         for rank, other in enumerate(texts):
             for key, value in texts[0].items():
                 if other.get(key) != value:
@@ -105,7 +105,7 @@ class Ranks:
         Raises:
             RankError: on all ranks, where they are not.
         """
-        names = self._gathered(name)
+        names = self.gathered(name)
         for rank, other in enumerate(names):
             if other != names[0]:
                 raise RankError(
@@ -159,7 +159,7 @@ class Ranks:
             mine = make(slice(begin, min(begin + share, rows)))
         except Exception as error:  # noqa: BLE001  (it is raised below, on all ranks)
             failed = error
-        errors = self._gathered(failed)
+        errors = self.gathered(failed)
         first = next((one for one in errors if one is not None), None)
         if first is not None:
             raise first
@@ -184,8 +184,8 @@ class Ranks:
         whole = torch.cat(parts)[:rows].view(mine.dtype)
         return whole.view(rows, *mine.shape[1:])
 
-    def _gathered(self, value: Value) -> list[Value]:
-        """Of all ranks."""
+    def gathered(self, value: Value) -> list[Value]:
+        """A value of each rank, in their order, on all of them."""
         values: list[Any] = [None] * self.count
         with self._answered():
             dist.all_gather_object(values, value, group=self._group)

@@ -1,0 +1,249 @@
+"""Runs of several processes: equal layers for any number of ranks, and an end on all where one is lost or differs."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import ranked_run
+import small_models
+from format_layers import same
+from miniquant import LayerOptions, dequantize
+from miniquant.checkpoint import Checkpoint
+from miniquant.formats import format_of
+from miniquant.ranks import Ranks
+from miniquant.state import kept_layers, state_folder
+from model_folder import QUICK, make_folder
+
+if TYPE_CHECKING:
+    from miniquant import QuantizedWeight
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ranked_run.save(tmp_path_factory.mktemp("ranks") / "float")
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path) -> dict[str, QuantizedWeight]:
+    """The layers of one process."""
+    output = source.with_name("alone")
+    ranked_run.run(source, output)
+    return layers_of(output)
+
+
+def layers_of(folder: Path) -> dict[str, QuantizedWeight]:
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config["quantization_config"]
+    form = format_of(config)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return {name: form.read(name, tensors, grid) for name, grid in form.layers(config, tensors).items()}
+
+
+def check_layers(folder: Path, expected: dict[str, QuantizedWeight]) -> None:
+    """Equal codes, and scales but for rounding."""
+    found = layers_of(folder)
+    assert list(found) == list(expected)
+    for name, layer in found.items():
+        assert torch.equal(layer.codes, expected[name].codes), name
+        torch.testing.assert_close(layer.scales, expected[name].scales, rtol=1e-9, atol=0)
+        torch.testing.assert_close(dequantize(layer), dequantize(expected[name]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_do_not_depend_on_the_number_of_ranks(
+    count: int, source: Path, alone: dict[str, QuantizedWeight], tmp_path: Path
+) -> None:
+    said = ranked_run.ended(ranked_run.start(count, source, tmp_path / "out"), tmp_path / "out")
+    assert said == [f"done: {len(alone)} layers"] * count
+    check_layers(tmp_path / "out", alone)
+    assert not state_folder(tmp_path / "out").exists()
+
+
+def test_float32_has_the_same_bits_each_time(tmp_path: Path) -> None:
+    folder = ranked_run.save(tmp_path / "float", dtype=torch.float32)
+    for name in ("one", "two"):
+        ranked_run.ended(ranked_run.start(3, folder, tmp_path / name, dtype=torch.float32), tmp_path / name)
+    one, two = layers_of(tmp_path / "one"), layers_of(tmp_path / "two")
+    assert all(same(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_killed_rank_ends_the_run_which_goes_on_with_another_number(
+    lost: int, source: Path, alone: dict[str, QuantizedWeight], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    processes = ranked_run.start(3, source, output, slow=0.15)
+    while not kept_layers(state_folder(output)):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1))  # noqa: S311
+    processes[lost].kill()
+    before = time.monotonic()
+    said = ranked_run.ended(processes, output)
+    assert time.monotonic() - before < 30
+    assert all(process.exitcode != 0 for process in processes)
+    told = [text for number, text in enumerate(said) if number != lost]
+    named = f"rank {lost}" if lost else "store"  # which rank 0 has, where torchrun does not
+    assert all(named in text or f"rank {lost}" in text for text in told), told
+    kept = len(kept_layers(state_folder(output)))
+    assert 0 < kept < len(alone)
+    said = ranked_run.ended(ranked_run.start(2, source, output, resume=True), output)
+    assert said[:2] == [f"done: {len(alone)} layers"] * 2
+    check_layers(output, alone)
+
+
+def test_a_silent_rank_is_named(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    processes = ranked_run.start(2, source, output, slow=0.15)
+    while not kept_layers(state_folder(output)):
+        time.sleep(0.01)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(20)
+    assert processes[0].exitcode == 1
+    processes[1].kill()
+    assert ranked_run.said(output, 0) == "miniquant: rank 0 ends: rank 1 has not been heard of for 3 seconds"
+    assert kept_layers(state_folder(output))
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(source: Path, tmp_path: Path) -> None:
+    wrong = ranked_run.calibration()
+    embedding = {"inputs_embeds": torch.full((2, 12, 32), torch.nan, dtype=torch.float64)}
+    output = tmp_path / "out"
+    broken = [*wrong.batches[:1], embedding, *wrong.batches[2:]]
+    given: dict[str, Any] = {"calibration": type(wrong)(**{**vars(wrong), "batches": broken})}
+    said = ranked_run.ended(ranked_run.start(2, source, output, **given), output)
+    assert "expected inputs to be finite" in said[1]
+    assert "rank 1 failed: " in said[0]
+    assert "expected inputs to be finite" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"recipe": LayerOptions(bits=8, group_size=16)},
+            'expected rank 1 to have the recipe of rank 0, {"defaults": ',
+        ),
+        ({"dtype": torch.float32}, "dtype"),
+        ({"held_out": 0.1}, "expected rank 1 to have the calibration of rank 0, "),
+        ({"format": "compressed-tensors"}, 'expected rank 1 to have the format of rank 0, "miniquant", but got "comp'),
+    ],
+    ids=["recipe", "dtype", "calibration", "format"],
+)
+def test_ranks_that_differ_are_refused(other: dict[str, Any], message: str, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    said = ranked_run.ended(ranked_run.start(2, source, output, of_rank={1: other}), output)
+    if "dtype" in other:  # it is rank 0's to say
+        assert said == ["done: 14 layers"] * 2
+        return
+    assert all(text.startswith("RankError: ") and message in text for text in said), said
+    assert not output.exists()
+
+
+def test_what_ranks_cannot_share_is_refused(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    few: dict[str, Any] = {"calibration": ranked_run.calibration(2), "held_out": 0.0}
+    said = ranked_run.ended(ranked_run.start(3, source, output, **few), output)
+    assert all(
+        "RankError: quantize_model: expected a calibration batch for each of 3 ranks, but got 2" in text
+        for text in said
+    )
+    experts = ranked_run.save(tmp_path / "experts", "mixtral")
+    said = ranked_run.ended(ranked_run.start(2, experts, output), output)
+    assert all(
+        "expected a model whose batches all come to the same layers for 2 ranks, but got experts" in text
+        for text in said
+    )
+    assert not output.exists()
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.joined() is None
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert Ranks.joined() is None
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "float", small_models.decoder("Llama", vocab_size=300))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word {i * i % 97}" for i in range(4000)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "miniquant"),
+        *("quantize", str(folder), str(tmp_path / "out"), "--calibration", str(text), *QUICK, "--tokens", "8192"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written: ") == 1
+    assert layers_of(tmp_path / "out")
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode != 0
+    assert "to be new or empty" in again.stderr or "expected" in again.stderr
+
+
+RANK_OF_TWO = """
+import sys, ranked_run
+from pathlib import Path
+number, interface, source = sys.argv[1:]
+options = {"address": "10.231.0.1", "interface": interface}
+ranked_run.rank(int(number), 2, 29511, Path(source), Path("out").resolve(), options)
+"""
+
+
+def can_make_namespaces() -> bool:
+    """Whether this process may make network namespaces, as root outside of most containers."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "miniquant-probe"], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", "miniquant-probe"], capture_output=True, check=False)
+    return made.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root, and ip")
+def test_hosts_with_networks_of_their_own(source: Path, alone: dict[str, QuantizedWeight], tmp_path: Path) -> None:
+    """Two ranks that see each other through one cable and nothing else."""
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    names = ("miniquant-a", "miniquant-b")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "mqa", "type", "veth", "peer", "name", "mqb")
+        for name, interface, address in zip(names, ("mqa", "mqb"), ("10.231.0.1", "10.231.0.2"), strict=True):
+            ip("link", "set", interface, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            ip("-n", name, "link", "set", interface, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        processes = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sys.executable, "-c", RANK_OF_TWO, str(number), interface, str(source)],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+                cwd=tmp_path,
+            )
+            for number, (name, interface) in enumerate(zip(names, ("mqa", "mqb"), strict=True))
+        ]
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+    check_layers(tmp_path / "out", alone)
