@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct (scripts/smollm2.py) is quantized by every scheme with the same calibration tokens, symmetric, in
 groups of 64, and saved in the format compressed-tensors. Each figure is of the saved folder, as ``miniquant evaluate``
-reads it. llm-compressor quantizes the same model with the same tokens, in the environment of the peers.
+reads it. llm-compressor and AutoRound quantize the same model with the same tokens, in the environment of the peers.
 
 The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
 second half for evaluation. The result is written to results/models.json and models.md; with ``--add`` the rows of other
@@ -43,7 +43,8 @@ from scripts.smollm2 import write_folder
 GROUP_SIZE = 64
 # Tokens that say what a layer's bits are worth.
 MEASURED_TOKENS = 8192
-PEER = "llm-compressor"
+# The peers, and the scripts that run them.
+PEERS = {"llm-compressor": "run_llm_compressor.py", "AutoRound": "run_autoround.py"}
 
 
 def forward_seconds(model: Any, batches: tuple[dict[str, Any], ...]) -> float:
@@ -89,7 +90,8 @@ class Benchmark:
 
         def is_measured_anew(row: dict[str, Any]) -> bool:
             is_peer = row["scheme"] not in SCHEMES  # its name has a version
-            chosen = arguments.peers is not None if is_peer else row["scheme"] in arguments.schemes
+            peers = arguments.peer if arguments.peers is not None else []
+            chosen = row["scheme"].partition(" ")[0] in peers if is_peer else row["scheme"] in arguments.schemes
             return chosen and row["bits"] in arguments.bits
 
         return [row for row in before["rows"] if not is_measured_anew(row)]
@@ -112,14 +114,14 @@ class Benchmark:
         batches = [{"input_ids": window} for window in windows[: MEASURED_TOKENS // LENGTH]]
         return measure_units(float_model(self.float_folder), batches, options)
 
-    def peer(self, bits: int, python: Path) -> None:
-        """Quantizes with llm-compressor."""
-        folder = self.work / f"{PEER}-{bits}"
+    def peer(self, name: str, bits: int, python: Path) -> None:
+        """Quantizes with a peer."""
+        folder = self.work / f"{name}-{bits}"
         shutil.rmtree(folder, ignore_errors=True)
         batches = self.work / "batches.safetensors"
         windows = [row for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
         save_file({"input_ids": torch.stack(windows)}, batches)
-        script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
+        script = ROOT / "benchmarks" / "models" / PEERS[name]
         arguments = (self.float_folder, batches, folder, bits, GROUP_SIZE, torch.get_num_threads())
         said = subprocess.run(
             [python.absolute(), script, *map(str, arguments)],
@@ -129,7 +131,7 @@ class Benchmark:
             text=True,
         ).stdout
         answer = json.loads(said.strip().splitlines()[-1])
-        self._add(f"{PEER} {answer['version']}", bits, folder, answer["seconds"], {})
+        self._add(f"{name} {answer['version']}", bits, folder, answer["seconds"], {})
 
     def _add(self, name: str, bits: int, folder: Path, seconds: float, parts: dict[str, float]) -> None:
         model = miniquant.load(folder, dtype=torch.float32)
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
+    parser.add_argument("--peer", nargs="+", choices=PEERS, default=["llm-compressor"], help="which of them")
     parser.add_argument("--work", type=Path, default=SCRATCH / "models", help="folder for models")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--add", action="store_true", help="keep the rows of other bits and schemes")
@@ -218,8 +221,8 @@ def main() -> None:
     for bits in arguments.bits:
         for name in arguments.schemes:
             bench.ours(name, bits)
-        if arguments.peers is not None:
-            bench.peer(bits, arguments.peers)
+        for name in arguments.peer if arguments.peers is not None else []:
+            bench.peer(name, bits, arguments.peers)
 
 
 if __name__ == "__main__":
