@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from auto_round import AutoRound
@@ -26,7 +27,7 @@ def main() -> None:
     folder, batches, output, bits, group_size, threads, *iterations = sys.argv[1:]
     torch.set_num_threads(int(threads))
     ids = load_file(batches)["input_ids"]
-    windows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    windows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tuner = AutoRound(
         model,
