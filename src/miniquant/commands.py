@@ -186,7 +186,7 @@ def _ranks() -> Iterator[Ranks | None]:
     try:
         yield ranks
     except BaseException as error:
-        ranks.close(error)
+        ranks.close("stopped" if isinstance(error, (typer.Exit, KeyboardInterrupt)) else line_of(error))
         raise
     ranks.close()
 

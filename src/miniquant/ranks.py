@@ -74,9 +74,9 @@ class Ranks:
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (torchrun's; there is no public name)
         return cls(dist.get_rank(), count, store, group)
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the watch; with an error, says so to the other ranks, which then end, too."""
-        self._watch.end(None if error is None else str(error).strip() or type(error).__name__)
+    def close(self, why: str | None = None) -> None:
+        """Ends the watch; where it is said why the run failed here, the other ranks say that and end, too."""
+        self._watch.end(why)
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -216,12 +216,12 @@ class _Watch:
         self._say("0")
         self._thread.start()
 
-    def end(self, error: str | None) -> None:
-        """Stops; other ranks are told of an error, or that this one is done."""
+    def end(self, why: str | None) -> None:
+        """Stops; other ranks are told why it failed, or that this one is done."""
         self._over.set()
         self._thread.join()
         with suppress(RuntimeError):
-            self._say("done" if error is None else f"failed: {error}")
+            self._say("done" if why is None else f"failed: {why}")
 
     def lost(self) -> str:
         """Which ranks say nothing any more, or why they failed; "" where all are alive."""

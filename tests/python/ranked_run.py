@@ -78,7 +78,7 @@ def rank(number: int, count: int, port: int, folder: Path, output: Path, options
     except BaseException as error:
         ending.write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         if joined is not None:
-            joined.close(error)
+            joined.close(str(error))
         raise
 
 
