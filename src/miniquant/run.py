@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from miniquant import units
 from miniquant.architecture import transformers_package
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.calibration import Source as CalibrationSource
@@ -427,6 +428,9 @@ class FolderPlan:
                     return FolderResult(
                         result, self.output, self.form.name, self.dtype, self.bytes_before, size, tuple(notes)
                     )
+                if self.ranks is not None:
+                    sent = units.size(self.ranks.bytes_sent)
+                    notes.append(f"{self.ranks.count} ranks shared the batches; rank 0 sent {sent} to the others")
                 files = _Files(self.output, source.checkpoint, planned, self.form, state)
                 size = files.write(self.max_shard_bytes, overwrite=self.overwrite, code=self.trust_remote_code)
                 if report:
