@@ -39,8 +39,8 @@ struct TriangleLayout {
 };
 
 /// Layout of a whole symmetric matrix H [K, K]: panels of kPanelColumns columns, one after the other, each row by row.
-/// H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0. After the last panel
-/// come spare elements: a strip that begins within a panel is read whole.
+/// H[i, j] is element offset(i, j / kPanelColumns) + j % kPanelColumns. Columns past the last are 0. After the last
+/// panel come spare elements: a strip that begins within a panel is read whole.
 struct SymmetricLayout {
   std::int64_t columns;  ///< K
 
