@@ -127,14 +127,14 @@ TEST_P(Superblocks, GroupsOfZerosStayZeroAndDoNotWidenTheSteps) {
   at::Tensor weight = weight_ * 0.01;
   weight.slice(1, 0, 64).zero_();
   weight.select(0, 3).zero_();
-  for (const SuperblockWeight& result :
-       {rtn_superblocks(weight, type()),
-        static_cast<SuperblockWeight>(gptq_superblocks(weight, hessian_, type(), {}))}) {
+  const auto check = [&](const SuperblockWeight& result) {
     expect_multiples(result);
     EXPECT_FALSE(values_of(result).select(0, 3).any().item<bool>());
     // The groups beside those of zeros are far below the scale 1 of a group of zeros.
     EXPECT_LE(result.super_scales.slice(0, 0, 3).abs().max().item<double>(), 0.02);
-  }
+  };
+  check(rtn_superblocks(weight, type()));
+  check(gptq_superblocks(weight, hessian_, type(), {}));
 }
 
 TEST_P(Superblocks, ARowTimesAPowerOfTwoHasTheSameCodes) {
@@ -149,14 +149,14 @@ TEST_P(Superblocks, StepsOfTinyAndHugeRowsStayInFloat16) {
   at::Tensor weight = weight_.clone();
   weight.select(0, 0).mul_(0x1p-100);
   weight.select(0, 1).mul_(0x1p40);
-  for (const SuperblockWeight& result :
-       {rtn_superblocks(weight, type()),
-        static_cast<SuperblockWeight>(gptq_superblocks(weight, hessian_, type(), {}))}) {
+  const auto check = [&](const SuperblockWeight& result) {
     EXPECT_TRUE(result.super_scales.isfinite().all().item<bool>());
     EXPECT_TRUE(result.super_minima.isfinite().all().item<bool>());
     EXPECT_TRUE(result.scales.isfinite().all().item<bool>());
     EXPECT_FALSE(result.super_scales.eq(0).any().item<bool>());
-  }
+  };
+  check(rtn_superblocks(weight, type()));
+  check(gptq_superblocks(weight, hessian_, type(), {}));
 }
 
 TEST_P(Superblocks, ColumnsOfDeadInputsAreRoundedToNearest) {
