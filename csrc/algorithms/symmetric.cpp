@@ -169,6 +169,7 @@ at::Tensor symmetric_panels(const at::Tensor& hessian, double factor, at::Scalar
   const kernels::SymmetricLayout layout{hessian.size(0)};
   const at::Tensor h = hessian.contiguous();
   const at::Tensor panels = at::empty({layout.size()}, h.options().dtype(dtype));
+  panels.slice(0, layout.offset(0, layout.panels())).zero_();  // the spare elements
   dispatch_compute(h.scalar_type(), [&]<typename From> {
     dispatch_compute(dtype, [&]<typename T> {
       average_all(h.const_data_ptr<From>(), factor, layout, panels.mutable_data_ptr<T>());

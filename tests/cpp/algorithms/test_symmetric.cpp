@@ -51,7 +51,11 @@ TEST(Symmetric, PanelsHoldAllOfTheAverage) {
       const kernels::SymmetricLayout layout{columns};
       at::Tensor panels = symmetric_panels(hessian, 0.25, at::kDouble);
       add_to_diagonal_of_panels(panels, columns, 0.5);
-      const at::Tensor padded = panels.view({layout.panels(), columns, kernels::kPanelColumns})
+      const int64_t in_panels = layout.offset(0, layout.panels());
+      EXPECT_EQ(panels.numel(), layout.size());
+      EXPECT_FALSE(panels.slice(0, in_panels).any().item<bool>()) << columns;
+      const at::Tensor padded = panels.slice(0, 0, in_panels)
+                                    .view({layout.panels(), columns, kernels::kPanelColumns})
                                     .transpose(0, 1)
                                     .reshape({columns, layout.padded_columns()});
       EXPECT_TRUE(at::equal(padded.narrow(1, 0, columns), expected)) << columns << ", " << from;
