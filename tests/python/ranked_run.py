@@ -56,9 +56,10 @@ def run(folder: Path, output: Path, **options: Any) -> Any:
 def rank(number: int, count: int, port: int, folder: Path, output: Path, options: dict[str, Any]) -> None:
     """One rank: says how it ended in <output>.rank<number>.txt; its standard error is <output>.rank<number>.err.
 
-    `options` are those of :func:`run`, with ``slow``: seconds that every layer takes, and ``address`` of rank 0.
+    `options` are those of :func:`run`, with ``slow``: seconds that every layer takes; ``silence``: as of
+    :mod:`miniquant.ranks`, long enough for a busy machine; ``address`` of rank 0 and the network's ``interface``.
     """
-    ranks.SILENCE, ranks._BEAT = 3.0, 0.2
+    ranks.SILENCE, ranks._BEAT = options.pop("silence", 20.0), 0.2
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
     os.environ["MASTER_ADDR"] = options.pop("address", "127.0.0.1")
     if interface := options.pop("interface", None):

@@ -107,7 +107,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_another_number(
 
 def test_a_silent_rank_is_named(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    processes = ranked_run.start(2, source, output, slow=0.15)
+    processes = ranked_run.start(2, source, output, slow=0.15, silence=5)
     while not kept_layers(state_folder(output)):
         time.sleep(0.01)
     assert processes[1].pid is not None
@@ -115,7 +115,7 @@ def test_a_silent_rank_is_named(source: Path, tmp_path: Path) -> None:
     processes[0].join(20)
     assert processes[0].exitcode == 1
     processes[1].kill()
-    assert ranked_run.said(output, 0) == "miniquant: rank 0 ends: rank 1 has not been heard of for 3 seconds"
+    assert ranked_run.said(output, 0) == "miniquant: rank 0 ends: rank 1 has not been heard of for 5 seconds"
     assert kept_layers(state_folder(output))
 
 
