@@ -96,8 +96,9 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_another_number(
     assert time.monotonic() - before < 30
     assert all(process.exitcode != 0 for process in processes)
     told = [text for number, text in enumerate(said) if number != lost]
-    named = f"rank {lost}" if lost else "store"  # which rank 0 has, where torchrun does not
-    assert all(named in text or f"rank {lost}" in text for text in told), told
+    # Without torchrun rank 0 has the store: who ends after it may know no more than that it is gone.
+    assert all(f"rank {lost}" in text or "ranks' store" in text for text in told), told
+    assert lost == 0 or any(f"rank {lost}" in text for text in told), told
     kept = len(kept_layers(state_folder(output)))
     assert 0 < kept < len(alone)
     said = ranked_run.ended(ranked_run.start(2, source, output, resume=True), output)
