@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import miniquant
+from benchmarks.common.measuring import command_line, machine, machine_line, versions
+from benchmarks.common.tables import table
 from miniquant.recipe import CORRECTION_OF_BEST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 LENGTH = 512  # of a window, in tokens
 ALIKE = ", tokens alike"
@@ -82,6 +84,23 @@ def float_model(folder: Path) -> Any:
     """The model of a folder in float32, in evaluation mode."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
+
+
+def beginning(name: str, calibration: miniquant.Calibration, evaluation: miniquant.Calibration) -> dict[str, Any]:
+    """The results of a part of scripts/benchmark before its first row."""
+    return {
+        "command": command_line("scripts/benchmark", name),
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
+        "tokens": calibration.tokens,
+        "evaluation_tokens": evaluation.tokens,
+        "rows": [],
+    }
+
+
+def page(summary: str, header: Sequence[str], rows: Iterable[Sequence[str]], results: dict[str, Any]) -> str:
+    """A page of results: what they are of, the table, the command and the machine."""
+    return "\n\n".join([summary, table(header, rows), machine_line(results)]) + "\n"
 
 
 def with_error(scores: Mapping[str, Any], name: str, digits: int, scale: float = 1) -> str:

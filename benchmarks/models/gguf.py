@@ -20,18 +20,8 @@ import torch
 from transformers import AutoTokenizer
 
 import miniquant
-from benchmarks.common.measuring import (
-    RESULTS,
-    ROOT,
-    SCRATCH,
-    command_line,
-    machine,
-    machine_line,
-    versions,
-    write_results,
-)
-from benchmarks.common.tables import table
-from benchmarks.models.common import LENGTH, float_model, halves_as_windows, readable, with_error
+from benchmarks.common.measuring import RESULTS, ROOT, SCRATCH, write_results
+from benchmarks.models.common import LENGTH, beginning, float_model, halves_as_windows, page, readable, with_error
 from miniquant.checkpoint import Checkpoint
 from miniquant.float_models import load_gguf
 from miniquant.formats.gguf_file import GGUF_FILE, plan_gguf, write_gguf
@@ -187,7 +177,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['tokens']} tokens calibrate, {results['evaluation_tokens']} are evaluated; KL divergence from the "
         "float model in nats."
     )
-    return "\n\n".join([summary, table(header, rows), machine_line(results)]) + "\n"
+    return page(summary, header, rows, results)
 
 
 def main() -> None:
@@ -207,14 +197,7 @@ def main() -> None:
         arguments.tokens, arguments.evaluation_tokens, arguments.types = 2048, 2048, ["Q4_K_M"]
         arguments.presets, arguments.output = ["fast"], SCRATCH
     files = Files(arguments.text, arguments.work, arguments.tools, arguments.tokens, arguments.evaluation_tokens)
-    results: dict[str, Any] = {
-        "command": command_line("scripts/benchmark", "gguf"),
-        "machine": machine(torch.get_num_threads()),
-        "versions": versions(),
-        "tokens": files.calibration.tokens,
-        "evaluation_tokens": files.evaluation.tokens,
-        "rows": [],
-    }
+    results = beginning("gguf", files.calibration, files.evaluation)
     seconds = files.measure_importance()
     for kind in arguments.types:
         path, row = files.theirs(kind, seconds)

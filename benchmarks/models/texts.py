@@ -17,17 +17,17 @@ import torch
 from transformers import AutoTokenizer
 
 import miniquant
-from benchmarks.common.measuring import (
-    RESULTS,
-    SCRATCH,
-    command_line,
-    machine,
-    machine_line,
-    versions,
-    write_results,
+from benchmarks.common.measuring import RESULTS, SCRATCH, write_results
+from benchmarks.models.common import (
+    SCHEMES,
+    beginning,
+    docstrings,
+    float_model,
+    halves_as_windows,
+    page,
+    readable,
+    with_error,
 )
-from benchmarks.common.tables import table
-from benchmarks.models.common import SCHEMES, docstrings, float_model, halves_as_windows, readable, with_error
 from scripts.smollm2 import write_folder
 
 ENCYCLOPEDIA, DOCSTRINGS = KINDS = ("encyclopedia", "docstrings")
@@ -111,7 +111,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['tokens']} tokens calibrate, {results['evaluation_tokens']} of each kind of text are evaluated; "
         "KL divergence from the float model in nats."
     )
-    return "\n\n".join([summary, table(header, rows), machine_line(results)]) + "\n"
+    return page(summary, header, rows, results)
 
 
 def main() -> None:
@@ -131,14 +131,7 @@ def main() -> None:
         arguments.tokens, arguments.evaluation_tokens, arguments.group_sizes = 2048, 2048, [64]
         arguments.bits, arguments.schemes, arguments.output = [4], ["fast"], SCRATCH
     texts = Texts(arguments.text, arguments.work, arguments.tokens, arguments.evaluation_tokens)
-    results: dict[str, Any] = {
-        "command": command_line("scripts/benchmark", "texts"),
-        "machine": machine(torch.get_num_threads()),
-        "versions": versions(),
-        "tokens": texts.calibration[ENCYCLOPEDIA].tokens,
-        "evaluation_tokens": texts.evaluation[ENCYCLOPEDIA].tokens,
-        "rows": [],
-    }
+    results = beginning("texts", texts.calibration[ENCYCLOPEDIA], texts.evaluation[ENCYCLOPEDIA])
     for setting in settings_of(arguments.schemes, arguments.bits, arguments.group_sizes):
         results["rows"].append(texts.row(setting))
         write_results(results, markdown(results), arguments.output, "texts")

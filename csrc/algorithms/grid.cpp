@@ -256,6 +256,10 @@ void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& gr
   grid.held = at::stack({extreme("amin"), extreme("amax")}, /*dim=*/2);
 }
 
+at::Tensor with_minima(const at::Tensor& weight, const Grid& grid) {
+  return grid.steps.minima.defined() ? weight + grid.steps.minima.repeat_interleave(grid.group_size, 1) : weight;
+}
+
 namespace {
 
 template <typename T>

@@ -74,6 +74,9 @@ Grid make_grid(const at::Tensor& weight, const GridOptions& options, const at::T
 /// on the CPU: no search sees in H what their weights will multiply.
 void hold_dead_inputs(const at::Tensor& dead, const at::Tensor& weight, Grid& grid);
 
+/// The weight [N, K] that codes times scales come near: with the minima added, where the grid has such.
+at::Tensor with_minima(const at::Tensor& weight, const Grid& grid);
+
 /// The kernels' view of a grid; T is its compute dtype.
 template <typename T>
 kernels::GridView<T> view(const Grid& grid);

@@ -15,12 +15,12 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "algorithms/damping.h"
 #include "algorithms/dispatch.h"
+#include "algorithms/gptq.h"
 #include "algorithms/grid.h"
-#include "algorithms/refine.h"
-#include "algorithms/row_loss.h"
 #include "algorithms/sweep.h"
 
 namespace miniquant::algorithms {
@@ -216,11 +216,6 @@ Supers round_to_superblocks(SuperblockType type, const at::Tensor& weight, const
   return supers;
 }
 
-/// The weight that codes times scales come near: with the minima added.
-at::Tensor with_minima(const at::Tensor& weight, const Grid& grid) {
-  return grid.steps.minima.defined() ? weight + grid.steps.minima.repeat_interleave(grid.group_size, 1) : weight;
-}
-
 SuperblockWeight finished(const QuantizationGrid& kind, const Grid& grid, const Supers& supers) {
   at::Tensor minima = grid.steps.minima.defined() ? grid.steps.minima : at::zeros_like(grid.scales);
   if (grid.units.defined()) {
@@ -293,18 +288,8 @@ SuperblockResult gptq_superblocks(const at::Tensor& weight, const at::Tensor& he
   options.group_scales = GroupScales::kStatic;
   options.scale_method = ScaleMethod::kAbsmax;
   options.beam_scales = 0;
-  at::Tensor gradient = options.refine > 0 ? room_for_gradient(values) : at::Tensor();
-  at::Tensor row_loss = sweep_rows(with_minima(values, grid), factor, options, grid, {}, gradient);
-  factor = {};
-  const at::Tensor swept_loss = row_loss;
-  if (options.refine > 0) {
-    row_loss = row_loss.clone();
-    refine(hessian, damping, options.refine, grid, gradient, row_loss);
-  }
-  const at::Tensor target = with_minima(values, grid);
-  const at::Tensor moved = round_dead_inputs(dead, target, grid);
-  settle_row_loss(hessian, damping, target, grid, {.before = swept_loss, .moved = moved}, row_loss);
-  return {finished(kind, grid, supers), in_true_units(row_loss, scaled, damping)};
+  const at::Tensor row_loss = solve({scaled, hessian, damping, dead}, std::move(factor), options, {}, grid);
+  return {finished(kind, grid, supers), row_loss};
 }
 
 }  // namespace miniquant::algorithms

@@ -186,17 +186,23 @@ MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* val
   }
 }
 
+/// z H_gg of a group, in tile.other.
+template <typename T>
+MINIQUANT_INLINE const T* multiply_levels(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
+  for (std::int64_t i = 0; i < group.size() * kTileRows<T>; ++i) {
+    tile.other[i] = T(0);
+  }
+  add_products(problem, column_of<T>(tile.level, group.begin), group, group, tile.other);
+  return tile.other;
+}
+
 /// Moves the scale of a group to the stored value of least loss, and updates its error and gradient. Returns whether
 /// any lane's scale moved.
 template <typename T>
 MINIQUANT_INLINE bool refit_scale(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
   const std::int64_t count = group.size() * kTileRows<T>;
   const T* const level = column_of<T>(tile.level, group.begin);
-  T* const products = tile.other;  // z H_gg
-  for (std::int64_t i = 0; i < count; ++i) {
-    products[i] = T(0);
-  }
-  add_products(problem, level, group, group, products);
+  const T* const products = multiply_levels(problem, tile, group);
 
   double slope[kTileRows<T>] = {};
   double curvature[kTileRows<T>] = {};
@@ -327,13 +333,8 @@ MINIQUANT_INLINE StepChoice<T> best_steps(const StepsView<T>& steps, std::int64_
 template <typename T>
 MINIQUANT_INLINE bool refit_steps(const RefineProblem<T>& problem, const RefineTile<T>& tile, Span group) {
   const SymmetricLayout layout = {problem.columns};
-  const std::int64_t count = group.size() * kTileRows<T>;
   const T* const level = column_of<T>(tile.level, group.begin);
-  T* const products = tile.other;  // z H_gg
-  for (std::int64_t i = 0; i < count; ++i) {
-    products[i] = T(0);
-  }
-  add_products(problem, level, group, group, products);
+  const T* const products = multiply_levels(problem, tile, group);
   double curvature = 0.0;
   for (std::int64_t j = group.begin; j < group.end; ++j) {
     T sum = T(0);

@@ -165,15 +165,13 @@ def quantize(
     }
     naming = _naming("quantize", model_dir, output_dir, *(calibration or ()))
     with naming, _ranks() as ranks:
-        if ranks is not None:
+        is_first = ranks is None or ranks.rank == 0
+        if not dry_run:
             arguments["ranks"] = ranks
-            if ranks.rank != 0:
-                if not dry_run:
-                    quantize_folder(model_dir, output_dir, **arguments)
-                return
-        if dry_run:
-            arguments.pop("ranks", None)
-        _quantize_and_show(model_dir, output_dir, console, arguments, dry_run=dry_run)
+        if is_first:
+            _quantize_and_show(model_dir, output_dir, console, arguments, dry_run=dry_run)
+        elif not dry_run:
+            quantize_folder(model_dir, output_dir, **arguments)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class InputErrors:
             raise ValueError("expected inputs whose products are finite, but got others")
         self._sum += product.to("cpu", self._sum.dtype)
 
-    def merge(self, total: Callable[..., None]) -> None:
+    def merge_over(self, total: Callable[..., None]) -> None:
         """Adds the tokens of other processes.
 
         Args:

@@ -1,6 +1,6 @@
 """The Hessian of a layer's inputs, X X^T / n."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -127,6 +127,14 @@ class HessianAccumulator:
             mask=None,
             token_weights=token_weights,
         )
+
+    def merge_over(self, total: Callable[..., None]) -> None:
+        """Adds the tokens of other processes.
+
+        Args:
+            total: sums tensors over all of them, in place.
+        """
+        total(*self._state)
 
     def merge(self, other: "HessianAccumulator") -> None:
         """Adds the tokens of another accumulator.

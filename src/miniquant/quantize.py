@@ -679,9 +679,7 @@ class _Hessians:
             has_held_out: whether batches of this one are held out.
         """
         for accumulator in (self.calibration, self.held_out):
-            state = accumulator.state_dict()
-            ranks.sum(*state.values())
-            accumulator.load_state_dict(state)
+            accumulator.merge_over(ranks.sum)
         sample = torch.tensor([self.sample.weights, self.sample.squares], dtype=torch.float64)
         ranks.sum(sample)
         self.sample = _Sample(*sample.tolist())
@@ -689,11 +687,11 @@ class _Hessians:
         if self.errors is None or ranks.any(self.errors is None):
             self.errors = self.held_out_errors = None
             return
-        self.errors.merge(ranks.sum)
+        self.errors.merge_over(ranks.sum)
         if judged:
             columns, dtype = self.held_out.in_features, self.held_out.dtype
             self.held_out_errors = self.held_out_errors or InputErrors(columns, dtype)
-            self.held_out_errors.merge(ranks.sum)
+            self.held_out_errors.merge_over(ranks.sum)
 
     def corrected(
         self, weight: Tensor, ridge: float, part: float, decided: Callable[[Callable[[], bool]], bool]

@@ -129,16 +129,16 @@ class Ranks:
 
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, on all ranks; or the error that it meets."""
-        made: list[Any] = [None]
+        made: list[bytes] = [b""]
         if self.rank == 0:
             try:
-                made = [(make(), None)]
+                made = [pickle.dumps((make(), None))]
             except Exception as error:  # noqa: BLE001  (it is raised below, on all ranks)
-                made = [(None, error)]
+                made = [pickle.dumps((None, error))]
+            self.bytes_sent += len(made[0]) * (self.count - 1)
         with self._answered():
             dist.broadcast_object_list(made, src=0, group=self._group)
-        self.bytes_sent += len(pickle.dumps(made[0])) * (self.count - 1) if self.rank == 0 else 0
-        value, failed = made[0]
+        value, failed = pickle.loads(made[0])  # noqa: S301  (of rank 0)
         if failed is not None:
             raise failed
         found: Value = value

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from miniquant.calibration import Calibration
-from miniquant.formats.base import LayerGrid
+from miniquant.formats.base import LayerGrid, grid_text
 from miniquant.formats.gguf_superblocks import NBYTES
 from miniquant.layer_file import dtype_names
 from miniquant.quantize import LayerResult, ModelResult
@@ -166,7 +166,7 @@ class Kind(NamedTuple):
 
     def grids(self) -> list[str]:
         """What people call the different grids of the layers."""
-        return sorted({grid_text(layer) for layer in self.layers})
+        return sorted({grid_of_layer(layer) for layer in self.layers})
 
     def values(self, key: str) -> list[Any]:
         """The different values of the layers, ascending."""
@@ -231,9 +231,9 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
     }
 
 
-def grid_text(layer: Mapping[str, Any]) -> str:
-    """What people call the grid of a report's layer: "Q4_K", "4", "4 asym."."""
-    return layer.get("superblocks") or f"{layer['bits']}{'' if layer['symmetric'] else ' asym.'}"
+def grid_of_layer(layer: Mapping[str, Any]) -> str:
+    """What people call the grid of a report's layer."""
+    return grid_text(layer["bits"], layer.get("superblocks"), symmetric=layer["symmetric"])
 
 
 def stored_bytes(grid: LayerGrid) -> int:

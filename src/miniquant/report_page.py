@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from miniquant import units
 from miniquant.layer_file import replacing
-from miniquant.report import HTML_NAME, JSON_NAME, Kind, Report, by_kind, check_report, grid_text, judged_on, ratio
+from miniquant.report import HTML_NAME, JSON_NAME, Kind, Report, by_kind, check_report, grid_of_layer, judged_on, ratio
 from miniquant.report_plots import plots
 
 _STYLE = """
@@ -250,7 +250,7 @@ def _layers(report: Report) -> str:
             [
                 _Cell(layer["name"]),
                 _number(n * k, f"{n} × {k}"),
-                _number(layer["bits"], grid_text(layer)),
+                _number(layer["bits"], grid_of_layer(layer)),
                 _number(layer["group_size"], _group(layer["group_size"])),
                 _Cell("RTN" if layer["method"] == "rtn" else layer["preset"]),
                 *_losses(layer, "held_out"),

@@ -251,9 +251,11 @@ def plan_folder(
     if before is None and is_first:
         check_output(output, form, overwrite=overwrite)
     place = available_device(device)
-    chosen = _dtype(dtype, checkpoint, place, before)
-    if ranks is not None:
-        chosen = ranks.from_first(lambda: chosen)
+
+    def choose() -> torch.dtype:
+        return _dtype(dtype, checkpoint, place, before)
+
+    chosen = choose() if ranks is None else ranks.from_first(choose)
     source = LazyModel(checkpoint.folder, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
     layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
     planned = plan_output(source, layers, recipe, form, options)

@@ -17,7 +17,17 @@ from rich.text import Text
 
 from miniquant import units
 from miniquant.quantize import LayerResult
-from miniquant.report import Kind, Report, by_kind, geometric_mean, grid_text, judged_on, place_of, ratio, worst_layers
+from miniquant.report import (
+    Kind,
+    Report,
+    by_kind,
+    geometric_mean,
+    grid_of_layer,
+    judged_on,
+    place_of,
+    ratio,
+    worst_layers,
+)
 
 if TYPE_CHECKING:
     from miniquant.loading import Contents, LayerContents, TensorContents
@@ -320,7 +330,7 @@ def _layers_table(report: Report, width: int) -> Table:
         ]
         made.add_row(
             layer["name"],
-            grid_text(layer),
+            grid_of_layer(layer),
             group_text(layer["group_size"]),
             "RTN" if layer["method"] == "rtn" else layer["preset"],
             units.ratio(ratio(layer, tokens)),
@@ -332,7 +342,7 @@ def _layers_table(report: Report, width: int) -> Table:
 def _worst_table(report: Report) -> Table:
     made = table("layers that gain least", [("layer", False), ("bits", True), ("loss/RTN", True)])
     for layer, value in worst_layers(report, 5):
-        made.add_row(layer["name"], grid_text(layer), units.ratio(value))
+        made.add_row(layer["name"], grid_of_layer(layer), units.ratio(value))
     return made
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import miniquant
 from miniquant.architecture import build_model, find_sources
 from miniquant.checkpoint import CONFIG, Checkpoint, CheckpointWriter
-from miniquant.formats import LayerGrid, format_named
+from miniquant.formats import LayerGrid, format_named, format_of
 from miniquant.modules import ConvolutionSite, ExpertSite, LinearSite, TransposedSite, find_sites
 
 if TYPE_CHECKING:
@@ -114,6 +114,15 @@ def _write(
             writer.add(name, tensor)
         for file in before.other_files():
             writer.copy(file, before.folder)
+
+
+def stored_layers(folder: Path) -> dict[str, miniquant.QuantizedWeight]:
+    """The layers of a folder, by its own format."""
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config["quantization_config"]
+    form = format_of(config)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return {name: form.read(name, tensors, grid) for name, grid in form.layers(config, tensors).items()}
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:

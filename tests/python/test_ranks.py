@@ -19,11 +19,10 @@ import ranked_run
 import small_models
 from format_layers import same
 from miniquant import LayerOptions, dequantize
-from miniquant.checkpoint import Checkpoint
-from miniquant.formats import format_of
 from miniquant.ranks import Ranks
 from miniquant.state import kept_layers, state_folder
 from model_folder import QUICK, make_folder
+from quantized_folders import stored_layers
 
 if TYPE_CHECKING:
     from miniquant import QuantizedWeight
@@ -41,20 +40,12 @@ def alone(source: Path) -> dict[str, QuantizedWeight]:
     """The layers of one process."""
     output = source.with_name("alone")
     ranked_run.run(source, output)
-    return layers_of(output)
-
-
-def layers_of(folder: Path) -> dict[str, QuantizedWeight]:
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.config["quantization_config"]
-    form = format_of(config)
-    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return {name: form.read(name, tensors, grid) for name, grid in form.layers(config, tensors).items()}
+    return stored_layers(output)
 
 
 def check_layers(folder: Path, expected: dict[str, QuantizedWeight]) -> None:
     """Equal codes, and scales but for rounding."""
-    found = layers_of(folder)
+    found = stored_layers(folder)
     assert list(found) == list(expected)
     for name, layer in found.items():
         assert torch.equal(layer.codes, expected[name].codes), name
@@ -76,7 +67,7 @@ def test_float32_has_the_same_bits_each_time(tmp_path: Path) -> None:
     folder = ranked_run.save(tmp_path / "float", dtype=torch.float32)
     for name in ("one", "two"):
         ranked_run.ended(ranked_run.start(3, folder, tmp_path / name, dtype=torch.float32), tmp_path / name)
-    one, two = layers_of(tmp_path / "one"), layers_of(tmp_path / "two")
+    one, two = stored_layers(tmp_path / "one"), stored_layers(tmp_path / "two")
     assert all(same(one[name], two[name]) for name in one)
 
 
@@ -193,7 +184,7 @@ def test_torchrun_runs_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written: ") == 1
-    assert layers_of(tmp_path / "out")
+    assert stored_layers(tmp_path / "out")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode != 0
     assert "to be new or empty" in again.stderr or "expected" in again.stderr

@@ -24,7 +24,7 @@ from miniquant import Calibration, LayerOptions, QuantizedWeight, Recipe, Rule, 
 from miniquant.calibration import load_calibration
 from miniquant.checkpoint import Checkpoint
 from miniquant.convert import convert_folder
-from miniquant.formats import FORMATS, LayerGrid, Native, format_of
+from miniquant.formats import FORMATS, LayerGrid, Native
 from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.formats.gguf_reader import read_gguf
 from miniquant.loading import contents_of
@@ -32,6 +32,7 @@ from miniquant.modules import find_sites
 from miniquant.output import GgufOptions, names_by_expert
 from miniquant.report import check_report, read_report
 from miniquant.run import fast_dtype, plan_folder, quantize_folder
+from quantized_folders import stored_layers
 from test_formats_gptq import published_weight
 
 if TYPE_CHECKING:
@@ -75,15 +76,6 @@ def run(folder: Path, output: Path, kind: str, recipe: Any = OPTIONS, **options:
         **options,
     }
     return quantize_folder(folder, output, recipe, **given)
-
-
-def stored_layers(folder: Path) -> dict[str, QuantizedWeight]:
-    """The layers of a folder, by its own format."""
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.config["quantization_config"]
-    form = format_of(config)
-    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return {name: form.read(name, tensors, grid) for name, grid in form.layers(config, tensors).items()}
 
 
 def logits(model: Any, kind: str) -> Tensor:

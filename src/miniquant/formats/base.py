@@ -110,7 +110,12 @@ class LayerGrid:
     @property
     def text(self) -> str:
         """What people call it: "Q4_K", "4", "4 asym."."""
-        return self.superblocks or f"{self.bits}{'' if self.symmetric else ' asym.'}"
+        return grid_text(self.bits, self.superblocks, symmetric=self.symmetric)
+
+
+def grid_text(bits: int, superblocks: str | None, *, symmetric: bool) -> str:
+    """What people call a grid: "Q4_K", "4", "4 asym."."""
+    return superblocks or f"{bits}{'' if symmetric else ' asym.'}"
 
 
 class LayerFormat(Protocol):

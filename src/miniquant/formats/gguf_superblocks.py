@@ -22,7 +22,6 @@ from miniquant.grid import SuperblockKind, SuperblockWeight
 from miniquant.superblocks import GRIDS, SUPERBLOCK
 
 NBYTES: Mapping[str, int] = MappingProxyType({"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210})
-_LOWEST_SCALE = {"Q3_K": -32}  # what is stored as 0; Q6_K's are int8
 
 
 def pack(quantized: SuperblockWeight) -> Tensor:
@@ -81,7 +80,7 @@ def unpack(blocks: Tensor, kind: SuperblockKind) -> SuperblockWeight:
     elif kind == "Q3_K":
         high, low, packed, d = data.split([32, 64, 12, 2], 2)
         unsigned = _from_bit_pairs(low) | (_from_bit_planes(high) << 2)
-        scales = _from_packed_16(packed).float() + _LOWEST_SCALE[kind]
+        scales = _from_packed_16(packed).float() + _range(kind)[0]
         steps, minimum_steps = _halves(d), halves
     elif kind == "Q2_K":
         both, low, d, m = data.split([16, 64, 2, 2], 2)
