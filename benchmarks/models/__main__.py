@@ -35,7 +35,16 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
-from benchmarks.models.common import BY_LAYER, LENGTH, SCHEMES, float_model, halves_as_windows, readable, with_error
+from benchmarks.models.common import (
+    BY_LAYER,
+    LENGTH,
+    SCHEMES,
+    float_model,
+    halves_as_windows,
+    readable,
+    recipe_named,
+    with_error,
+)
 from miniquant.bits import Unit, allocate, measure_units, recipe_of
 from miniquant.checkpoint import Checkpoint
 from scripts.smollm2 import write_folder
@@ -100,7 +109,7 @@ class Benchmark:
         """Quantizes with our package; where bits are chosen by layer, `bits` is their average."""
         folder = self.work / f"{name.replace(', ', '-').replace(' ', '-')}-{bits}"
         start = time.perf_counter()
-        recipe = miniquant.Recipe(miniquant.LayerOptions(bits=bits, group_size=GROUP_SIZE, **SCHEMES[name]))
+        recipe = recipe_named(name, bits=bits, group_size=GROUP_SIZE)
         if name == BY_LAYER:
             recipe = recipe_of(allocate(self._units(recipe.defaults), bits), recipe)
         done = miniquant.quantize_folder(

@@ -36,7 +36,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "best, not corrected": {"preset": "best", "correction": 0},
     "best": {"preset": "best"},
     BY_LAYER: {"preset": "best"},
+    "fast, rotated": {"preset": "fast", "rotation": True},
+    "best, rotated": {"preset": "best", "rotation": True},
 }
+
+
+def recipe_named(scheme: str, **options: Any) -> miniquant.Recipe:
+    """The recipe of a scheme, with further options for all layers."""
+    stated = {**SCHEMES[scheme], **options}
+    rotation = stated.pop("rotation", False)
+    return miniquant.Recipe(miniquant.LayerOptions(**stated), rotation=rotation)
 
 
 def readable(text: str) -> str:

@@ -23,6 +23,7 @@ from miniquant.presets import preset  # noqa: E402
 from miniquant.quantize import LayerResult, ModelResult, QuantizationError, Stopped, quantize_model  # noqa: E402
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
+from miniquant.rotation import rotate_model  # noqa: E402
 from miniquant.run import FolderResult, quantize_folder  # noqa: E402
 from miniquant.superblocks import SuperblockResult, gptq_superblocks, rtn_superblocks  # noqa: E402
 
@@ -74,6 +75,7 @@ __all__ = [
     "quantization_loss",
     "quantize_folder",
     "quantize_model",
+    "rotate_model",
     "rtn",
     "rtn_superblocks",
     "save_layer",

@@ -52,6 +52,8 @@ def build_model(
         )
     except Exception as error:
         raise ValueError(f"{where}: expected a configuration that transformers reads, but got: {error}") from error
+    if checkpoint.config.get("tie_word_embeddings") is False:
+        config.tie_word_embeddings = False  # of a checkpoint that is read otherwise than its file says
     kind = _class_of(where, transformers, config, checkpoint, trust_remote_code=trust_remote_code)
     dtype = dtype or getattr(config, "dtype", None) or _first_dtype(checkpoint)
     try:

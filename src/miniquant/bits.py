@@ -144,7 +144,7 @@ def recipe_of(allocation: Allocation, recipe: Recipe) -> Recipe:
         stated = next((rule.options for rule in recipe.rules if rule.matches(name)), {})
         if bits != usual or "bits" in stated:
             rules.append(Rule(glob.escape(name), {**stated, "bits": bits}))
-    return Recipe(defaults, [*rules, *recipe.rules], recipe.format)
+    return replace(recipe, defaults=defaults, rules=[*rules, *recipe.rules])
 
 
 # Costs

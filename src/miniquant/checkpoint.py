@@ -172,6 +172,14 @@ class Checkpoint:
         """
         return read_tensor(self._stored(name))
 
+    def read_dtype(self, name: str) -> torch.dtype:
+        """Of what :meth:`read` gives: that of the file.
+
+        Raises:
+            KeyError: where there is no tensor of that name.
+        """
+        return self._stored(name).dtype
+
     def meta(self) -> dict[str, Tensor]:
         """All tensors on the device "meta": what :meth:`miniquant.formats.Format.layers` takes."""
         return {

@@ -224,6 +224,16 @@ def quantize(
             "takes a second forward pass.",
         ),
     ] = None,
+    rotation: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotation/--no-rotation",
+            rich_help_panel=_RECIPE,
+            show_default="no",
+            help="Turn the residual stream and the heads' values first, which changes no prediction and loses less when "
+            "quantized; tied output embeddings become a matrix of their own. For models as Llama and Qwen3.",
+        ),
+    ] = None,
     unseen: Annotated[
         Unseen | None,
         typer.Option(
@@ -359,6 +369,7 @@ def quantize(
             },
             skip=skip or [],
             rules=rule or [],
+            rotation=rotation,
         ).recipe(),
         form=format,
         calibration=calibration or None,

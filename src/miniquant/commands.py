@@ -45,6 +45,7 @@ from miniquant.ranks import Ranks
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
 from miniquant.report_plots import write_bits_plot
+from miniquant.rotation import rotate_model
 from miniquant.run import available_device, quantize_folder
 from miniquant.state import kept_layers, state_folder
 from miniquant.stopping import stop_when_asked
@@ -78,12 +79,14 @@ class Asked:
         stated: options of :class:`miniquant.LayerOptions`; None of those that were not stated.
         skip: patterns of layers to leave alone.
         rules: as :func:`parse_rule` takes them.
+        rotation: whether the model is turned first; None where that was not stated.
     """
 
     file: Path | None
     stated: Mapping[str, Any]
     skip: Sequence[str]
     rules: Sequence[str]
+    rotation: bool | None = None
 
     def recipe(self) -> Recipe:
         """The file's recipe with what the command line says instead, and its rules after those of the command line.
@@ -96,7 +99,8 @@ class Asked:
         if "ridge" in stated:
             stated["ridge"] = _value(stated["ridge"])
         rules = [*(Rule(pattern, {"skip": True}) for pattern in self.skip), *map(parse_rule, self.rules), *base.rules]
-        return Recipe(base.defaults.with_stated(stated), rules, base.format)
+        rotation = base.rotation if self.rotation is None else self.rotation
+        return Recipe(base.defaults.with_stated(stated), rules, base.format, rotation)
 
 
 def parse_rule(text: str) -> Rule:
@@ -381,6 +385,8 @@ def choose_bits(
         model = _loaded(model_dir, dtype=_DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
         if not speaks(model):
             raise ValueError(f"expected a language model, but got a {type(model).__name__}")
+        if recipe.rotation:
+            rotate_model(model)
         needed = needs_tokenizer(calibration)
         tokenizer = load_tokenizer((model_dir,), trust_remote_code=trust_remote_code) if needed else None
         # A batch for each window: activations for a backward pass are kept for one batch at a time.

@@ -51,7 +51,7 @@ class LazyModel:
     """A model whose weights are read from its folder when they are used; see the module.
 
     Args:
-        folder: of a model as transformers saves it: config.json and safetensors files.
+        folder: of a model as transformers saves it: config.json and safetensors files; or what reads one.
         dtype: of the model; None: what the config says.
         device: where the model runs. Batches are taken there.
         trust_remote_code: whether code of the folder may run, which some architectures are defined by.
@@ -74,18 +74,18 @@ class LazyModel:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Checkpoint,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         *,
         trust_remote_code: bool = False,
         keep: bool = False,
     ) -> None:
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         if (quantized := self.checkpoint.config.get("quantization_config")) is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ValueError(
-                f"LazyModel: {Path(folder)}: expected a model that is not quantized, but got one with a "
+                f"LazyModel: {self.checkpoint.folder}: expected a model that is not quantized, but got one with a "
                 f"quantization_config of {method!r} in config.json"
             )
         self.model: Any = build_model(self.checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)

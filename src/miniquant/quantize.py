@@ -21,6 +21,7 @@ from miniquant.modules import LeftAlone, Site, find_sites, siblings_of
 from miniquant.ranks import RankError, Ranks
 from miniquant.recipe import LayerOptions, Recipe
 from miniquant.ridge import LinAlgError, choose_ridge, with_choice
+from miniquant.rotation import rotate_model
 from miniquant.superblocks import gptq_superblocks, rtn_superblocks
 from miniquant.token_weights import GRADIENT, TokenWeights, causal_sites, weigh
 from miniquant.walk import Given, Visit, Walk
@@ -305,10 +306,13 @@ def quantize_model(
         >>> result = quantize_model(model, batches, LayerOptions(bits=4, group_size=128, preset="fast"))
         >>> result.layers["model.layers.0.mlp.down_proj"].held_out_loss
     """
+    recipe = as_recipe(recipe)
+    if recipe.rotation:
+        rotate_model(model)
     return quantize_planned(
         model,
         calibration,
-        plan_model(model, as_recipe(recipe), output_embeddings=output_embeddings),
+        plan_model(model, recipe, output_embeddings=output_embeddings),
         held_out=held_out,
         scale_dtype=scale_dtype,
         forward=forward,

@@ -242,6 +242,8 @@ class Recipe:
         rules: for each layer the first that matches counts. One that states bits, group_size or symmetric takes its
             layers out of the defaults' superblocks.
         format: of the checkpoint; None: what the caller says.
+        rotation: whether the model is turned first (:mod:`miniquant.rotation`), which changes none of its predictions
+            and all of its weights.
 
     Raises:
         ValueError: for a bad part.
@@ -255,6 +257,7 @@ class Recipe:
     defaults: LayerOptions = field(default_factory=LayerOptions)
     rules: Sequence[Rule] = ()
     format: FormatName | None = None
+    rotation: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.defaults, LayerOptions):
@@ -267,7 +270,7 @@ class Recipe:
                 raise ValueError(  # noqa: TRY004
                     f"Recipe: rule {number}: expected a Rule (from_dict takes dicts), but got {rule!r}"
                 )
-        _raise_first("Recipe", _errors({"format": self.format}))
+        _raise_first("Recipe", _errors({"format": self.format, "rotation": self.rotation}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
@@ -322,12 +325,13 @@ class Recipe:
             defaults = LayerOptions().with_stated(document.get("defaults", {}))
         except ValueError as error:
             raise ValueError(f"{where}: defaults: {str(error).removeprefix('LayerOptions: ')}") from error
-        return cls(defaults, rules, document.get("format"))
+        return cls(defaults, rules, document.get("format"), document.get("rotation", False))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe, as JSON can hold it; :meth:`from_dict` gives an equal one."""
         return {
             "format": self.format,
+            "rotation": self.rotation,
             "defaults": self.defaults.to_dict(),
             "rules": [rule.to_dict() for rule in self.rules],
         }
@@ -395,7 +399,9 @@ def _two_grids(stated: Mapping[str, Any]) -> list[str]:
 
 def _stated(recipe: Recipe) -> dict[str, str]:
     """Everything that a recipe states, by where it stands."""
-    stated = {"format": recipe.format} | {f"defaults.{key}": value for key, value in recipe.defaults.to_dict().items()}
+    stated = {"format": recipe.format, "rotation": recipe.rotation} | {
+        f"defaults.{key}": value for key, value in recipe.defaults.to_dict().items()
+    }
     for number, rule in enumerate(recipe.rules, start=1):
         stated |= {f"rule {number}.{key}": value for key, value in rule.to_dict().items()}
     return {place: json.dumps(value) for place, value in stated.items()}

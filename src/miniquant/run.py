@@ -81,6 +81,7 @@ from miniquant.ranks import Ranks
 from miniquant.recipe import FormatName, LayerOptions, Recipe
 from miniquant.report import Report, as_dict
 from miniquant.report_page import write_report
+from miniquant.rotated import RotatedCheckpoint, check_predictions
 from miniquant.state import (
     RUN,
     RunState,
@@ -256,7 +257,9 @@ def plan_folder(
         return _dtype(dtype, checkpoint, place, before)
 
     chosen = choose() if ranks is None else ranks.from_first(choose)
-    source = LazyModel(checkpoint.folder, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
+    if recipe.rotation:
+        checkpoint = RotatedCheckpoint(checkpoint.folder, trust_remote_code=trust_remote_code)
+    source = LazyModel(checkpoint, chosen, place, trust_remote_code=trust_remote_code, keep=not lazy)
     layers = plan_model(source.model, recipe, output_embeddings=output_embeddings)
     planned = plan_output(source, layers, recipe, form, options)
     if not isinstance(calibration, Calibration):
@@ -409,6 +412,8 @@ class FolderPlan:
                 if progress is not None:
                     progress(layer, number, of)
 
+            if isinstance(source.checkpoint, RotatedCheckpoint):
+                self._check_rotation(source.checkpoint)
             with _saying_what_is_kept(state, planned):
                 with source:
                     result = quantize_planned(
@@ -442,6 +447,17 @@ class FolderPlan:
                 self.ranks.wait()
         said = tuple(dict.fromkeys(notes))
         return FolderResult(result, self.output, self.form.name, self.dtype, self.bytes_before, size, said)
+
+    def _check_rotation(self, checkpoint: RotatedCheckpoint) -> None:
+        """Checks on the first window that the turned model predicts what the model does."""
+        batch = self.calibration.batches[0]
+        input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(  # noqa: TRY004  (of a calibration that is not of tokens)
+                "quantize_folder: expected a calibration with input_ids, on which a rotation is checked, but got none"
+            )
+        device = torch.device(str(self.asked["device"]))
+        check_predictions(checkpoint.folder, checkpoint, input_ids, device, trust_remote_code=self.trust_remote_code)
 
     def _report(self, result: ModelResult, size: int, notes: Iterable[str]) -> Report:
         """The report of a run whose output is written."""
@@ -679,7 +695,7 @@ def _stored_weights(planned: OutputPlan, checkpoint: Checkpoint, dtype: torch.dt
         layers.setdefault(layer.site, []).append(layer)
 
     def is_wider(site: str) -> bool:
-        stored = checkpoint.tensors[layers[site][0].source].dtype
+        stored = checkpoint.read_dtype(layers[site][0].source)
         return torch.promote_types(stored, dtype) != dtype
 
     if not any(map(is_wider, layers)):
@@ -821,6 +837,7 @@ class _Files:
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor that is copied; an embedding with the values of the output embeddings that it is tied to."""
+        dtype = self.checkpoint.tensors[name].dtype
         if name not in self.planned.tied:
-            return self.checkpoint.read(name)
-        return dequantize(self.state.quantized(self.planned.tied[name]), dtype=self.checkpoint.tensors[name].dtype)
+            return self.checkpoint.read(name).to(dtype)
+        return dequantize(self.state.quantized(self.planned.tied[name]), dtype=dtype)
