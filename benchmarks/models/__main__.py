@@ -6,7 +6,7 @@ reads it. llm-compressor and AutoRound quantize the same model with the same tok
 
 The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
 second half for evaluation. The result is written to results/models.json and models.md; with ``--add`` the rows of other
-bits and schemes that are there already stay.
+bits and schemes that are there already stay, each with the machine that it was measured on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import string
 import subprocess
 import time
 from pathlib import Path
@@ -79,8 +80,8 @@ class Benchmark:
         self.calibration, self.evaluation = halves_as_windows(
             text, "", self.work, tokenizer, arguments.tokens, arguments.evaluation_tokens
         )
+        self.machine = machine(torch.get_num_threads())
         self.setting: dict[str, Any] = {
-            "machine": machine(torch.get_num_threads()),
             "tokens": self.calibration.tokens,
             "evaluation_tokens": self.evaluation.tokens,
         }
@@ -92,7 +93,7 @@ class Benchmark:
         self.float_bytes = linear_bytes(self.float_folder)
 
     def _earlier(self, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-        """The rows of other bits or schemes that were measured before, on the same processor and tokens."""
+        """The rows of other bits or schemes that were measured before, on the same tokens."""
         before = json.loads((self.output / "models.json").read_text(encoding="utf-8"))
         if other := [name for name, value in self.setting.items() if before[name] != value]:
             raise ValueError(f"--add: expected the rows in {self.output} to be of the same {', '.join(other)}")
@@ -151,6 +152,7 @@ class Benchmark:
             "seconds": seconds,
             "parts": parts,
             "forward_seconds": self.forward,
+            "machine": self.machine,
             "bytes": linear_bytes(folder) / self.float_bytes,
             "scores": scores.to_dict(),
         }
@@ -169,8 +171,8 @@ def linear_bytes(folder: Path) -> int:
     return sum(one.nbytes for name, one in tensors.items() if ".layers." in name and "norm" not in name)
 
 
-def line_of(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+def line_of(row: dict[str, Any], letters: dict[str, str]) -> list[str]:
+    """A row of the table, with a letter for the processor."""
     scores = row["scores"]
     return [
         row["scheme"],
@@ -181,6 +183,7 @@ def line_of(row: dict[str, Any]) -> list[str]:
         f"{row['bytes']:.3f}",
         f"{row['seconds']:.0f}",
         f"{row['seconds'] / row['forward_seconds']:.1f}",
+        letters[row["machine"]["cpu"]],
     ]
 
 
@@ -188,21 +191,28 @@ def write(bench: Benchmark) -> None:
     """Writes and prints the rows so far: a run takes most of an hour."""
     found = bench.rows[0]["scores"]["reference_perplexity"]
     columns = ["scheme", "bits", "KL divergence, nats", "perplexity", "same top token, %", "bytes", "seconds"]
-    header = [*columns, "forward passes"]
+    header = [*columns, "forward passes", "on"]
+    processors = dict.fromkeys(row["machine"]["cpu"] for row in bench.rows)
+    letters = dict(zip(processors, string.ascii_uppercase, strict=False))
     summary = (
         f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}. Bytes are those of the decoder "
         "layers' weights relative to float32. The last column is the time relative to a plain forward pass over the "
-        f"{bench.setting['tokens']} calibration tokens in the same run of the benchmark."
+        f"{bench.setting['tokens']} calibration tokens in the same run of the benchmark. "
+        f"Processors: {', '.join(f'{letter}: {cpu}' for cpu, letter in letters.items())}; two threads."
     )
     results = {
         **bench.setting,
+        "machine": bench.machine,
         "versions": versions(),
         "command": command_line("scripts/benchmark", "models"),
         "rows": [{**row, "beyond_forward": row["seconds"] / row["forward_seconds"] - 1} for row in bench.rows],
     }
     write_results(
         results,
-        "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n",
+        "\n\n".join(
+            [summary, table(header, (line_of(row, letters) for row in bench.rows), numbers=True), machine_line(results)]
+        )
+        + "\n",
         bench.output,
         "models",
     )

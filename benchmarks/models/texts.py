@@ -26,6 +26,7 @@ from benchmarks.models.common import (
     halves_as_windows,
     page,
     readable,
+    recipe_named,
     with_error,
 )
 from scripts.smollm2 import write_folder
@@ -65,12 +66,12 @@ class Texts:
     def row(self, setting: Setting) -> dict[str, Any]:
         """Quantizes, saves, and evaluates what was saved."""
         folder = self.work / "texts"
-        options = miniquant.LayerOptions(bits=setting.bits, group_size=setting.group_size, **SCHEMES[setting.scheme])
+        recipe = recipe_named(setting.scheme, bits=setting.bits, group_size=setting.group_size)
         start = time.perf_counter()
         miniquant.quantize_folder(
             self.float_folder,
             folder,
-            options,
+            recipe,
             format="miniquant",  # takes groups that do not divide the columns
             calibration=self.calibration[setting.kind],
             dtype=torch.float32,

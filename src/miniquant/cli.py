@@ -230,8 +230,8 @@ def quantize(
             "--rotation/--no-rotation",
             rich_help_panel=_RECIPE,
             show_default="no",
-            help="Turn the residual stream and the heads' values first, which changes no prediction and loses less when "
-            "quantized; tied output embeddings become a matrix of their own. For models as Llama and Qwen3.",
+            help="Turn the residual stream and the heads' values first, which changes no prediction of the model, and "
+            "loses less; tied output embeddings become a matrix of their own. For models as Llama and Qwen3.",
         ),
     ] = None,
     unseen: Annotated[

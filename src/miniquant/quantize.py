@@ -684,15 +684,16 @@ class _Hessians:
         """
         for accumulator in (self.calibration, self.held_out):
             accumulator.merge_over(ranks.sum)
-        sample = torch.tensor([self.sample.weights, self.sample.squares], dtype=torch.float64)
-        ranks.sum(sample)
-        self.sample = _Sample(*sample.tolist())
-        judged = ranks.any(has_held_out) and not ranks.any(has_held_out and self.held_out_errors is None)
-        if self.errors is None or ranks.any(self.errors is None):
+        lacks = [self.errors is None, has_held_out and self.held_out_errors is None]  # on any rank
+        said = torch.tensor([self.sample.weights, self.sample.squares, has_held_out, *lacks], dtype=torch.float64)
+        ranks.sum(said)
+        weights, squares, judging, without_errors, without_held_out = said.tolist()
+        self.sample = _Sample(weights, squares)
+        if without_errors or self.errors is None:
             self.errors = self.held_out_errors = None
             return
         self.errors.merge_over(ranks.sum)
-        if judged:
+        if judging and not without_held_out:
             columns, dtype = self.held_out.in_features, self.held_out.dtype
             self.held_out_errors = self.held_out_errors or InputErrors(columns, dtype)
             self.held_out_errors.merge_over(ranks.sum)

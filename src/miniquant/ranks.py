@@ -121,12 +121,6 @@ class Ranks:
                 dist.all_reduce(tensor, group=self._group)
             self.bytes_sent += 2 * tensor.nbytes * (self.count - 1) // self.count
 
-    def any(self, value: bool) -> bool:  # noqa: FBT001  (as of the builtin)
-        """Whether it is so on any rank."""
-        flag = torch.tensor([int(value)])
-        self.sum(flag)
-        return bool(flag.item())
-
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, on all ranks; or the error that it meets."""
         made: list[bytes] = [b""]

@@ -3,7 +3,7 @@
 Each vector x of the residual stream becomes x R, with R orthogonal: what writes to the stream is multiplied with R,
 what reads from it with R^T, and norms do not notice, because |x R| = |x|, once their gains are in the weights behind
 them. The values v of each head become v T, which the layer behind the attention takes back. No weight is computed at
-run time that was not there before. A weight of a turned model is a sum of many weights of the old one, so that outliers,
+run time that was not there before. A weight of a turned model is a sum of many weights of the old one, so outliers,
 which stretch the scale of their group, are gone (QuaRot, arXiv:2404.00456, its rotations without those at run time;
 SpinQuant, arXiv:2405.16406, R1 and R2).
 

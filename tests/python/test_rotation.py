@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import small_models
 from miniquant import LayerOptions, Recipe, quantize_folder, quantize_model, rotate_model
 from miniquant.checkpoint import Checkpoint
+from miniquant.float_models import load_gguf
 from miniquant.lazy import LazyModel
 from miniquant.loading import load
 from miniquant.rotated import RotatedCheckpoint, check_predictions
@@ -188,7 +189,7 @@ def test_predictions_of_another_model_are_told_apart(tmp_path: Path) -> None:
 
 
 def folder_of(tmp_path: Path, *, tied: bool, dtype: torch.dtype = torch.bfloat16) -> Path:
-    shape = {**SHAPE, "hidden_size": 48, "head_dim": 8, "vocab_size": VOCABULARY}
+    shape = {**SHAPE, "hidden_size": 96, "intermediate_size": 96, "head_dim": 16, "vocab_size": VOCABULARY}
     model = small_models.decoder("Llama", **{**shape, "tie_word_embeddings": tied})
     return make_folder(tmp_path / "model", model.to(dtype))
 
@@ -206,8 +207,18 @@ def test_a_quantized_folder_loads_as_the_turned_model(tmp_path: Path, form: Any,
     torch.testing.assert_close(predictions(found.float()), predictions(original), rtol=0, atol=0.05)
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(tensors["model.norm.weight"], torch.ones(48, dtype=torch.bfloat16))
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(96, dtype=torch.bfloat16))
     assert tensors["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_has_the_turned_model(tmp_path: Path, tied: bool) -> None:
+    pytest.importorskip("gguf")
+    folder = folder_of(tmp_path, tied=tied)
+    recipe = Recipe(LayerOptions(bits=8, group_size=32, preset="fast"), rotation=True)
+    quantize_folder(folder, tmp_path / "out", recipe, format="gguf", **QUICK)
+    found, original = load_gguf(tmp_path / "out" / "model.gguf"), load(folder, dtype=torch.float32)
+    torch.testing.assert_close(predictions(found), predictions(original), rtol=0, atol=0.05)
 
 
 def test_lazy_and_whole_models_give_the_same_bytes(tmp_path: Path) -> None:
