@@ -1,5 +1,6 @@
 #include "kernels/instruction_set.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <stdexcept>
@@ -44,19 +45,37 @@ namespace {
 #endif
 }
 
-/// Whether the unit is chosen where MINIQUANT_ISA names nothing: it multiplies faster than the instruction sets.
-bool is_preferred(Bf16Unit unit) {
-  switch (unit) {
-    case Bf16Unit::kNone:
-      return true;
-#define MINIQUANT_PREFERRED(name, enumerator, supported, preferred) \
-  case Bf16Unit::enumerator:                                        \
-    return preferred;
-      MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_PREFERRED)
-#undef MINIQUANT_PREFERRED
-  }
-  return false;
-}
+/// What is known of an instruction set, in the order of the enumeration.
+struct SetEntry {
+  const char* name;
+  bool (*is_supported)();
+};
+
+constexpr std::array kSetEntries = {
+#define MINIQUANT_ENTRY(name, enumerator, supported) SetEntry{#name, [] { return static_cast<bool>(supported); }},
+    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_ENTRY)
+#undef MINIQUANT_ENTRY
+};
+
+/// The same of a unit. One that is not preferred, which multiplies no faster than the instruction sets, is chosen only
+/// where MINIQUANT_ISA names it.
+struct UnitEntry {
+  const char* name;
+  bool (*is_supported)();
+  bool is_preferred;
+};
+
+constexpr std::array kUnitEntries = {
+    UnitEntry{"none", [] { return true; }, true},
+#define MINIQUANT_ENTRY(name, enumerator, supported, preferred) \
+  UnitEntry{#name, [] { return static_cast<bool>(supported); }, preferred},
+    MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_ENTRY)
+#undef MINIQUANT_ENTRY
+};
+
+const SetEntry& entry_of(InstructionSet instruction_set) { return kSetEntries[static_cast<size_t>(instruction_set)]; }
+
+const UnitEntry& entry_of(Bf16Unit unit) { return kUnitEntries[static_cast<size_t>(unit)]; }
 
 InstructionSet strongest_instruction_set() {
   InstructionSet strongest = kInstructionSets.front();
@@ -71,7 +90,7 @@ InstructionSet strongest_instruction_set() {
 Bf16Unit strongest_unit() {
   Bf16Unit strongest = Bf16Unit::kNone;
   for (const Bf16Unit candidate : kBf16Units) {
-    if (is_preferred(candidate) && is_supported(candidate)) {
+    if (entry_of(candidate).is_preferred && is_supported(candidate)) {
       strongest = candidate;
     }
   }
@@ -118,29 +137,9 @@ Choice choose() {
 
 }  // namespace
 
-const char* name(InstructionSet instruction_set) {
-  switch (instruction_set) {
-#define MINIQUANT_NAME(name, enumerator, supported) \
-  case InstructionSet::enumerator:                  \
-    return #name;
-    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_NAME)
-#undef MINIQUANT_NAME
-  }
-  return "unknown";
-}
+const char* name(InstructionSet instruction_set) { return entry_of(instruction_set).name; }
 
-const char* name(Bf16Unit unit) {
-  switch (unit) {
-    case Bf16Unit::kNone:
-      return "none";
-#define MINIQUANT_NAME(name, enumerator, supported, preferred) \
-  case Bf16Unit::enumerator:                                   \
-    return #name;
-      MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_NAME)
-#undef MINIQUANT_NAME
-  }
-  return "unknown";
-}
+const char* name(Bf16Unit unit) { return entry_of(unit).name; }
 
 std::optional<InstructionSet> instruction_set_named(std::string_view wanted) {
   for (const InstructionSet candidate : kInstructionSets) {
@@ -151,29 +150,9 @@ std::optional<InstructionSet> instruction_set_named(std::string_view wanted) {
   return std::nullopt;
 }
 
-bool is_supported(InstructionSet instruction_set) {
-  switch (instruction_set) {
-#define MINIQUANT_SUPPORTED(name, enumerator, supported) \
-  case InstructionSet::enumerator:                       \
-    return supported;
-    MINIQUANT_FOR_EACH_INSTRUCTION_SET(MINIQUANT_SUPPORTED)
-#undef MINIQUANT_SUPPORTED
-  }
-  return false;
-}
+bool is_supported(InstructionSet instruction_set) { return entry_of(instruction_set).is_supported(); }
 
-bool is_supported(Bf16Unit unit) {
-  switch (unit) {
-    case Bf16Unit::kNone:
-      return true;
-#define MINIQUANT_SUPPORTED(name, enumerator, supported, preferred) \
-  case Bf16Unit::enumerator:                                        \
-    return supported;
-      MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_SUPPORTED)
-#undef MINIQUANT_SUPPORTED
-  }
-  return false;
-}
+bool is_supported(Bf16Unit unit) { return entry_of(unit).is_supported(); }
 
 InstructionSet choose_instruction_set() { return choose().instruction_set; }
 

@@ -402,7 +402,7 @@ def _share_of(
             f"quantize_model: expected a calibration batch for each of {ranks.count} ranks, but got {first} (smaller "
             "batches can be shared)"
         )
-    numbers = [*ranks.share(range(first)), *ranks.share(range(first, len(batches)))]
+    numbers = ranks.share(range(len(batches)))  # held-out ones go on where the others end, so that all have as many
     mine = [None if masks is None else masks[number] for number in numbers]
     kept = sum(number >= first for number in numbers)
     return [batches[number] for number in numbers], kept, None if masks is None else mine

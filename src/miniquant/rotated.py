@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from miniquant import units
 from miniquant.checkpoint import Checkpoint
 from miniquant.lazy import LazyModel
 from miniquant.rotation import find_rotation
@@ -51,6 +52,17 @@ class RotatedCheckpoint(Checkpoint):
         """Bytes of all tensors of the files."""
         return self._nbytes
 
+    @property
+    def note(self) -> str | None:
+        """What a person should know of the turned model; None where there is nothing."""
+        head = self._rotation.head
+        if head is None:
+            return None
+        return (
+            f"rotation: {head}, which is tied to {self._rotation.turns[head].source}, becomes a matrix of its own and "
+            f"takes {units.size(self.tensors[head].nbytes)} more (output_embeddings=True quantizes it)"
+        )
+
     def read(self, name: str) -> Tensor:
         """As of the class above; turned tensors in float32 (or float64), not rounded to the dtype of the files."""
         if name in self._rotation.turns:
@@ -87,7 +99,8 @@ def check_predictions(
 
     def predictions(of: str | os.PathLike[str] | Checkpoint) -> Tensor:
         with LazyModel(of, torch.float32, device, trust_remote_code=trust_remote_code) as lazy, torch.no_grad():
-            return call(lazy.model, {"input_ids": few}).logits.cpu().double().log_softmax(-1)
+            logits: Tensor = call(lazy.model, {"input_ids": few}).logits
+            return logits.cpu().double().log_softmax(-1)
 
     expected, found = predictions(folder), predictions(checkpoint)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()

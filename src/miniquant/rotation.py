@@ -2,10 +2,10 @@
 
 Each vector x of the residual stream becomes x R, with R orthogonal: what writes to the stream is multiplied with R,
 what reads from it with R^T, and norms do not notice, because |x R| = |x|, once their gains are in the weights behind
-them. The values v of each head become v T, which the layer behind the attention takes back. No weight is computed at
-run time that was not there before. A weight of a turned model is a sum of many weights of the old one, so outliers,
-which stretch the scale of their group, are gone (QuaRot, arXiv:2404.00456, its rotations without those at run time;
-SpinQuant, arXiv:2405.16406, R1 and R2).
+them. The values v of each head become v T, and the layer behind the attention takes T back. Nothing is computed at run
+time that was not before. A weight of a turned model is a sum of many weights of the old one, so outliers, which stretch
+the scale of their group, are gone (SpinQuant, arXiv:2405.16406, R1 and R2; QuaRot, arXiv:2404.00456, without its
+rotations at run time).
 
 R = S (H x C): S random signs, H the Hadamard matrix of the largest power of two that divides the size, C the cosine
 transform (DCT-II) of what is left, all orthonormal.
@@ -66,12 +66,19 @@ class Orthogonal:
         if size & (size - 1):
             self._factors.append(_cosines(size // (size & -size)))
 
-    def of_rows(self, values: Tensor) -> Tensor:
-        """``values @ R`` for values [M, n], float64 [M, n]; a chunk of rows is worked on at a time."""
-        turned = torch.empty(values.shape, dtype=torch.float64)
+    def of_rows(self, values: Tensor, gain: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``values diag(gain) R``, computed in float64, a chunk of rows at a time.
+
+        Args:
+            values: [M, n].
+            gain: [n]; None is 1.
+            dtype: of the result [M, n].
+        """
+        turned = torch.empty(values.shape, dtype=dtype)
+        factors = self._signs if gain is None else gain.double() * self._signs
         rows = max(1, _CHUNK // self.size)
         for some, into in zip(values.split(rows), turned.split(rows), strict=True):
-            into.copy_(self._turned(some.double() * self._signs))
+            into.copy_(self._turned(some.double() * factors))
         return turned
 
     def _turned(self, values: Tensor) -> Tensor:
@@ -105,8 +112,8 @@ class Turn:
 
     Attributes:
         source: the parameter whose values it is made from.
-        gain: of a norm, that its columns are multiplied with; None for none.
-        columns: by which its columns are turned: in runs of its size. A vector counts as one row.
+        gain: of a norm, that its columns are multiplied with before they are turned; None for none.
+        columns: by which its columns are turned, in runs of its size. A vector counts as one row.
         rows: the same for its rows.
         ones: whether it becomes 1 everywhere: a gain that others have taken.
     """
@@ -143,15 +150,14 @@ class Rotation:
         if turn.ones:
             return torch.ones_like(values, dtype=dtype)
         shape = values.shape
-        values = values.reshape(-1, shape[-1])
-        if turn.gain is not None:
-            values = values.double() * read(turn.gain).double()
         if turn.columns is not None:
-            values = turn.columns.of_rows(values.reshape(-1, turn.columns.size)).view(-1, shape[-1])
+            gain = None if turn.gain is None else read(turn.gain)
+            between = dtype if turn.rows is None else torch.float64
+            values = turn.columns.of_rows(values.reshape(-1, turn.columns.size), gain, between).view(shape)
         if turn.rows is not None:
             flipped = values.T.reshape(-1, turn.rows.size)
-            values = turn.rows.of_rows(flipped).view(shape[-1], -1).T
-        return values.reshape(shape).to(dtype).contiguous()
+            values = turn.rows.of_rows(flipped, dtype=dtype).view(shape[-1], -1).T
+        return values.contiguous()
 
 
 def find_rotation(model: nn.Module) -> Rotation:

@@ -281,7 +281,8 @@ def plan_folder(
     }
     if ranks is not None:
         _check_ranks(ranks, asked)
-    notes = (*planned.warnings, *_check_same(output, before, asked))
+    note = checkpoint.note if isinstance(checkpoint, RotatedCheckpoint) and not output_embeddings else None
+    notes = (*planned.warnings, *(() if note is None else (note,)), *_check_same(output, before, asked))
     if before is not None:
         asked["software"] = before.get("software")
     plan = FolderPlan(
@@ -450,10 +451,9 @@ class FolderPlan:
 
     def _check_rotation(self, checkpoint: RotatedCheckpoint) -> None:
         """Checks on the first window that the turned model predicts what the model does."""
-        batch = self.calibration.batches[0]
-        input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(input_ids, Tensor):
-            raise ValueError(  # noqa: TRY004  (of a calibration that is not of tokens)
+        input_ids = self.calibration.batches[0].get("input_ids")
+        if input_ids is None:
+            raise ValueError(
                 "quantize_folder: expected a calibration with input_ids, on which a rotation is checked, but got none"
             )
         device = torch.device(str(self.asked["device"]))

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import ranked_run
 import small_models
 from format_layers import same
 from miniquant import LayerOptions, dequantize
+from miniquant.quantize import Plan, _share_of
 from miniquant.ranks import Ranks
 from miniquant.state import kept_layers, state_folder
 from model_folder import QUICK, make_folder
@@ -161,6 +163,20 @@ def test_what_ranks_cannot_share_is_refused(source: Path, tmp_path: Path) -> Non
         for text in said
     )
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("calibration", "held_out", "count"), [(17, 1, 2), (16, 1, 2), (5, 4, 3), (3, 0, 3)])
+def test_batches_are_shared_evenly_with_those_held_out_last(calibration: int, held_out: int, count: int) -> None:
+    batches = list(range(calibration + held_out))
+    shares = []
+    for rank in range(count):
+        ranks = cast("Ranks", SimpleNamespace(rank=rank, count=count, share=lambda all_, rank=rank: all_[rank::count]))
+        mine, kept, masks = _share_of(ranks, Plan((), ()), batches, held_out, None)
+        assert masks is None
+        assert [number >= calibration for number in mine] == [False] * (len(mine) - kept) + [True] * kept
+        shares.append(mine)
+    assert sorted(number for share in shares for number in share) == batches
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

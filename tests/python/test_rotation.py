@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
     "head_dim": 6,
     "tie_word_embeddings": False,
 }
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -202,7 +202,9 @@ QUICK: dict[str, Any] = {"tokens": 512, "sequence_length": 64, "dtype": torch.fl
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantized_folder_loads_as_the_turned_model(tmp_path: Path, form: Any, tied: bool) -> None:
     folder = folder_of(tmp_path, tied=tied)
-    quantize_folder(folder, tmp_path / "out", RECIPE, format=form, **QUICK)
+    done = quantize_folder(folder, tmp_path / "out", RECIPE, format=form, **QUICK)
+    said = [note for note in done.notes if note.startswith("rotation: lm_head.weight, which is tied to")]
+    assert len(said) == tied
     found, original = load(tmp_path / "out"), load(folder, dtype=torch.float32)
     torch.testing.assert_close(predictions(found.float()), predictions(original), rtol=0, atol=0.05)
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
@@ -233,6 +235,7 @@ def test_output_embeddings_that_were_tied_can_be_quantized(tmp_path: Path) -> No
     folder = folder_of(tmp_path, tied=True)
     result = quantize_folder(folder, tmp_path / "out", RECIPE, output_embeddings=True, **QUICK)
     assert "lm_head" in result.result.layers
+    assert not any(note.startswith("rotation") for note in result.notes)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "model.embed_tokens.weight" in tensors
     assert "lm_head.weight_packed" in tensors

@@ -1,0 +1,221 @@
+"""Measures what one block of a large model takes, and carries that to the whole model.
+
+A model of one block has the shapes of a known one, random weights and no output embeddings. Its inputs are correlated,
+as those of a language model are: the embedding has a few strong directions and weak noise. ``miniquant quantize`` reads
+the folder, quantizes the block and writes it, each run in a process of its own. A plain forward pass over the same
+tokens is measured beside it, and with ``--peers`` llm-compressor on the same folder and tokens. A whole model takes as
+many times the seconds of a block as it has blocks: computed, not measured. Writes results/blocks.json and blocks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from benchmarks.common.measuring import (
+    RESULTS,
+    ROOT,
+    SCRATCH,
+    command_line,
+    machine,
+    machine_line,
+    versions,
+    write_results,
+)
+from benchmarks.common.tables import table
+
+LENGTH = 2048  # of a window, in tokens
+VOCABULARY = 1 << 15  # more than the columns of any layer
+DIRECTIONS = 512  # strong ones, of falling strength
+NOISE = 0.1
+GROUP_SIZE = 128
+# The configuration of a block, and how many blocks the model has.
+SHAPES: dict[str, tuple[str, dict[str, int], int]] = {
+    "Llama-2-7B": (
+        "LlamaConfig",
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+        32,
+    ),
+    "Llama-3-8B": (
+        "LlamaConfig",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+        32,
+    ),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeConfig",
+        {
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        48,
+    ),
+}
+QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+PARTS = ("forward", "hessians", "solver", "judging")
+
+
+def make_folder(name: str, folder: Path, sizes: dict[str, int]) -> None:
+    """Saves a model of one block in bfloat16."""
+    config = getattr(transformers, SHAPES[name][0])(
+        vocab_size=VOCABULARY, num_hidden_layers=1, max_position_embeddings=LENGTH, tie_word_embeddings=False, **sizes
+    )
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModel
+    model = auto.from_config(config, dtype=torch.bfloat16)
+    hidden = int(config.hidden_size)
+    strengths = torch.arange(1, DIRECTIONS + 1) ** -0.5
+    directions = torch.randn(DIRECTIONS, hidden)
+    with torch.no_grad():
+        embedded = torch.randn(VOCABULARY, DIRECTIONS) * strengths @ directions
+        model.embed_tokens.weight.copy_(embedded + NOISE * torch.randn(VOCABULARY, hidden))
+    model.save_pretrained(folder)
+
+
+def forward_seconds(folder: Path, windows: torch.Tensor, dtype: torch.dtype) -> float:
+    """One plain forward pass over all windows, one at a time, with the model in memory."""
+    model: Any = transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    with torch.inference_mode():
+        model(input_ids=windows[:1, :64], use_cache=False)
+        start = time.perf_counter()
+        for window in windows.split(1):
+            model(input_ids=window, use_cache=False)
+        return time.perf_counter() - start
+
+
+class Benchmark:
+    """Folders, windows and the rows of the table."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, name: str, sizes: dict[str, int]) -> None:
+        """All rows of a model's block."""
+        folder = self.arguments.work / name
+        make_folder(name, folder, sizes)
+        generator = torch.Generator().manual_seed(1)
+        count = self.arguments.tokens // LENGTH
+        windows = torch.randint(0, VOCABULARY, (count, LENGTH), generator=generator)
+        tokens = self.arguments.work / "windows.safetensors"
+        save_file({"input_ids": windows}, tokens)
+        forward: dict[str, float] = {}
+        for preset in self.arguments.presets:
+            report = self._quantized(folder, tokens, preset)
+            dtype = report["settings"]["dtype"]
+            if dtype not in forward:
+                forward[dtype] = forward_seconds(folder, windows, getattr(torch, dtype))
+            self._add(name, f"miniquant, {preset}", report["seconds"], forward[dtype], report["peak_memory"], dtype)
+        if self.arguments.peers is not None:
+            found = self._peer(folder, tokens)
+            if "float32" not in forward:
+                forward["float32"] = forward_seconds(folder, windows, torch.float32)
+            seconds = {"total": found["seconds"]}
+            self._add(name, f"llm-compressor {found['version']}", seconds, forward["float32"], None, "float32")
+
+    def _quantized(self, folder: Path, tokens: Path, preset: str) -> dict[str, Any]:
+        """The report of a run."""
+        output = self.arguments.work / "quantized"
+        arguments = [str(folder), str(output), "--calibration", str(tokens), "--preset", preset, "--overwrite"]
+        calibrated = ["--tokens", str(self.arguments.tokens), "--sequence-length", str(LENGTH), "--held-out", "0"]
+        options = ["--dtype", self.arguments.dtype, "--group-size", str(GROUP_SIZE), "--unseen", "siblings"]
+        command = [sys.executable, "-m", "miniquant", "quantize", *arguments, *calibrated, *options]
+        subprocess.run(command, check=True)
+        report: dict[str, Any] = json.loads((output / "report.json").read_text())
+        return report
+
+    def _peer(self, folder: Path, tokens: Path) -> dict[str, Any]:
+        """What llm-compressor says of its run."""
+        script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
+        output = self.arguments.work / "llm-compressor"
+        arguments = map(str, (folder.absolute(), tokens.absolute(), output.absolute(), 4, GROUP_SIZE))
+        said = subprocess.run(
+            [self.arguments.peers.absolute(), script, *arguments, str(torch.get_num_threads())],
+            check=True,
+            cwd=self.arguments.work,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        answer: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+        return answer
+
+    def _add(
+        self, model: str, by: str, seconds: dict[str, float], forward: float, memory: int | None, dtype: str
+    ) -> None:
+        row = {"model": model, "by": by, "tokens": self.arguments.tokens, "dtype": dtype, "forward_pass": forward}
+        self.rows.append({**row, "seconds": seconds, "peak_memory": memory, "blocks": SHAPES[model][2]})
+        write(self)
+
+
+def line_of(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    seconds = row["seconds"]
+    return [
+        row["model"],
+        row["by"],
+        row["dtype"],
+        f"{row['forward_pass']:.0f}",
+        f"{seconds['total']:.0f}",
+        *(f"{seconds[part]:.1f}" if part in seconds else "" for part in PARTS),
+        f"{seconds['total'] / row['forward_pass'] - 1:.2f}",
+        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.1f}",
+        f"{seconds['total'] * row['blocks'] / 3600:.1f}",
+    ]
+
+
+def write(bench: Benchmark) -> None:
+    """Writes and prints the rows so far."""
+    columns = ["block of", "by", "dtype", "forward pass, s", "whole run, s", *(f"{part}, s" for part in PARTS)]
+    header = [*columns, "beyond the pass", "GiB at most", "whole model, h"]
+    summary = (
+        f"One block, {bench.arguments.tokens} tokens in windows of {LENGTH}, 4 bits in groups of {GROUP_SIZE}. Beyond "
+        "the pass: what the whole run takes more than a plain forward pass over the same tokens, relative to that. The "
+        "last column is computed: blocks times seconds."
+    )
+    results = {
+        "command": command_line("scripts/benchmark", "blocks"),
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
+        "rows": bench.rows,
+    }
+    page = "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n"
+    write_results(results, page, bench.arguments.output, "blocks")
+
+
+def main() -> None:
+    """Measures every block and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--presets", nargs="+", default=["fast", "best"])
+    parser.add_argument("--tokens", type=int, default=32768, help="for calibration")
+    parser.add_argument("--dtype", default="auto", help="in which the model runs, as of miniquant quantize")
+    parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
+    parser.add_argument("--work", type=Path, default=SCRATCH / "blocks", help="folder for models")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="a small block and few tokens; below build/")
+    arguments = parser.parse_args()
+    sizes = {name: SHAPES[name][1] for name in arguments.models}
+    if arguments.quick:
+        arguments.tokens, arguments.output = 2 * LENGTH, SCRATCH
+        sizes = {"Llama-2-7B": QUICK}
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    bench = Benchmark(arguments)
+    for name, of_model in sizes.items():
+        bench.measure(name, of_model)
+
+
+if __name__ == "__main__":
+    main()
