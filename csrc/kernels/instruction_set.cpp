@@ -62,14 +62,13 @@ constexpr std::array kSetEntries = {
 struct UnitEntry {
   const char* name;
   bool (*is_supported)();
-  bool is_preferred;
+  bool (*is_preferred)();
 };
 
-constexpr std::array kUnitEntries = {
-    UnitEntry{"none", [] { return true; }, true},
+constexpr std::array kUnitEntries = {UnitEntry{"none", [] { return true; }, [] { return true; }},
 #define MINIQUANT_ENTRY(name, enumerator, supported, preferred) \
-  UnitEntry{#name, [] { return static_cast<bool>(supported); }, preferred},
-    MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_ENTRY)
+  UnitEntry{#name, [] { return static_cast<bool>(supported); }, [] { return static_cast<bool>(preferred); }},
+                                     MINIQUANT_FOR_EACH_BF16_UNIT(MINIQUANT_ENTRY)
 #undef MINIQUANT_ENTRY
 };
 
@@ -90,7 +89,7 @@ InstructionSet strongest_instruction_set() {
 Bf16Unit strongest_unit() {
   Bf16Unit strongest = Bf16Unit::kNone;
   for (const Bf16Unit candidate : kBf16Units) {
-    if (entry_of(candidate).is_preferred && is_supported(candidate)) {
+    if (entry_of(candidate).is_preferred() && is_supported(candidate)) {
       strongest = candidate;
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import gguf_examples
 import miniquant
 from benchmarks.common import measuring
 from benchmarks.common.tables import table
-from benchmarks.models import gguf, texts
+from benchmarks.models import blocks, gguf, texts
 from benchmarks.models.common import docstrings, halves, readable
 from benchmarks.peers import __main__ as compare_peers
 from benchmarks.peers.runner import Problem
@@ -172,6 +173,19 @@ def test_settings_of_texts_are_both_kinds_and_other_groups_of_one() -> None:
         ("plain", 32, "encyclopedia"),
         ("best", 32, "encyclopedia"),
     ]
+
+
+def test_a_block_is_measured_beside_a_forward_pass(tmp_path: Path) -> None:
+    asked = argparse.Namespace(
+        work=tmp_path, output=tmp_path / "out", presets=["fast"], tokens=2 * blocks.LENGTH, dtype="float32", peers=None
+    )
+    blocks.Benchmark(asked).measure("Llama-2-7B", {**blocks.QUICK, "hidden_size": 128, "intermediate_size": 256})
+    (row,) = json.loads((tmp_path / "out" / "blocks.json").read_text())["rows"]
+    assert row["seconds"]["total"] >= sum(row["seconds"][part] for part in blocks.PARTS)
+    assert row["forward_pass"] > 0
+    line = blocks.line_of(row)
+    assert line[:3] == ["Llama-2-7B", "miniquant, fast", "float32"]
+    assert float(line[-1]) == pytest.approx(row["seconds"]["total"] * 32 / 3600, abs=0.05)
 
 
 def test_gguf_files_have_the_types_of_others(tmp_path: Path) -> None:
