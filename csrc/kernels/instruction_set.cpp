@@ -72,9 +72,28 @@ constexpr std::array kUnitEntries = {UnitEntry{"none", [] { return true; }, [] {
 #undef MINIQUANT_ENTRY
 };
 
-const SetEntry& entry_of(InstructionSet instruction_set) { return kSetEntries[static_cast<size_t>(instruction_set)]; }
+/// The entry of an enumerator; nullptr for a value that is none.
+const SetEntry* entry_of(InstructionSet instruction_set) {
+  const auto place = static_cast<size_t>(instruction_set);
+  return place < kSetEntries.size() ? &kSetEntries[place] : nullptr;
+}
 
-const UnitEntry& entry_of(Bf16Unit unit) { return kUnitEntries[static_cast<size_t>(unit)]; }
+const UnitEntry* entry_of(Bf16Unit unit) {
+  const auto place = static_cast<size_t>(unit);
+  return place < kUnitEntries.size() ? &kUnitEntries[place] : nullptr;
+}
+
+template <typename T>
+const char* name_of(T value) {
+  const auto* const entry = entry_of(value);
+  return entry == nullptr ? "unknown" : entry->name;
+}
+
+template <typename T>
+bool is_entry_supported(T value) {
+  const auto* const entry = entry_of(value);
+  return entry != nullptr && entry->is_supported();
+}
 
 InstructionSet strongest_instruction_set() {
   InstructionSet strongest = kInstructionSets.front();
@@ -89,7 +108,7 @@ InstructionSet strongest_instruction_set() {
 Bf16Unit strongest_unit() {
   Bf16Unit strongest = Bf16Unit::kNone;
   for (const Bf16Unit candidate : kBf16Units) {
-    if (entry_of(candidate).is_preferred() && is_supported(candidate)) {
+    if (entry_of(candidate)->is_preferred() && is_supported(candidate)) {
       strongest = candidate;
     }
   }
@@ -136,9 +155,9 @@ Choice choose() {
 
 }  // namespace
 
-const char* name(InstructionSet instruction_set) { return entry_of(instruction_set).name; }
+const char* name(InstructionSet instruction_set) { return name_of(instruction_set); }
 
-const char* name(Bf16Unit unit) { return entry_of(unit).name; }
+const char* name(Bf16Unit unit) { return name_of(unit); }
 
 std::optional<InstructionSet> instruction_set_named(std::string_view wanted) {
   for (const InstructionSet candidate : kInstructionSets) {
@@ -149,9 +168,9 @@ std::optional<InstructionSet> instruction_set_named(std::string_view wanted) {
   return std::nullopt;
 }
 
-bool is_supported(InstructionSet instruction_set) { return entry_of(instruction_set).is_supported(); }
+bool is_supported(InstructionSet instruction_set) { return is_entry_supported(instruction_set); }
 
-bool is_supported(Bf16Unit unit) { return entry_of(unit).is_supported(); }
+bool is_supported(Bf16Unit unit) { return is_entry_supported(unit); }
 
 InstructionSet choose_instruction_set() { return choose().instruction_set; }
 
