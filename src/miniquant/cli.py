@@ -231,7 +231,7 @@ def quantize(
             rich_help_panel=_RECIPE,
             show_default="no",
             help="Turn the residual stream and the heads' values first, which changes no prediction of the model, and "
-            "loses less; tied output embeddings become a matrix of their own. For models as Llama and Qwen3.",
+            "loses less; tied output embeddings become a matrix of their own. For models as Llama and Qwen.",
         ),
     ] = None,
     unseen: Annotated[

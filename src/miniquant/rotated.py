@@ -10,7 +10,7 @@ from torch import Tensor
 from miniquant import units
 from miniquant.checkpoint import Checkpoint
 from miniquant.lazy import LazyModel
-from miniquant.rotation import find_rotation
+from miniquant.rotation import Rotation, find_rotation
 from miniquant.walk import call
 
 # Tokens by which a turned model is compared with the model, and the largest divergence of its predictions, nats.
@@ -26,26 +26,41 @@ class RotatedCheckpoint(Checkpoint):
         trust_remote_code: whether code of the folder may run.
 
     Raises:
-        ValueError: for a model that cannot be turned, or whose tensors are not named as its parameters.
+        ValueError: for a model that cannot be turned, or whose tensors are laid out otherwise than its parameters.
         FileNotFoundError, OSError, ImportError: as of :class:`miniquant.lazy.LazyModel`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> None:
         super().__init__(folder)
         before = LazyModel(folder, trust_remote_code=trust_remote_code)
-        self._rotation = find_rotation(before.model)
+        self._rotation = self._of_tensors(find_rotation(before.model), before)
         self._nbytes = super().nbytes
-        for name, turn in self._rotation.turns.items():
-            if before.source_names(name) != (turn.source,) or not before.is_plain(name):
-                raise ValueError(
-                    f"rotation: {folder}: expected a tensor named {turn.source!r}, as the parameter of the model, but "
-                    f"got {', '.join(before.source_names(name))}"
-                )
-        if self._rotation.head is not None:
-            source = self.tensors[self._rotation.turns[self._rotation.head].source]
-            head = {self._rotation.head: replace(source, name=self._rotation.head)}
-            self.tensors = MappingProxyType({**self.tensors, **head})
+        head = self._rotation.head
+        if head is not None:
+            source = self.tensors[self._rotation.turns[head].source]
+            self.tensors = MappingProxyType({**self.tensors, head: replace(source, name=head)})
             self.config = {**self.config, "tie_word_embeddings": False}
+
+    def _of_tensors(self, rotation: Rotation, before: LazyModel) -> Rotation:
+        """A rotation by names of tensors: all that a parameter is made from are turned as it is.
+
+        Raises:
+            ValueError: for tensors whose shapes say that they are not laid out as the parameter.
+        """
+        turns = {}
+        for name, turn in rotation.turns.items():
+            gain = None if turn.gain is None else before.source_names(turn.gain)[0]
+            is_new = name == rotation.head
+            for source in before.source_names(turn.source):
+                turns[name if is_new else source] = replace(turn, source=source, gain=gain)
+                shape = self.tensors[source].shape
+                sides = ((turn.columns, shape[-1]), (turn.rows, shape[-2] if len(shape) > 1 else 0))
+                if any(matrix is not None and side % matrix.size for matrix, side in sides):
+                    raise ValueError(
+                        f"rotation: {self.folder}: expected tensor {source!r} to be laid out as parameter {name!r}, "
+                        f"but got shape {list(shape)}"
+                    )
+        return replace(rotation, turns=turns)
 
     @property
     def nbytes(self) -> int:

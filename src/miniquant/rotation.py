@@ -30,20 +30,37 @@ _LARGEST_FACTOR = 64
 # A norm that is the one expected differs by rounding.
 _TOLERANCE = 1e-4
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-# Layers of a block that read from the residual stream, with the norm between, and those that write to it.
+# Parts of a block. Norms before attention and before the MLP, or the experts.
+_NORMS = _ATTENTION_NORM, _MLP_NORM = ("input_layernorm", "post_attention_layernorm")
+_VALUES, _BEHIND_VALUES = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
+# Parameters that multiply the residual stream, with the norm between; and those whose products are added to it.
+_READERS_OF_ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", _VALUES)
+_READERS_OF_MLP = (
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.gate.weight",
+    "mlp.experts.gate_up_proj",
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert_gate.weight",
+)
 _READERS = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.k_proj": "input_layernorm",
-    "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm",
+    **dict.fromkeys(_READERS_OF_ATTENTION, _ATTENTION_NORM),
+    **dict.fromkeys(_READERS_OF_MLP, _MLP_NORM),
 }
-_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-_VALUES, _BEHIND_VALUES = "self_attn.v_proj", "self_attn.o_proj"
+_WRITERS_OF_MLP = ("mlp.down_proj.weight", "mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight")
+_WRITERS = (_BEHIND_VALUES, *_WRITERS_OF_MLP)
+_ADDED = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
+# Parameters that see nothing of it: what is added to or multiplies the readers' products.
+_UNTOUCHED = (
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "mlp.gate_proj.bias",
+    "mlp.up_proj.bias",
+)
 _HEAD = "lm_head.weight"
-# Parameters that see nothing of it: norms of a head's queries and keys.
-_UNTOUCHED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 class Orthogonal:
@@ -114,7 +131,7 @@ class Turn:
         source: the parameter whose values it is made from.
         gain: of a norm, that its columns are multiplied with before they are turned; None for none.
         columns: by which its columns are turned, in runs of its size. A vector counts as one row.
-        rows: the same for its rows.
+        rows: the same for its rows; of experts, for those of each.
         ones: whether it becomes 1 everywhere: a gain that others have taken.
     """
 
@@ -155,8 +172,9 @@ class Rotation:
             between = dtype if turn.rows is None else torch.float64
             values = turn.columns.of_rows(values.reshape(-1, turn.columns.size), gain, between).view(shape)
         if turn.rows is not None:
-            flipped = values.T.reshape(-1, turn.rows.size)
-            values = turn.rows.of_rows(flipped, dtype=dtype).view(shape[-1], -1).T
+            flipped = values.transpose(-1, -2)
+            turned = turn.rows.of_rows(flipped.reshape(-1, turn.rows.size), dtype=dtype)
+            values = turned.view(flipped.shape).transpose(-1, -2)
         return values.contiguous()
 
 
@@ -165,8 +183,9 @@ def find_rotation(model: nn.Module) -> Rotation:
 
     Args:
         model: a causal language model of transformers with blocks as Llama's: norms by the root mean square before
-            attention and before a gated MLP, whose outputs are added to the residual stream (Llama, Mistral, Qwen2,
-            Qwen3, SmolLM3, Granite and the like). Its weights may be on the device "meta".
+            attention and before a gated MLP or experts, whose outputs are added to the residual stream (Llama, Mistral,
+            Mixtral, Qwen2 and Qwen3 with and without experts, SmolLM3, Granite and the like). Its weights may be on
+            the device "meta".
 
     Raises:
         ValueError: for any other; it says what is not as expected.
@@ -188,10 +207,7 @@ def find_rotation(model: nn.Module) -> Rotation:
     }
     for name, block in blocks.items():
         size = getattr(block.get_submodule("self_attn"), "head_dim", None)
-        sides = (
-            parameters[f"{name}.{_VALUES}.weight"].shape[0],
-            parameters[f"{name}.{_BEHIND_VALUES}.weight"].shape[1],
-        )
+        sides = (parameters[f"{name}.{_VALUES}"].shape[0], parameters[f"{name}.{_BEHIND_VALUES}"].shape[1])
         if not isinstance(size, int) or any(side % size for side in sides):
             raise _refused(model, f"{name}.self_attn has no head_dim that divides {sides[0]} and {sides[1]}")
         turns |= _turns_of_block(name, hidden, Orthogonal(size))
@@ -200,17 +216,16 @@ def find_rotation(model: nn.Module) -> Rotation:
 
 def _turns_of_block(block: str, hidden: Orthogonal, heads: Orthogonal) -> dict[str, Turn]:
     """The turns of all parameters that a block may have, by name."""
-    turns = {}
-    for norm in _NORMS:
-        turns[f"{block}.{norm}.weight"] = Turn(f"{block}.{norm}.weight", ones=True)
-    for layer, norm in _READERS.items():
-        name, gain = f"{block}.{layer}.weight", f"{block}.{norm}.weight"
-        turns[name] = Turn(name, gain=gain, columns=hidden, rows=heads if layer == _VALUES else None)
-    for layer in _WRITERS:
-        name, bias = f"{block}.{layer}.weight", f"{block}.{layer}.bias"
-        turns[name] = Turn(name, columns=heads if layer == _BEHIND_VALUES else None, rows=hidden)
-        turns[bias] = Turn(bias, columns=hidden)
-    bias = f"{block}.{_VALUES}.bias"
+    turns = {f"{block}.{norm}.weight": Turn(f"{block}.{norm}.weight", ones=True) for norm in _NORMS}
+    for reader, norm in _READERS.items():
+        name, rows = f"{block}.{reader}", heads if reader == _VALUES else None
+        turns[name] = Turn(name, gain=f"{block}.{norm}.weight", columns=hidden, rows=rows)
+    for writer in _WRITERS:
+        name, columns = f"{block}.{writer}", heads if writer == _BEHIND_VALUES else None
+        turns[name] = Turn(name, columns=columns, rows=hidden)
+    for bias in _ADDED:
+        turns[f"{block}.{bias}"] = Turn(f"{block}.{bias}", columns=hidden)
+    bias = f"{block}.{_VALUES.replace('weight', 'bias')}"
     turns[bias] = Turn(bias, columns=heads)
     return turns
 
@@ -219,16 +234,22 @@ def _check_parameters(
     model: nn.Module, parameters: Collection[str], outside: Collection[str], blocks: Collection[str]
 ) -> None:
     """Refuses a model with other parameters than those whose part in it is known here."""
-    layers = (*_READERS, *_WRITERS)
-    needed = {*outside, *(f"{block}.{name}.weight" for block in blocks for name in (*_NORMS, *layers))}
-    known = {f"{block}.{name}" for block in blocks for name in (*(f"{layer}.bias" for layer in layers), *_UNTOUCHED)}
     if not blocks:
         raise _refused(model, "it has no blocks")
-    for name in sorted(needed):
+    of_block = (*(f"{norm}.weight" for norm in _NORMS), *_READERS_OF_ATTENTION, _BEHIND_VALUES)
+    for name in (*outside, *(f"{block}.{part}" for block in blocks for part in of_block)):
         if name not in parameters:
             raise _refused(model, f"it has no parameter {name}")
+    for block in blocks:
+        for parts in (_READERS_OF_MLP, _WRITERS_OF_MLP):
+            if not any(f"{block}.{part}" in parameters for part in parts):
+                raise _refused(model, f"it has no parameter {block}.{parts[0]}")
+    known = {*outside, _HEAD.replace("weight", "bias")}
+    for block in blocks:
+        turned = _turns_of_block(block, Orthogonal(1), Orthogonal(1))
+        known |= {*turned, *(f"{block}.{part}" for part in _UNTOUCHED)}
     for name in parameters:
-        if name not in needed and name not in known and name != f"{_HEAD.removesuffix('weight')}bias":
+        if name not in known:
             raise _refused(model, f"it has a parameter {name}, whose part is not known here")
 
 
