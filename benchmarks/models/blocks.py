@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
+from scripts.smollm2 import write_folder
 
 LENGTH = 2048  # of a window, in tokens
 VOCABULARY = 1 << 15  # more than the columns of any layer
@@ -140,6 +142,9 @@ class Benchmark:
     def _peer(self, folder: Path, tokens: Path) -> dict[str, Any]:
         """What llm-compressor says of its run."""
         script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
+        write_folder(self.arguments.work / "smollm2")
+        for file in (self.arguments.work / "smollm2").glob("tokenizer*"):
+            shutil.copy(file, folder)  # it asks for a tokenizer, and does not use it
         output = self.arguments.work / "llm-compressor"
         arguments = map(str, (folder.absolute(), tokens.absolute(), output.absolute(), 4, GROUP_SIZE))
         said = subprocess.run(
