@@ -1,11 +1,11 @@
 """Turning the residual stream and the heads' values of a model, which changes no prediction and helps the grid.
 
 Each vector x of the residual stream becomes x R, with R orthogonal: what writes to the stream is multiplied with R,
-what reads from it takes R back, and norms do not notice, because |x R| = |x|, once their gains are in the weights behind
-them. The values v of each head become v T, and the layer behind the attention takes T back. Nothing is computed at run
-time that was not before. A weight of a turned model is a sum of many weights of the old one, so outliers, which stretch
-the scale of their group, are gone (SpinQuant, arXiv:2405.16406, R1 and R2; QuaRot, arXiv:2404.00456, without its
-rotations at run time).
+what reads from it takes R back, and norms do not notice, because |x R| = |x|, once their gains are in the weights
+behind them. The values v of each head become v T, and the layer behind the attention takes T back. Nothing is computed
+at run time that was not before. A weight of a turned model is a sum of many weights of the old one, so outliers, which
+stretch the scale of their group, are gone (SpinQuant, arXiv:2405.16406, R1 and R2; QuaRot, arXiv:2404.00456, without
+its rotations at run time).
 
 R = S (H x C): S random signs, H the Hadamard matrix of the largest power of two that divides the size, C the cosine
 transform (DCT-II) of what is left, all orthonormal.

@@ -351,12 +351,13 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "option outside defaults": (
         "r.toml",
         b"group_sise = 4\n",
-        "expected keys $schema, format, defaults, rules, but got 'group_sise'; did you mean 'group_size' in defaults?",
+        "expected keys $schema, format, rotation, defaults, rules, but got 'group_sise'; "
+        "did you mean 'group_size' in defaults?",
     ),
     "rule instead of rules": (
         "r.toml",
         b'[[rule]]\npattern = "*"\n',
-        "expected keys $schema, format, defaults, rules, but got 'rule'; did you mean 'rules'?",
+        "expected keys $schema, format, rotation, defaults, rules, but got 'rule'; did you mean 'rules'?",
     ),
     "one table instead of an array": (
         "r.toml",
@@ -404,8 +405,8 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
         b'format = "onnx"\n',
         "expected format to be one of compressed-tensors, gptq, gptq_v2, gguf, miniquant, but got 'onnx'",
     ),
-    "array": ("r.json", b"[]", "expected a table of format, defaults and rules, but got []"),
-    "number": ("r.json", b"4", "expected a table of format, defaults and rules, but got 4"),
+    "array": ("r.json", b"[]", "expected a table of format, rotation, defaults and rules, but got []"),
+    "number": ("r.json", b"4", "expected a table of format, rotation, defaults and rules, but got 4"),
     "nothing": ("r.json", b"", "expected JSON, but got: Expecting value: line 1 column 1 (char 0)"),
     "cut off": (
         "r.json",
@@ -533,7 +534,7 @@ any_rule: Any = Rule
         (lambda: any_rule(None), "Rule: expected pattern to be a string that is not empty, but got None"),
         (
             lambda: any_recipe.from_dict(None),
-            "Recipe.from_dict: expected a table of format, defaults and rules, but got None",
+            "Recipe.from_dict: expected a table of format, rotation, defaults and rules, but got None",
         ),
     ],
 )
