@@ -351,8 +351,10 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "option outside defaults": (
         "r.toml",
         b"group_sise = 4\n",
-        "expected keys $schema, format, rotation, defaults, rules, but got 'group_sise'; "
-        "did you mean 'group_size' in defaults?",
+        (
+            "expected keys $schema, format, rotation, defaults, rules, but got 'group_sise'; "
+            "did you mean 'group_size' in defaults?"
+        ),
     ),
     "rule instead of rules": (
         "r.toml",
