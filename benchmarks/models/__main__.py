@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import string
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,20 @@ from transformers import AutoTokenizer
 import miniquant
 from benchmarks.common.measuring import (
     RESULTS,
-    ROOT,
     SCRATCH,
     command_line,
     machine,
-    machine_line,
     versions,
     write_results,
 )
-from benchmarks.common.tables import table
 from benchmarks.models.common import (
     BY_LAYER,
     LENGTH,
     SCHEMES,
+    answer_of_peer,
     float_model,
     halves_as_windows,
+    page,
     readable,
     recipe_named,
     with_error,
@@ -131,16 +129,7 @@ class Benchmark:
         batches = self.work / "batches.safetensors"
         windows = [row for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
         save_file({"input_ids": torch.stack(windows)}, batches)
-        script = ROOT / "benchmarks" / "models" / PEERS[name]
-        arguments = (self.float_folder, batches, folder, bits, GROUP_SIZE, torch.get_num_threads())
-        said = subprocess.run(
-            [python.absolute(), script, *map(str, arguments)],
-            check=True,
-            cwd=self.work,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
-        answer = json.loads(said.strip().splitlines()[-1])
+        answer = answer_of_peer(python, PEERS[name], self.work, self.float_folder, batches, folder, bits, GROUP_SIZE)
         self._add(f"{name} {answer['version']}", bits, folder, answer["seconds"], {})
 
     def _add(self, name: str, bits: int, folder: Path, seconds: float, parts: dict[str, float]) -> None:
@@ -196,7 +185,7 @@ def write(bench: Benchmark) -> None:
     letters = dict(zip(processors, string.ascii_uppercase, strict=False))
     summary = (
         f"Float model: perplexity {found['value']:.2f} ± {found['standard_error']:.2f}. Bytes are those of the decoder "
-        "layers' weights relative to float32. The last column is the time relative to a plain forward pass over the "
+        "layers' weights relative to float32. Forward passes are the time relative to a plain one over the "
         f"{bench.setting['tokens']} calibration tokens in the same run of the benchmark. "
         f"Processors: {', '.join(f'{letter}: {cpu}' for cpu, letter in letters.items())}; two threads."
     )
@@ -209,10 +198,7 @@ def write(bench: Benchmark) -> None:
     }
     write_results(
         results,
-        "\n\n".join(
-            [summary, table(header, (line_of(row, letters) for row in bench.rows), numbers=True), machine_line(results)]
-        )
-        + "\n",
+        page(summary, header, (line_of(row, letters) for row in bench.rows), results, numbers=True),
         bench.output,
         "models",
     )

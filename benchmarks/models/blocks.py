@@ -10,10 +10,7 @@ many times the seconds of a block as it has blocks: computed, not measured. Writ
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,22 +21,20 @@ from safetensors.torch import save_file
 
 from benchmarks.common.measuring import (
     RESULTS,
-    ROOT,
     SCRATCH,
     command_line,
     machine,
-    machine_line,
     versions,
     write_results,
 )
-from benchmarks.common.tables import table
+from benchmarks.models.common import answer_of_peer, page, report_of_run
 from scripts.smollm2 import write_folder
 
 LENGTH = 2048  # of a window, in tokens
 VOCABULARY = 1 << 15  # more than the columns of any layer
 DIRECTIONS = 512  # strong ones, of falling strength
 NOISE = 0.1
-GROUP_SIZE = 128
+BITS, GROUP_SIZE = 4, 128
 # The configuration of a block, and how many blocks the model has.
 SHAPES: dict[str, tuple[str, dict[str, int], int]] = {
     "Llama-2-7B": (
@@ -131,31 +126,19 @@ class Benchmark:
     def _quantized(self, folder: Path, tokens: Path, preset: str) -> dict[str, Any]:
         """The report of a run."""
         output = self.arguments.work / "quantized"
-        arguments = [str(folder), str(output), "--calibration", str(tokens), "--preset", preset, "--overwrite"]
-        calibrated = ["--tokens", str(self.arguments.tokens), "--sequence-length", str(LENGTH), "--held-out", "0"]
-        options = ["--dtype", self.arguments.dtype, "--group-size", str(GROUP_SIZE), "--unseen", "siblings"]
-        command = [sys.executable, "-m", "miniquant", "quantize", *arguments, *calibrated, *options]
-        subprocess.run(command, check=True)
-        report: dict[str, Any] = json.loads((output / "report.json").read_text())
-        return report
+        calibrated = ["--calibration", str(tokens), "--tokens", str(self.arguments.tokens), "--held-out", "0"]
+        windows = ["--sequence-length", str(LENGTH), "--dtype", self.arguments.dtype, "--unseen", "siblings"]
+        options = ["--preset", preset, "--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--overwrite"]
+        return report_of_run(folder, output, *calibrated, *windows, *options)
 
     def _peer(self, folder: Path, tokens: Path) -> dict[str, Any]:
         """What llm-compressor says of its run."""
-        script = ROOT / "benchmarks" / "models" / "run_llm_compressor.py"
         write_folder(self.arguments.work / "smollm2")
         for file in (self.arguments.work / "smollm2").glob("tokenizer*"):
             shutil.copy(file, folder)  # it asks for a tokenizer, and does not use it
         output = self.arguments.work / "llm-compressor"
-        arguments = map(str, (folder.absolute(), tokens.absolute(), output.absolute(), 4, GROUP_SIZE))
-        said = subprocess.run(
-            [self.arguments.peers.absolute(), script, *arguments, str(torch.get_num_threads())],
-            check=True,
-            cwd=self.arguments.work,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
-        answer: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
-        return answer
+        given = (folder.absolute(), tokens.absolute(), output.absolute(), BITS, GROUP_SIZE)
+        return answer_of_peer(self.arguments.peers, "run_llm_compressor.py", self.arguments.work, *given)
 
     def _add(
         self, model: str, by: str, seconds: dict[str, float], forward: float, memory: int | None, dtype: str
@@ -186,9 +169,9 @@ def write(bench: Benchmark) -> None:
     columns = ["block of", "by", "dtype", "forward pass, s", "whole run, s", *(f"{part}, s" for part in PARTS)]
     header = [*columns, "beyond the pass", "GiB at most", "whole model, h"]
     summary = (
-        f"One block, {bench.arguments.tokens} tokens in windows of {LENGTH}, 4 bits in groups of {GROUP_SIZE}. Beyond "
-        "the pass: what the whole run takes more than a plain forward pass over the same tokens, relative to that. The "
-        "last column is computed: blocks times seconds."
+        f"One block, {bench.arguments.tokens} tokens in windows of {LENGTH}, {BITS} bits in groups of {GROUP_SIZE}. "
+        "Beyond the pass: what the whole run takes more than a plain forward pass over the same tokens, relative to "
+        "that. The last column is computed: blocks times seconds."
     )
     results = {
         "command": command_line("scripts/benchmark", "blocks"),
@@ -196,8 +179,8 @@ def write(bench: Benchmark) -> None:
         "versions": versions(),
         "rows": bench.rows,
     }
-    page = "\n\n".join([summary, table(header, map(line_of, bench.rows), numbers=True), machine_line(results)]) + "\n"
-    write_results(results, page, bench.arguments.output, "blocks")
+    text = page(summary, header, map(line_of, bench.rows), results, numbers=True)
+    write_results(results, text, bench.arguments.output, "blocks")
 
 
 def main() -> None:

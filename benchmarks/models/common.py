@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 import sysconfig
 import textwrap
 from pathlib import Path
@@ -107,9 +110,40 @@ def beginning(name: str, calibration: miniquant.Calibration, evaluation: miniqua
     }
 
 
-def page(summary: str, header: Sequence[str], rows: Iterable[Sequence[str]], results: dict[str, Any]) -> str:
-    """A page of results: what they are of, the table, the command and the machine."""
-    return "\n\n".join([summary, table(header, rows), machine_line(results)]) + "\n"
+def page(
+    summary: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    results: dict[str, Any],
+    *,
+    numbers: bool = False,
+) -> str:
+    """A page of results: what they are of, the table (as of :func:`table`), the command and the machine."""
+    return "\n\n".join([summary, table(header, rows, numbers=numbers), machine_line(results)]) + "\n"
+
+
+def report_of_run(folder: Path, output: Path, *options: str, launcher: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of ``miniquant quantize`` in a process of its own, or in those that a launcher of Python starts."""
+    command = [sys.executable, *launcher, "-m", "miniquant", "quantize", str(folder), str(output), *options]
+    subprocess.run(command, check=True)
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return report
+
+
+def answer_of_peer(python: Path, script: str, work: Path, *arguments: object) -> dict[str, Any]:
+    """The last line, JSON, of what a script beside this one prints in the environment of the peers.
+
+    Args:
+        python: of that environment.
+        script: name of the file.
+        work: where it runs.
+        arguments: of the script; the number of threads follows them.
+    """
+    given = map(str, (Path(__file__).with_name(script), *arguments, torch.get_num_threads()))
+    command = [str(python.absolute()), *given]
+    said = subprocess.run(command, check=True, cwd=work, stdout=subprocess.PIPE, text=True).stdout
+    answer: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    return answer
 
 
 def with_error(scores: Mapping[str, Any], name: str, digits: int, scale: float = 1) -> str:

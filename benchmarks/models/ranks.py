@@ -8,7 +8,6 @@ formula gives the time of any number of ranks. Writes results/ranks.json and ran
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benchmarks.common.measuring import (
     write_results,
 )
 from benchmarks.common.tables import table
+from benchmarks.models.common import report_of_run
 from scripts.smollm2 import write_folder
 
 SUMS = 3  # of a layer's inputs: two halves of the calibration tokens, and those held out
@@ -58,11 +58,9 @@ def sums_bytes(columns: int, ranks: int) -> float:
 def run(folder: Path, output: Path, text: Path, preset: str, ranks: int) -> dict[str, Any]:
     """The report of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    arguments = ["quantize", str(folder), str(output), "--calibration", str(text), "--preset", preset]
-    options = ["--dtype", "float32", "--threads", "1", "--sequence-length", "512", "--overwrite"]
-    subprocess.run([sys.executable, *launcher, "-m", "miniquant", *arguments, *options], check=True)
-    report: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return report
+    given = ["--calibration", str(text), "--preset", preset, "--dtype", "float32"]
+    options = ["--threads", "1", "--sequence-length", "512", "--overwrite"]
+    return report_of_run(folder, output, *given, *options, launcher=launcher)
 
 
 def rate_of_gloo() -> float:

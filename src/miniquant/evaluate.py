@@ -344,7 +344,8 @@ def _embeddings(model: nn.Module, batch: Batch, where: str) -> Tensor:
 
 def _output(model: nn.Module, batch: Batch, name: str, where: str) -> Tensor:
     """What the model gives under a name, or as its only or first output."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    devices = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    device = next((one for one in devices if one.type != "meta"), torch.device("cpu"))  # meta: lazy.py reads it then
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     with torch.inference_mode():
         output: Any = model(**moved)

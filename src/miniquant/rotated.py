@@ -9,9 +9,9 @@ from torch import Tensor
 
 from miniquant import units
 from miniquant.checkpoint import Checkpoint
+from miniquant.evaluate import Reference, evaluate
 from miniquant.lazy import LazyModel
 from miniquant.rotation import Rotation, find_rotation
-from miniquant.walk import call
 
 # Tokens by which a turned model is compared with the model, and the largest divergence of its predictions, nats.
 _TOKENS = 128
@@ -111,14 +111,13 @@ def check_predictions(
         ValueError: where they differ by more than rounding.
     """
     few = input_ids[:1, :_TOKENS]
-
-    def predictions(of: str | os.PathLike[str] | Checkpoint) -> Tensor:
-        with LazyModel(of, torch.float32, device, trust_remote_code=trust_remote_code) as lazy, torch.no_grad():
-            logits: Tensor = call(lazy.model, {"input_ids": few}).logits
-            return logits.cpu().double().log_softmax(-1)
-
-    expected, found = predictions(folder), predictions(checkpoint)
-    divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    with LazyModel(folder, torch.float32, device, trust_remote_code=trust_remote_code) as lazy:
+        reference = Reference(lazy.model)
+        reference.keep([few])
+    with LazyModel(checkpoint, torch.float32, device, trust_remote_code=trust_remote_code) as lazy:
+        found = evaluate(lazy.model, [few], reference=reference).kl_divergence
+    assert found is not None  # noqa: S101  (there is a reference)
+    divergence = found.value
     if not divergence <= _LARGEST_DIVERGENCE:
         raise ValueError(
             f"rotation: {folder}: expected the turned model to predict what the model does, but got a divergence of "

@@ -50,6 +50,7 @@ _READERS = {
 }
 _WRITERS_OF_MLP = ("mlp.down_proj.weight", "mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight")
 _WRITERS = (_BEHIND_VALUES, *_WRITERS_OF_MLP)
+_BIAS_OF_VALUES = "self_attn.v_proj.bias"
 _ADDED = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
 # Parameters that see nothing of it: what is added to or multiplies the readers' products.
 _UNTOUCHED = (
@@ -60,7 +61,7 @@ _UNTOUCHED = (
     "mlp.gate_proj.bias",
     "mlp.up_proj.bias",
 )
-_HEAD = "lm_head.weight"
+_HEAD, _BIAS_OF_HEAD = "lm_head.weight", "lm_head.bias"
 
 
 class Orthogonal:
@@ -225,7 +226,7 @@ def _turns_of_block(block: str, hidden: Orthogonal, heads: Orthogonal) -> dict[s
         turns[name] = Turn(name, columns=columns, rows=hidden)
     for bias in _ADDED:
         turns[f"{block}.{bias}"] = Turn(f"{block}.{bias}", columns=hidden)
-    bias = f"{block}.{_VALUES.replace('weight', 'bias')}"
+    bias = f"{block}.{_BIAS_OF_VALUES}"
     turns[bias] = Turn(bias, columns=heads)
     return turns
 
@@ -241,13 +242,11 @@ def _check_parameters(
         if name not in parameters:
             raise _refused(model, f"it has no parameter {name}")
     for block in blocks:
-        for parts in (_READERS_OF_MLP, _WRITERS_OF_MLP):
-            if not any(f"{block}.{part}" in parameters for part in parts):
-                raise _refused(model, f"it has no parameter {block}.{parts[0]}")
-    known = {*outside, _HEAD.replace("weight", "bias")}
-    for block in blocks:
-        turned = _turns_of_block(block, Orthogonal(1), Orthogonal(1))
-        known |= {*turned, *(f"{block}.{part}" for part in _UNTOUCHED)}
+        for of_mlp in (_READERS_OF_MLP, _WRITERS_OF_MLP):
+            if not any(f"{block}.{part}" in parameters for part in of_mlp):
+                raise _refused(model, f"it has no parameter {block}.{of_mlp[0]}")
+    parts = (*of_block, *_READERS, *_WRITERS, *_ADDED, _BIAS_OF_VALUES, *_UNTOUCHED)
+    known = {*outside, _BIAS_OF_HEAD, *(f"{block}.{part}" for block in blocks for part in parts)}
     for name in parameters:
         if name not in known:
             raise _refused(model, f"it has a parameter {name}, whose part is not known here")

@@ -398,6 +398,8 @@ class FolderPlan:
         """Quantizes and writes; as of :func:`quantize_folder`."""
         planned, source = self.planned, self.source
         notes = list(self.notes)
+        if isinstance(source.checkpoint, RotatedCheckpoint):
+            self._check_rotation(source.checkpoint)
         with self.state() as state:
             if self.resumed:
                 notes.append(f"{len(state)} of {len(planned.plan.layers)} layers are from a run that had ended before")
@@ -413,8 +415,6 @@ class FolderPlan:
                 if progress is not None:
                     progress(layer, number, of)
 
-            if isinstance(source.checkpoint, RotatedCheckpoint):
-                self._check_rotation(source.checkpoint)
             with _saying_what_is_kept(state, planned):
                 with source:
                     result = quantize_planned(
