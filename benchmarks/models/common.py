@@ -37,6 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fast, corrected": {"preset": "fast", "correction": CORRECTION_OF_BEST},
     f"best{ALIKE}": {"preset": "best", "correction": 0, **UNIFORM},
     "best, not corrected": {"preset": "best", "correction": 0},
+    "best, inputs corrected": {"preset": "best", "stream_correction": 0},
     "best": {"preset": "best"},
     BY_LAYER: {"preset": "best"},
     "fast, rotated": {"preset": "fast", "rotation": True},

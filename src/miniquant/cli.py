@@ -224,6 +224,17 @@ def quantize(
             "takes a second forward pass.",
         ),
     ] = None,
+    stream_correction: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            rich_help_panel=_RECIPE,
+            show_default="0.4 with best and a correction, else 0",
+            help="Which part of the errors of the residual stream a layer that writes to it makes up for; above 0 it "
+            "takes a second forward pass.",
+        ),
+    ] = None,
     rotation: Annotated[
         bool | None,
         typer.Option(
@@ -364,6 +375,7 @@ def quantize(
                 "ridge": ridge,
                 "token_weights": token_weights,
                 "correction": correction,
+                "stream_correction": stream_correction,
                 "unseen": unseen,
                 "min_tokens": min_tokens,
             },

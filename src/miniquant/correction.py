@@ -1,60 +1,71 @@
-r"""The weight that makes up for what the quantized layers before did to a layer's inputs.
+r"""The weight that makes up for what the quantized layers before did.
 
 Let x be a token's input in the float model and y its input in the model as it is quantized so far. GPTQ with the
-Hessian H = E[y y^T] makes Q y close to W y, but the float model computes W x. The least squares solution of
-||W x - Q y|| is
+Hessian H = E[y y^T] makes Q y close to W y, but the float model computes W x. A layer that writes to a residual stream
+adds to that of the float model, u, and of this one, v: what comes next in the float model is u + W x. The least squares
+solution of ||u + W x - (v + Q y)|| is
 
-    W' = W E[x y^T] H^-1 = W + W (C - H) H^-1        C = E[x y^T]
+    W' = W + (W E + D) H^-1        E = E[(x - y) y^T],  D = E[(u - v) y^T]
 
-after which Q is found for W' as for any weight, because ||W x - Q y||^2 = ||(W' - Q) y||^2 + a constant. Two things
-keep W' from fitting the calibration tokens instead of the model: the ridge r of the layer, and a factor a from 0 to 1:
+with D = 0 for all other layers, after which Q is found for W' as for any weight, because
+||u + W x - (v + Q y)||^2 = ||(W' - Q) y||^2 + a constant. Two things keep W' from fitting the calibration tokens
+instead of the model: the ridge r of the layer, and factors a and b from 0 to 1:
 
-    W' = W + a W (C - H) (H + r I)^-1
+    W' = W + (a W E + b D) (H + r I)^-1
 
-C - H = E[(x - y) y^T] is summed as such: the difference of two sums would lose what it is about. Sources: QEP
-(arXiv:2504.09629), which has the factor; GPTAQ (arXiv:2504.02692); Qronos (arXiv:2505.11695).
+E and D are summed as such: the difference of two sums would lose what it is about. Sources: QEP (arXiv:2504.09629),
+which has E and its factor; GPTAQ (arXiv:2504.02692); Qronos (arXiv:2505.11695). D is our own.
 
 Costs: the float model's forward pass beside the other one, T K^2 multiplications and additions for each set of inputs
-(twice those of H), and K^3 / 3 + 2 N K^2 for a layer.
+(twice those of H), T N K for a layer that writes to a stream, and K^3 / 3 + 2 N K^2 for a layer.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class InputErrors:
-    """E[(x - y) y^T] over any number of batches, with weights of tokens.
+class ErrorSum:
+    """E[(u - v) y^T] over any number of batches, with weights of tokens.
 
     Args:
-        columns: K.
+        rows: M, of the errors.
+        columns: K, of the inputs.
         dtype: of the sum, torch.float32 or torch.float64.
     """
 
-    def __init__(self, columns: int, dtype: torch.dtype) -> None:
-        self._sum = torch.zeros(columns, columns, dtype=dtype)
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self._sum = torch.zeros(rows, columns, dtype=dtype)
         self._weight = 0.0
 
-    def update(self, inputs: Tensor, original: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+    def like(self) -> "ErrorSum":
+        """Of no tokens, of the same shape and dtype."""
+        return ErrorSum(*self._sum.shape, self._sum.dtype)
+
+    def update(
+        self, original: Tensor, now: Tensor, inputs: Tensor, mask: Tensor | None, weights: Tensor | None
+    ) -> None:
         """Adds a batch.
 
         Args:
-            inputs: y, [..., K].
-            original: x, of the same shape: the inputs of the same tokens in the float model.
+            original: u, [..., M]: of the tokens in the float model.
+            now: v, of the same shape.
+            inputs: y, [..., K]; may be v.
             mask: bool [...], True for tokens that count.
             weights: [...] of the tokens; None: 1 each.
 
         Raises:
             ValueError: where shapes differ, and for values that are not finite.
         """
-        if original.shape != inputs.shape:
+        if original.shape != now.shape:
             raise ValueError(
-                f"expected inputs of the float model to have shape {list(inputs.shape)}, "
+                f"expected what the float model gives to have shape {list(now.shape)}, "
                 f"but got shape {list(original.shape)}"
             )
-        y, x = (tokens.flatten(0, -2) if mask is None else tokens[mask] for tokens in (inputs, original))
-        errors = x.to(self._sum.dtype) - y.to(self._sum.dtype)
+        u, v, y = (tokens.flatten(0, -2) if mask is None else tokens[mask] for tokens in (original, now, inputs))
+        errors = u.to(self._sum.dtype) - v.to(self._sum.dtype)
         if weights is None:
             self._weight += len(errors)
         else:
@@ -80,30 +91,59 @@ class InputErrors:
         self._weight = float(weight)
 
     def mean(self) -> Tensor:
-        """E[(x - y) y^T], [K, K]; 0 of no tokens."""
+        """E[(u - v) y^T], [M, K]; 0 of no tokens."""
         return self._sum / self._weight if self._weight else self._sum.clone()
+
+
+@dataclass
+class Errors:
+    """What the layers before did to a layer's tokens.
+
+    Attributes:
+        inputs: E, of its inputs.
+        stream: D, of the stream that it writes to; None where it writes to none.
+    """
+
+    inputs: ErrorSum
+    stream: ErrorSum | None = None
+
+    def like(self) -> "Errors":
+        """Of no tokens, for the same layer."""
+        return Errors(self.inputs.like(), None if self.stream is None else self.stream.like())
+
+    def merge_over(self, total: Callable[..., None]) -> None:
+        """As of :class:`ErrorSum`."""
+        for errors in (self.inputs, self.stream):
+            if errors is not None:
+                errors.merge_over(total)
+
+    def wanted(self, weight: Tensor, part: float, stream_part: float, rows: Tensor | slice = slice(None)) -> Tensor:
+        """What W E and D give with the factors a and b, for some rows of a weight [N, K]: a W E + b D, float64."""
+        products = part * (weight[rows].double() @ self.inputs.mean().double())
+        if self.stream is not None and stream_part:
+            products += stream_part * self.stream.mean()[rows].double()
+        return products
 
 
 class Correction:
     """Corrects weights that are given the same inputs.
 
     Args:
-        errors: E[(x - y) y^T], [K, K].
+        errors: of the layers before.
         hessian: E[y y^T], [K, K].
         ridge: relative to the Hessian's mean diagonal.
     """
 
-    def __init__(self, errors: Tensor, hessian: Tensor, ridge: float) -> None:
+    def __init__(self, errors: Errors, hessian: Tensor, ridge: float) -> None:
         self._errors = errors
         damped = hessian.double()
         damped.diagonal().add_(ridge * damped.diagonal().mean())
         self._factor, failed = torch.linalg.cholesky_ex(damped)
         self._usable = not bool(failed)
 
-    def of(self, weight: Tensor, part: float) -> Tensor:
-        """W' of a weight [N, K] and the factor a, in the weight's dtype; W itself where H + r I has no inverse."""
-        if not self._usable or not part:
+    def of(self, weight: Tensor, part: float, stream_part: float = 0.0) -> Tensor:
+        """W' of a weight [N, K] and the factors a and b, in its dtype; W itself where H + r I has no inverse."""
+        if not self._usable or not (part or stream_part):
             return weight
-        wide = weight.double()
-        change = torch.cholesky_solve((wide @ self._errors.double()).T, self._factor).T
-        return (wide + part * change).to(weight.dtype)
+        products = self._errors.wanted(weight, part, stream_part)
+        return (weight.double() + torch.cholesky_solve(products.T, self._factor).T).to(weight.dtype)

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from miniquant.calibration import Calibration
-from miniquant.correction import Correction, InputErrors
+from miniquant.correction import Correction, Errors, ErrorSum
 from miniquant.gptq import gptq
 from miniquant.gradients import squared_gradients
 from miniquant.grid import QuantizedWeight, dequantize, rtn
@@ -257,9 +258,10 @@ def quantize_model(
 
     One forward pass over all batches (:class:`miniquant.walk.Walk`). When it comes to a layer, the layer is quantized
     from the Hessian of its inputs and its weight replaced by the values of the codes. Where
-    ``options.corrected_part`` of any layer is above 0, a second pass runs beside the first in the float model, and
-    layers make up for what the quantized layers before did to their inputs (:mod:`miniquant.correction`). The model may
-    be on any device, in float32, float64, bfloat16 or float16; the solver runs on the CPU.
+    ``options.corrected_part`` or ``options.corrected_stream`` of any layer is above 0, a second pass runs beside the
+    first in the float model, and layers make up for what the quantized layers before did to their inputs and to the
+    residual stream that they write to (:mod:`miniquant.correction`). The model may be on any device, in float32,
+    float64, bfloat16 or float16; the solver runs on the CPU.
 
     Batches that are held out walk along and do not enter any Hessian; each layer's loss on them is compared with that
     of rounding to nearest. A layer that is worse keeps rounding to nearest, and says so. They are given, or the last
@@ -376,10 +378,13 @@ def quantize_planned(
         model, plan, result, len(batches) - count, scale_dtype, weights, progress, store, stop, ranks
     )
     sites = [site for site, _ in plan.layers]
-    beside = any(options.corrected_part > 0 for _, options in plan.layers)
+    streams = any(options.corrected_stream > 0 for _, options in plan.layers)
+    beside = streams or any(options.corrected_part > 0 for _, options in plan.layers)
     going_on = quantizer.check_stop
     quantizer.take_gradients(model, batches, sites, forward, masks)
-    quantizer.run(Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, going_on=going_on))
+    quantizer.run(
+        Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, streams=streams, going_on=going_on)
+    )
     return result
 
 
@@ -545,11 +550,12 @@ def accumulated(
     *,
     halves: bool,
     ranks: Ranks | None = None,
-) -> tuple[HessianAccumulator, "_Sample", InputErrors | None]:
-    """The Hessian of what batches give to a layer, how many tokens the sample amounts to, and the errors of its inputs.
+) -> tuple[HessianAccumulator, "_Sample", Errors | None]:
+    """The Hessian of what batches give to a layer, how many tokens the sample amounts to, and errors of layers before.
 
-    The last are None where not every batch runs in the float model too. With ranks, which have to be here together,
-    halves are those of all batches of the run; sums are of this rank's.
+    The last are None where not every batch runs in the float model too, and have none of a stream where it is not known
+    in every batch. With ranks, which have to be here together, halves are those of all batches of the run; sums are of
+    this rank's.
     """
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
@@ -557,8 +563,7 @@ def accumulated(
     if ranks is not None and halves:
         parts = _parts_of_ranks(ranks, [_tokens_that_count(given) for given in inputs])
     sample = _Sample()
-    has_originals = bool(inputs) and all(given.original is not None for given in inputs)
-    errors = InputErrors(columns, dtype) if has_originals else None
+    errors = _no_errors(inputs, columns, dtype)
     for number, given in enumerate(inputs):
         tokens = given.tokens()
         if tokens.shape[-1] != columns:
@@ -576,9 +581,8 @@ def accumulated(
             else:
                 _add_to_halves(accumulator, tokens, given.mask, weights, of_batch)
             sample.add(tokens, given.mask, sampled)
-            original = given.original_tokens()
-            if errors is not None and original is not None:
-                errors.update(tokens, original, given.mask, weights)
+            if errors is not None:
+                _add_errors(errors, given, tokens, weights)
         except (ValueError, TypeError) as error:
             raise type(error)(f"batch {given.batch}: {error}") from error
     if on_device is None:
@@ -587,6 +591,24 @@ def accumulated(
     if accumulator.tokens:
         elsewhere.merge(accumulator)
     return elsewhere, sample, errors
+
+
+def _no_errors(inputs: Sequence[Given], columns: int, dtype: torch.dtype) -> Errors | None:
+    """Sums of errors for what batches give to a layer."""
+    if not inputs or any(given.original is None for given in inputs):
+        return None
+    streams = [given.stream for given in inputs if given.stream is not None and given.original_stream is not None]
+    of_stream = ErrorSum(streams[0].shape[-1], columns, dtype) if len(streams) == len(inputs) else None
+    return Errors(ErrorSum(columns, columns, dtype), of_stream)
+
+
+def _add_errors(errors: Errors, given: Given, tokens: Tensor, weights: Tensor | None) -> None:
+    """Adds a batch."""
+    original = given.original_tokens()
+    if original is not None:
+        errors.inputs.update(original, tokens, tokens, given.mask, weights)
+    if errors.stream is not None and given.stream is not None and given.original_stream is not None:
+        errors.stream.update(given.original_stream, given.stream, tokens, given.mask, weights)
 
 
 def _add_to_halves(
@@ -624,7 +646,7 @@ class Weighing(NamedTuple):
                 f"expected gradients of tokens of shape {list(tokens.shape[:-1])}, but got shape "
                 f"{list(gradients.shape)}"
             )
-        return weigh(tokens, given.mask, self.scheme, causal=self.causal, gradients=gradients)
+        return weigh(tokens, given.mask, self.scheme, causal=self.causal, gradients=gradients, relative_to=given.stream)
 
 
 @dataclass
@@ -662,8 +684,8 @@ class _Hessians:
     calibration: HessianAccumulator
     held_out: HessianAccumulator
     sample: _Sample  # of calibration
-    errors: InputErrors | None = None  # of calibration
-    held_out_errors: InputErrors | None = None
+    errors: Errors | None = None  # of calibration
+    held_out_errors: Errors | None = None
     _corrections: dict[float, Correction] = field(default_factory=dict)  # by ridge
 
     @classmethod
@@ -684,48 +706,65 @@ class _Hessians:
         """
         for accumulator in (self.calibration, self.held_out):
             accumulator.merge_over(ranks.sum)
-        lacks = [self.errors is None, has_held_out and self.held_out_errors is None]  # on any rank
+        lacks = [  # on any rank
+            self.errors is None,
+            self.errors is None or self.errors.stream is None,
+            has_held_out and self.held_out_errors is None,
+        ]
         said = torch.tensor([self.sample.weights, self.sample.squares, has_held_out, *lacks], dtype=torch.float64)
         ranks.sum(said)
-        weights, squares, judging, without_errors, without_held_out = said.tolist()
+        weights, squares, judging, without_errors, without_stream, without_held_out = said.tolist()
         self.sample = _Sample(weights, squares)
         if without_errors or self.errors is None:
             self.errors = self.held_out_errors = None
             return
-        self.errors.merge_over(ranks.sum)
-        if judging and not without_held_out:
-            columns, dtype = self.held_out.in_features, self.held_out.dtype
-            self.held_out_errors = self.held_out_errors or InputErrors(columns, dtype)
-            self.held_out_errors.merge_over(ranks.sum)
+        held_out = self.held_out_errors or self.errors.like()
+        parts = [self.errors, held_out] if judging and not without_held_out else [self.errors]
+        for errors in parts:
+            if without_stream:
+                errors.stream = None
+            errors.merge_over(ranks.sum)
+        self.held_out_errors = held_out if len(parts) == 2 else None
 
     def corrected(
-        self, weight: Tensor, ridge: float, part: float, decided: Callable[[Callable[[], bool]], bool]
-    ) -> Tensor | None:
-        """The weight that makes up for errors in its inputs; None where it does not on held-out tokens.
+        self,
+        weight: Tensor,
+        ridge: float,
+        part: float,
+        stream_part: float,
+        decided: Callable[[Callable[[], bool]], bool],
+    ) -> tuple[Tensor, list[str]]:
+        """The weight that makes up for errors of layers before, and what is not corrected of them.
 
         Args:
             weight: [N, K].
             ridge: of the layer.
-            part: of the errors.
-            decided: says whether it does, with a function that finds out.
+            part: of the errors of its inputs.
+            stream_part: of the errors of the stream that it writes to.
+            decided: says whether a target gains on held-out tokens, with a function that finds out.
         """
-        if self.errors is None or not part:
-            return weight
+        if self.errors is None:
+            return weight, []
         if ridge not in self._corrections:
-            self._corrections[ridge] = Correction(self.errors.mean(), self.calibration.hessian(), ridge)
-        target = self._corrections[ridge].of(weight, part)
-        return target if decided(lambda: self._gains(weight, target)) else None
+            self._corrections[ridge] = Correction(self.errors, self.calibration.hessian(), ridge)
+        of_stream = stream_part if self.errors.stream is not None else 0.0
+        notes = []
+        for parts, name in (((part, of_stream), "of the stream"), ((part, 0.0), "of earlier layers")):
+            if any(parts) and (name != "of the stream" or of_stream):
+                target = self._corrections[ridge].of(weight, *parts)
+                if decided(partial(self._gains, weight, target, parts)):
+                    return target, notes
+                notes.append(f"errors {name} are not corrected: on held-out tokens that loses more than it gains")
+        return weight, notes
 
-    def _gains(self, weight: Tensor, target: Tensor) -> bool:
-        """Whether ||W x - W' y||^2 is at most ||W x - W y||^2 on held-out tokens, in a part of the rows."""
+    def _gains(self, weight: Tensor, target: Tensor, parts: tuple[float, float]) -> bool:
+        """Whether ||u + W x - (v + W' y)||^2 is at most ||u + W x - (v + W y)||^2 on held-out tokens, in some rows."""
         if self.held_out_errors is None or self.held_out.tokens < FEWEST_HELD_OUT:
             return True
         some = _judged_rows(len(weight))
         change = (target[some] - weight[some]).double()
-        gained = (
-            2 * (weight[some].double() @ self.held_out_errors.mean().double())
-            - change @ self.held_out.hessian().double()
-        )
+        wanted = self.held_out_errors.wanted(weight, *(1.0 if part else 0.0 for part in parts), rows=some)
+        gained = 2 * wanted - change @ self.held_out.hessian().double()
         return float((gained * change).sum()) >= 0
 
 
@@ -842,6 +881,10 @@ class _Quantizer:
 
     def _visit(self, visit: Visit) -> None:
         site = visit.site
+        options = self._options[id(site)]
+        if not options.corrected_stream:
+            for given in visit.inputs:
+                given.stream = given.original_stream = None
         before = self._busy()
         family = siblings_of(site)
         if family is not None:
@@ -863,7 +906,6 @@ class _Quantizer:
             else:
                 self._restore(finished)
             return
-        options = self._options[id(site)]
         tokens = hessians.calibration.tokens
         if tokens >= options.tokens_needed(site.columns):
             self._quantize(site, hessians, before)
@@ -895,6 +937,8 @@ class _Quantizer:
         """Forgets Hessians and ridges of other inputs than those of the layer at hand."""
         weighing = self._weighing(visit.site)
         of_layer = visit.site.name if weighing.gradients is not None else None
+        if any(given.stream is not None for given in visit.inputs):
+            of_layer = visit.site.name
         inputs = visit.inputs_id, _sum_dtype(visit.site), weighing.scheme, weighing.causal, of_layer
         if self._inputs != inputs:
             self._inputs = inputs
@@ -1151,10 +1195,9 @@ class _Quantizer:
     def _target(
         self, weight: Tensor, options: LayerOptions, hessians: _Hessians, ridge: float, notes: list[str]
     ) -> Tensor:
-        target = hessians.corrected(weight, ridge, options.corrected_part, self._from_first)
-        if target is None:
-            notes.append("errors of earlier layers are not corrected: on held-out tokens that loses more than it gains")
-            return weight
+        parts = options.corrected_part, options.corrected_stream
+        target, not_corrected = hessians.corrected(weight, ridge, *parts, self._from_first)
+        notes.extend(not_corrected)
         return target
 
     def _note(self, name: str, note: str) -> None:

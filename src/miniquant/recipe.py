@@ -57,8 +57,9 @@ _REGULAR_EXPRESSION = "re:"
 _MOST_ERRORS = 10
 # What the preset that does the most corrects: a whole correction fits calibration tokens too closely.
 CORRECTION_OF_BEST = 0.5
+STREAM_CORRECTION_OF_BEST = 0.4
 _OF_GRID = GroupGrid._fields  # options that superblocks take the place of
-_FRACTIONS = ("ridge", "correction")  # options that are numbers, but no integers
+_FRACTIONS = ("ridge", "correction", "stream_correction")  # options that are numbers, but no integers
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class LayerOptions:
         correction: which part of the errors that the quantized layers before leave in its inputs the layer makes up
             for (:mod:`miniquant.correction`), 0 to 1; above 0 it takes a second forward pass. None is that of the
             preset: 0.5 with "best", 0 with the others (:attr:`corrected_part`).
+        stream_correction: the same of the errors of the residual stream that the layer writes to, where it writes to
+            one. None is 0.4 with the preset "best" where inputs are corrected, too, and 0 otherwise
+            (:attr:`corrected_stream`). Where it is above 0, weights of tokens by norm are by that of the stream.
         unseen: what happens to a layer that saw fewer tokens than :meth:`tokens_needed`: "error" stops the run,
             "siblings" takes the Hessian of all tokens of the layer's siblings, "rtn" rounds to nearest.
         min_tokens: how many tokens the layer must see; None is the rule of :meth:`tokens_needed`.
@@ -97,6 +101,7 @@ class LayerOptions:
     ridge: float | Literal["auto"] = "auto"
     token_weights: TokenWeights = "norm+position"  # noqa: S105  (no password)
     correction: float | None = None
+    stream_correction: float | None = None
     unseen: Unseen = "error"
     min_tokens: int | None = None
     skip: bool = False
@@ -123,6 +128,13 @@ class LayerOptions:
         if self.correction is None:
             return CORRECTION_OF_BEST if self.preset == "best" else 0.0
         return self.correction
+
+    @property
+    def corrected_stream(self) -> float:
+        """The correction of the stream, where that is the preset's, too."""
+        if self.stream_correction is None:
+            return STREAM_CORRECTION_OF_BEST if self.preset == "best" and self.corrected_part else 0.0
+        return self.stream_correction
 
     @property
     def grid(self) -> GroupGrid:

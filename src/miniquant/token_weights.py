@@ -104,7 +104,13 @@ def _rounded(weights: Tensor, inputs: Tensor) -> Tensor:
 
 
 def weigh(
-    inputs: Tensor, mask: Tensor | None, scheme: TokenWeights, *, causal: bool, gradients: Tensor | None = None
+    inputs: Tensor,
+    mask: Tensor | None,
+    scheme: TokenWeights,
+    *,
+    causal: bool,
+    gradients: Tensor | None = None,
+    relative_to: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The weights of a batch's tokens.
 
@@ -115,13 +121,16 @@ def weigh(
         causal: whether inputs are [B, T, K] in causal order; otherwise positions count alike.
         gradients: |g|^2 of the tokens [...], for the scheme "gradient"; None: the layer has none, and the scheme is
             "norm+position".
+        relative_to: [..., N], what the layer's outputs are added to, in whose norms their errors are then counted;
+            None: in those of the inputs.
 
     Returns:
         The weights [...], powers of two for inputs of 16 bits, and those without the factors of position and gradient,
         None where all are 1. The second ones say how many tokens the sample amounts to: the first tokens of sequences
         are nearly the same vector, so they count often without being few samples of much.
     """
-    sampled = None if scheme in ("uniform", "position") else _rounded(norm_weights(inputs), inputs)
+    of_norm = inputs if relative_to is None else relative_to
+    sampled = None if scheme in ("uniform", "position") else _rounded(norm_weights(of_norm), inputs)
     weights = sampled
     if causal and inputs.dim() == 3 and scheme not in ("uniform", "norm"):
         factors = _rounded(position_weights(inputs, mask), inputs)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from miniquant._torch_state import TorchState, evaluation_mode
 from miniquant.modules import ExpertSite, Site, siblings_of, watch
+from miniquant.residuals import Residuals, Streams
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 _REMEMBERED = 4  # visits whose inputs a later site is compared with: q, k, v; gate, up; branches side by side
@@ -76,6 +77,9 @@ class Given:
         source: the input of the module that uses the weight.
         mask: bool, of the leading dimensions of :meth:`tokens`; False is padding. None: every token counts.
         original: the module's input in the model whose weights are as they were, where the walk has one beside.
+        stream: what the module's output will be added to, [..., N], where the walk looks for it and it is known
+            (:mod:`miniquant.residuals`).
+        original_stream: the same in the model whose weights are as they were.
     """
 
     batch: int
@@ -83,6 +87,8 @@ class Given:
     mask: Tensor | None
     _site: Site
     original: Tensor | None = None
+    stream: Tensor | None = None
+    original_stream: Tensor | None = None
 
     def tokens(self) -> Tensor:
         """The inputs of the weight, [..., K]."""
@@ -129,6 +135,7 @@ class Walk:
             put back while it goes on from one to the next. Visits then have the inputs of both. A batch whose two runs
             come to different sites has only the first from there on, and so has every batch from the first expert on:
             experts may be given other tokens. Takes twice the memory for what batches hold.
+        streams: whether to look for what layers' outputs are added to, in both runs; needs `beside`.
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
@@ -154,6 +161,7 @@ class Walk:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         masks: Sequence[Tensor | None] | None = None,
         beside: bool = False,
+        streams: bool = False,
         look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
         going_on: Callable[[], None] | None = None,
@@ -175,8 +183,11 @@ class Walk:
             raise ValueError(
                 f"Walk: expected a mask or None for each of {len(self._batches)} batches, but got {len(masks)}"
             )
+        if streams and not beside:
+            raise ValueError("Walk: expected streams to be looked for only with a second run beside (beside=True)")
         self._masks = masks
         self._beside = beside
+        self._residuals = Residuals(model, self._sites) if streams else None
         self._look_ahead = look_ahead
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = call if forward is None else forward
@@ -232,6 +243,10 @@ class Walk:
             self._batches.clear()
             if any(run.masks for run in self._runs):
                 stack.enter_context(_noting_what_masks_are_for(encoder, self._sites))
+            if self._residuals is not None:
+                if self._twins:  # the first to come to a block
+                    next(iter(self._twins.values())).streams.is_watched = True
+                stack.enter_context(self._residuals.watching(self._streams))
             stack.enter_context(watch(self._sites, self._pause))
             stack.callback(self._end_all)  # first of all when leaving: while hooks are as batches found them
             self._stack = stack.pop_all()
@@ -292,6 +307,7 @@ class Walk:
         """Lets the batches run on that waited for the visit before; at first all of them."""
         before, self._visit = self._visit, None
         if before is None:
+            self._learn_streams()
             self._advance(self._twins.values())
             group = [run for run in self._runs if run.at is None]
         else:
@@ -338,12 +354,18 @@ class Walk:
 
     def _visit_of(self, site: Site, group: list[tuple["_Run", Tensor]]) -> Visit:
         self._part(site, [run for run, _ in group])
-        twins = {number: twin.at[1] for number, twin in self._twins.items() if twin.at is not None}
+        twins = {number: (twin, twin.at[1]) for number, twin in self._twins.items() if twin.at is not None}
         if any(run.number in twins for run, _ in group):
             self._original = site.matrix.detach().clone()
-        inputs = [
-            Given(run.number, source, run.mask(site, source), site, twins.get(run.number)) for run, source in group
-        ]
+        inputs = []
+        for run, source in group:
+            given = Given(run.number, source, run.mask(site, source), site)
+            if run.number in twins:
+                twin, given.original = twins[run.number]
+                if self._residuals is not None:
+                    given.stream = self._residuals.before(site, run.streams)
+                    given.original_stream = self._residuals.before(site, twin.streams)
+            inputs.append(given)
         keys = [site.geometry, *((run.number, _identity(source)) for run, source in group)]
         for inputs_id, others in self._recent:
             if _same(keys, others):
@@ -368,6 +390,21 @@ class Walk:
         else:
             run.visited.add(id(site))
             run.pause(site, source)
+
+    def _streams(self) -> Streams | None:
+        """Those of the batch that runs at the moment."""
+        run = greenlet.getcurrent()
+        if not isinstance(run, _Run) or run.walk is not self or (run.order is not None and not run.streams.is_watched):
+            return None
+        return run.streams
+
+    def _learn_streams(self) -> None:
+        """Has a batch run ahead through the first block."""
+        if self._residuals is not None and self._runs:
+            ahead = self._runs[0].ahead()
+            ahead.streams.is_watched = ahead.streams.ends = True
+            ahead.advance()
+            ahead.end()
 
     def _count(self, run: "_Run", site: Site, source: Tensor) -> None:
         """Tokens that come to a site that is done."""
@@ -416,6 +453,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
         self.routed: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a module of experts: tokens, experts of each
         self.encoded: list[weakref.ref[Tensor]] = []  # what the encoder gave
         self.order: dict[int, int] | None = None  # of one that only looks ahead: the place of each site it came to
+        self.streams = Streams()
         self._encoder = encoder
         self._batch = batch
         self._device = device
@@ -430,10 +468,16 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def looked_ahead(self) -> dict[int, int]:
         """The order in which the batch comes to sites, by a forward pass of its own without a pause."""
+        ahead = self.ahead()
+        ahead.advance()
+        assert ahead.order is not None  # noqa: S101  (it has one)
+        return ahead.order
+
+    def ahead(self) -> "_Run":
+        """A forward pass of its own for the batch, which does not pause."""
         ahead = _Run(self.walk, self.number, self._batch, self._device, {}, None)
         ahead.order = {}
-        ahead.advance()
-        return ahead.order
+        return ahead
 
     def mask(self, site: Site, source: Tensor) -> Tensor | None:
         """Which tokens of a site's input count, of the leading dimensions of the input; None: all do."""
@@ -502,6 +546,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
     def end(self) -> None:
         """Ends the forward pass where it waits."""
         self.at, self.held = None, False
+        self.streams.clear()
         for _ in range(100):  # code that catches every exception may come to another site, where it is ended again
             if not bool(self) or self.dead:
                 break

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import small_models
 from miniquant import HessianAccumulator, LayerOptions, dequantize, gptq, preset, quantize_model
-from miniquant.correction import Correction, InputErrors
+from miniquant.correction import Correction, Errors, ErrorSum
 
 COLUMNS = 12
 
@@ -20,9 +20,13 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def summed(y: Tensor, x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> InputErrors:
-    errors = InputErrors(y.shape[-1], torch.float64)
-    errors.update(y, x, mask, weights)
+def summed(y: Tensor, x: Tensor, stream: tuple[Tensor, Tensor] | None = None) -> Errors:
+    """Errors of inputs x that are y now, and of a stream u that is v now."""
+    errors = Errors(ErrorSum(y.shape[-1], y.shape[-1], torch.float64))
+    errors.inputs.update(x, y, y, None, None)
+    if stream is not None:
+        errors.stream = ErrorSum(stream[0].shape[-1], y.shape[-1], torch.float64)
+        errors.stream.update(*stream, y, None, None)
     return errors
 
 
@@ -32,31 +36,44 @@ def summed(y: Tensor, x: Tensor, weights: Tensor | None = None, mask: Tensor | N
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_are_weighted_means_over_tokens_that_count(weighted: bool, masked: bool) -> None:
-    y, x = drawn(3, 7, COLUMNS), drawn(3, 7, COLUMNS, seed=1)
+    y, u, v = drawn(3, 7, COLUMNS), drawn(3, 7, 5, seed=1), drawn(3, 7, 5, seed=2)
     weights = torch.rand(3, 7, dtype=torch.float64) if weighted else None
     mask = torch.rand(3, 7) > 0.4 if masked else None
-    errors = InputErrors(COLUMNS, torch.float64)
+    errors = ErrorSum(5, COLUMNS, torch.float64)
     for row in range(3):
-        errors.update(y[row], x[row], None if mask is None else mask[row], None if weights is None else weights[row])
+        of_row = (None if mask is None else mask[row], None if weights is None else weights[row])
+        errors.update(u[row], v[row], y[row], *of_row)
     factors = (torch.ones(3, 7) if weights is None else weights) * (1 if mask is None else mask)
-    expected = torch.einsum("bt,btx,bty->xy", factors.double(), x - y, y) / factors.sum()
+    expected = torch.einsum("bt,btm,bty->my", factors.double(), u - v, y) / factors.sum()
     torch.testing.assert_close(errors.mean(), expected)
+    assert torch.equal(errors.like().mean(), torch.zeros(5, COLUMNS, dtype=torch.float64))
 
 
 def test_the_corrected_weight_is_the_least_squares_solution() -> None:
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
     x = y + 0.3 * drawn(50, COLUMNS, seed=1)
-    corrected = Correction(summed(y, x).mean(), y.T @ y / 50, ridge=0.0).of(weight, 1.0)
+    corrected = Correction(summed(y, x), y.T @ y / 50, ridge=0.0).of(weight, 1.0)
     torch.testing.assert_close(corrected, torch.linalg.lstsq(y, x @ weight.T).solution.T)
+
+
+def test_a_layer_that_writes_to_a_stream_brings_it_to_that_of_the_float_model() -> None:
+    y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
+    x, u = y + 0.3 * drawn(50, COLUMNS, seed=1), drawn(50, 5, seed=4)
+    v = u + 0.2 * y[:, :5] + 0.1 * drawn(50, 5, seed=5)
+    correction = Correction(summed(y, x, (u, v)), y.T @ y / 50, ridge=0.0)
+    wanted = u + x @ weight.T - v
+    torch.testing.assert_close(correction.of(weight, 1.0, 1.0), torch.linalg.lstsq(y, wanted).solution.T)
+    one, other = correction.of(weight, 0.5), correction.of(weight, 0.0, 0.3)
+    torch.testing.assert_close(correction.of(weight, 0.5, 0.3), one + other - weight)
 
 
 def test_a_ridge_and_a_part_keep_the_weight_nearer_to_what_it_was() -> None:
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
     x = y + 0.3 * drawn(50, COLUMNS, seed=1)
-    errors, hessian = summed(y, x).mean(), y.T @ y / 50
+    errors, hessian = summed(y, x), y.T @ y / 50
     ridge = 0.2
     damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
-    expected = weight + 0.5 * weight @ errors @ damped.inverse()
+    expected = weight + 0.5 * weight @ errors.inputs.mean() @ damped.inverse()
     torch.testing.assert_close(Correction(errors, hessian, ridge).of(weight, 0.5), expected)
     assert torch.equal(Correction(errors, hessian, ridge).of(weight, 0.0), weight)
     changes = [(Correction(errors, hessian, one).of(weight, 1.0) - weight).norm() for one in (0.0, 0.1, 1.0, 10.0)]
@@ -65,13 +82,13 @@ def test_a_ridge_and_a_part_keep_the_weight_nearer_to_what_it_was() -> None:
 
 def test_inputs_without_errors_leave_the_weight() -> None:
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
-    assert torch.equal(Correction(summed(y, y.clone()).mean(), y.T @ y / 50, 0.01).of(weight, 1.0), weight)
+    assert torch.equal(Correction(summed(y, y.clone()), y.T @ y / 50, 0.01).of(weight, 1.0), weight)
 
 
 def test_a_hessian_without_an_inverse_leaves_the_weight() -> None:
     y, weight = drawn(3, COLUMNS), drawn(5, COLUMNS, seed=3)
     y[:, 4] = 0
-    correction = Correction(summed(y, y + 1).mean(), y.T @ y / 3, ridge=0.0)
+    correction = Correction(summed(y, y + 1), y.T @ y / 3, ridge=0.0)
     assert torch.equal(correction.of(weight, 1.0), weight)
 
 
@@ -80,18 +97,19 @@ def test_inputs_of_other_dtypes(dtype: torch.dtype) -> None:
     y = drawn(200, COLUMNS).to(dtype)
     x = (y.double() + 0.1 * drawn(200, COLUMNS, seed=1)).to(dtype)
     weights = torch.full((200,), 1e-6)  # as those of tokens with large norms
-    errors = InputErrors(COLUMNS, torch.float32)
-    errors.update(y, x, None, weights)
-    expected = summed(y.double(), x.double()).mean()
+    errors = ErrorSum(COLUMNS, COLUMNS, torch.float32)
+    errors.update(x, y, y, None, weights)
+    expected = summed(y.double(), x.double()).inputs.mean()
     assert (errors.mean() - expected).norm() < 0.01 * expected.norm()
 
 
 def test_bad_inputs_are_refused() -> None:
-    errors = InputErrors(COLUMNS, torch.float32)
-    with pytest.raises(ValueError, match=r"float model to have shape \[3, 12\], but got shape \[4, 12\]"):
-        errors.update(torch.ones(3, COLUMNS), torch.ones(4, COLUMNS), None, None)
+    errors = ErrorSum(COLUMNS, COLUMNS, torch.float32)
+    y = torch.ones(3, COLUMNS)
+    with pytest.raises(ValueError, match=r"float model gives to have shape \[3, 12\], but got shape \[4, 12\]"):
+        errors.update(torch.ones(4, COLUMNS), y, y, None, None)
     with pytest.raises(ValueError, match="products are finite"):
-        errors.update(torch.ones(3, COLUMNS), torch.full((3, COLUMNS), float("inf")), None, None)
+        errors.update(torch.full((3, COLUMNS), float("inf")), y, y, None, None)
     assert errors.mean().eq(0).all()
 
 
@@ -130,8 +148,7 @@ def test_each_layer_approaches_the_weight_that_makes_up_for_the_layers_before(pa
         weight = getattr(original, name).weight.detach()
         hessian = HessianAccumulator(weight.shape[1])
         hessian.update(y)
-        errors = (x - y).double().T @ y.double() / len(y)
-        target = Correction(errors, hessian.hessian(), 0.05).of(weight, part)
+        target = Correction(summed(y.double(), x.double()), hessian.hessian(), 0.05).of(weight, part)
         expected = gptq(target, hessian.hessian(), bits=3, group_size=16, ridge=0.05, **preset("plain"))
         layer = result.layers[name]
         differ = layer.quantized.codes.ne(expected.codes).sum()
@@ -143,6 +160,74 @@ def test_each_layer_approaches_the_weight_that_makes_up_for_the_layers_before(pa
         if function is not None:
             with torch.no_grad():
                 x, y = function(getattr(original, name)(x)), function(getattr(by_hand, name)(y))
+    assert result.notes == []
+
+
+class Stream(nn.Module):
+    """Blocks h + second(tanh(first(h)))."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 48, bias=False)
+            self.second = nn.Linear(48, 32, bias=False)
+
+        def inner(self, h: Tensor) -> Tensor:
+            return torch.tanh(self.first(h))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.second(self.inner(h))  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Stream.Block() for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+def stream() -> Stream:
+    torch.manual_seed(4)
+    return Stream().eval()
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "norm"])
+def test_layers_that_write_to_a_stream_make_up_for_its_errors(scheme: Any) -> None:
+    """Step by step by hand; weights by norm are those of the stream."""
+    model, original, by_hand = stream(), stream(), stream()
+    options: Any = {"bits": 3, "group_size": 16, "ridge": 0.05, "token_weights": scheme, "preset": "plain"}
+    part, stream_part = 0.5, 0.25
+    given = LayerOptions(**options, correction=part, stream_correction=stream_part)
+    result = quantize_model(model, batches(8), given, held_out=0)
+    u = v = torch.cat(batches(8))
+
+    def quantized(name: str, weight: Tensor, x: Tensor, y: Tensor, of_stream: tuple[Tensor, Tensor] | None) -> Tensor:
+        norms = y if of_stream is None else of_stream[1]
+        roots = torch.ones(len(y)) if scheme == "uniform" else 1 / norms.norm(dim=1)  # weights' roots: y and all errors
+        hessian = HessianAccumulator(weight.shape[1], torch.float64)
+        hessian.update(roots[:, None].double() * y.double())
+        mean = roots.double().square().mean()
+        weighted = [roots[:, None].double() * one.double() for one in (y, x, *(of_stream or ()))]
+        errors = summed(weighted[0], weighted[1], (weighted[2], weighted[3]) if of_stream else None)
+        # E and H are both relative to the mean weight, which the sums by hand are not
+        target = Correction(errors, hessian.hessian(), 0.05).of(weight, part, stream_part)
+        expected = gptq(
+            target, (hessian.hessian() / mean).float(), bits=3, group_size=16, ridge=0.05, **preset("plain")
+        )
+        layer = result.layers[name]
+        differ = layer.quantized.codes.ne(expected.codes).sum()
+        assert differ <= 0.004 * weight.numel(), name  # sums of batches round otherwise than one of all tokens
+        return dequantize(layer.quantized)
+
+    for number, (block, exact) in enumerate(zip(by_hand.blocks, original.blocks, strict=True)):
+        with torch.no_grad():
+            name = f"blocks.{number}"
+            block.first.weight.data = quantized(f"{name}.first", exact.first.weight.detach(), u, v, None)
+            x, y = exact.inner(u), block.inner(v)
+            block.second.weight.data = quantized(f"{name}.second", exact.second.weight.detach(), x, y, (u, v))
+            u, v = exact(u), block(v)
     assert result.notes == []
 
 
@@ -163,6 +248,18 @@ def test_it_brings_a_model_nearer_to_the_float_model(kind: str) -> None:
         quantize_model(model, copy.deepcopy(given), LayerOptions(bits=3, group_size=16, preset="fast", correction=part))
         distances.append(divergence(model, build(), fresh))
     assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_stream_without_its_errors_is_nearer_to_the_float_model() -> None:
+    def distance(stream_part: float) -> float:
+        model, original = stream(), stream()
+        options = LayerOptions(bits=2, group_size=16, preset="fast", correction=0.5, stream_correction=stream_part)
+        quantize_model(model, batches(16), options)
+        with torch.no_grad():
+            fresh = torch.cat(batches(32)[24:])
+            return float((model(fresh) - original(fresh)).norm())
+
+    assert distance(0.3) < 0.97 * distance(0.0)
 
 
 def test_a_correction_that_loses_on_held_out_tokens_is_not_made() -> None:
@@ -191,6 +288,15 @@ def test_options() -> None:
     assert LayerOptions(correction=1).correction == 1.0
     assert [LayerOptions(preset=name).corrected_part for name in ("plain", "fast", "best")] == [0.0, 0.0, 0.5]
     assert [LayerOptions(preset=name, correction=0.2).corrected_part for name in ("plain", "best")] == [0.2, 0.2]
+    assert LayerOptions(stream_correction=1).stream_correction == 1.0
+    assert [LayerOptions(preset=name).corrected_stream for name in ("plain", "fast", "best")] == [0.0, 0.0, 0.4]
+    assert LayerOptions(correction=0).corrected_stream == 0.0
+    assert LayerOptions(correction=0, stream_correction=0.4).corrected_stream == 0.4
+    assert [LayerOptions(preset=name, stream_correction=0.2).corrected_stream for name in ("plain", "best")] == [
+        0.2
+    ] * 2
     for bad in (-0.1, 1.5, True, "all"):
         with pytest.raises(ValueError, match="correction to be"):
             LayerOptions(correction=bad)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="stream_correction to be"):
+            LayerOptions(stream_correction=bad)  # type: ignore[arg-type]

@@ -27,7 +27,10 @@ NAMES = [
     for block in range(12)
     for layer in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 ]
-OPTIONS = "bits, group_size, symmetric, superblocks, preset, ridge, token_weights, correction, unseen, min_tokens, skip"
+OPTIONS = (
+    "bits, group_size, symmetric, superblocks, preset, ridge, token_weights, correction, stream_correction, unseen, "
+    "min_tokens, skip"
+)
 SCHEMA_DOCUMENT: dict[str, Any] = json.loads(SCHEMA.read_text())
 
 
@@ -206,6 +209,7 @@ OPTION_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "ridge": st.just("auto") | st.floats(0, allow_infinity=False) | st.integers(0, 3),
     "token_weights": st.sampled_from(SCHEMES),
     "correction": st.none() | st.floats(0, 1) | st.integers(0, 1),
+    "stream_correction": st.none() | st.floats(0, 1) | st.integers(0, 1),
     "unseen": st.sampled_from(get_args(Unseen)),
     "min_tokens": st.none() | st.integers(1, 2**63 - 1),
     "skip": st.booleans(),
@@ -312,6 +316,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"correction": 1.1}, "correction to be a number from 0 to 1, but got 1.1"),
     ({"correction": -1}, "correction to be a number from 0 to 1, but got -1"),
     ({"correction": float("nan")}, "correction to be a number from 0 to 1, but got nan"),
+    ({"stream_correction": 1.1}, "stream_correction to be a number from 0 to 1, but got 1.1"),
     ({"correction": "auto"}, "correction to be a number from 0 to 1, but got 'auto'"),
     ({"unseen": "ignore"}, "unseen to be one of error, siblings, rtn, but got 'ignore'"),
     ({"min_tokens": 0}, "min_tokens to be a positive integer, but got 0"),

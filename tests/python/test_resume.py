@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], Recipe, float]] = {
     "corrected": (
         lambda: small_models.decoder("Llama"),
         3 * small_models.text_batches(),
-        Recipe(replace(FAST, min_tokens=2, correction=0.5)),
+        Recipe(replace(FAST, min_tokens=2, correction=0.5, stream_correction=0.3)),
         0.1,
     ),
     "ridges that are carried over": (
