@@ -51,8 +51,8 @@ class Parts(NamedTuple):
 
 
 def sums_bytes(columns: int, ranks: int) -> float:
-    """That a rank sends for the sums of one set of inputs."""
-    return 2 * (ranks - 1) / ranks * 4 * SUMS * columns**2
+    """That a rank sends for the sums of one set of inputs: a triangle of each."""
+    return 2 * (ranks - 1) / ranks * 4 * SUMS * columns**2 / 2
 
 
 def run(folder: Path, output: Path, text: Path, preset: str, ranks: int) -> dict[str, Any]:

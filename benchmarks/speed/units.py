@@ -42,12 +42,14 @@ def runs_of(columns: int, tokens: int) -> dict[str, Callable[[], object]]:
     def update(batch: Tensor, weights: Tensor | None = None) -> Callable[[], object]:
         return partial(accumulator.update, batch, token_weights=weights)
 
+    split = miniquant.HessianAccumulator(columns, precision="bf16x3")
     return {
         "float32": update(inputs),
         "bfloat16": update(halves),
         "bfloat16, powers of two": update(halves, powers),
         "bfloat16, other weights": update(halves, powers * 1.1),
         "float16": update(inputs.half()),
+        "float32, bf16x3": partial(split.update, inputs),
         "torch.mm": partial(torch.mm, halves.T, halves),
     }
 
@@ -80,6 +82,7 @@ def markdown_of(results: Mapping[str, Any]) -> str:
         "weights that are powers of two",
         "other weights",
         "float16",
+        "float32, bf16x3",
         "rate against torch.mm",
     ]
     return f"{table(header, rows)}\n\n{machine_line(results)}\n"

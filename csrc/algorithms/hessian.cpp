@@ -77,7 +77,8 @@ void add_in_type_of(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
 
 }  // namespace
 
-void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights) {
+void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights,
+                    HessianPrecision precision) {
   const int64_t columns = hessian.size(0);
   if (inputs.numel() == 0) {
     return;
@@ -85,7 +86,7 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   // inputs that share memory with the sum must not change while they are read
   const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
   at::Tensor sum = hessian.contiguous();
-  if (prefers_bf16(kernels::bf16_kernels(), sum, all_tokens, token_weights)) {
+  if (prefers_bf16(kernels::bf16_kernels(), sum, all_tokens, token_weights, precision)) {
     add_bf16_products(*kernels::bf16_kernels(), sum, all_tokens, token_weights);
   } else {
     dispatch_compute(sum.scalar_type(), [&]<typename T> { add_in_type_of<T>(sum, all_tokens, token_weights); });
@@ -97,9 +98,10 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
 
 namespace {
 
-void add_tokens(const HessianSums& state, int64_t half, const at::Tensor& inputs, const at::Tensor& token_weights) {
+void add_tokens(const HessianSums& state, int64_t half, const at::Tensor& inputs, const at::Tensor& token_weights,
+                HessianPrecision precision) {
   at::Tensor sum = state.sums.select(0, half);
-  hessian_update(sum, inputs, token_weights);
+  hessian_update(sum, inputs, token_weights, precision);
   const auto count = static_cast<double>(inputs.size(0));
   auto weights = state.weights.accessor<double, 2>();
   state.tokens.accessor<int64_t, 1>()[half] += inputs.size(0);
@@ -109,16 +111,17 @@ void add_tokens(const HessianSums& state, int64_t half, const at::Tensor& inputs
 
 }  // namespace
 
-void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Tensor& token_weights) {
+void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Tensor& token_weights,
+                HessianPrecision precision) {
   if (state.tokens.size(0) == 1) {
-    add_tokens(state, 0, inputs, token_weights);
+    add_tokens(state, 0, inputs, token_weights, precision);
     return;
   }
   const auto tokens = state.tokens.accessor<int64_t, 1>();
   const int64_t lighter = tokens[0] <= tokens[1] ? 0 : 1;
   const int64_t count = inputs.size(0);
   if (count <= tokens[0] + tokens[1]) {
-    add_tokens(state, lighter, inputs, token_weights);
+    add_tokens(state, lighter, inputs, token_weights, precision);
     return;
   }
   // Both halves end with the same number of tokens, or differ by one.
@@ -126,8 +129,8 @@ void accumulate(const HessianSums& state, const at::Tensor& inputs, const at::Te
   const auto part = [&](const at::Tensor& of_tokens, int64_t begin, int64_t end) {
     return of_tokens.defined() ? of_tokens.narrow(0, begin, end - begin) : of_tokens;
   };
-  add_tokens(state, lighter, part(inputs, 0, cut), part(token_weights, 0, cut));
-  add_tokens(state, 1 - lighter, part(inputs, cut, count), part(token_weights, cut, count));
+  add_tokens(state, lighter, part(inputs, 0, cut), part(token_weights, 0, cut), precision);
+  add_tokens(state, 1 - lighter, part(inputs, cut, count), part(token_weights, cut, count), precision);
 }
 
 }  // namespace miniquant::algorithms

@@ -40,11 +40,13 @@ constexpr int64_t kSpeedup = 8;
 
 /// The number of parts of X on the left and of diag(w) X on the right, in bfloat16, that hold every bit: bfloat16 has 8
 /// significant bits, float16 11, and a product with a weight, in float32, 24; with a power of two as many as without.
+/// Of float32 inputs the leading 16 bits are taken, without the product of both remainders: three products.
 struct Split {
   int64_t left;
   int64_t right;
+  bool exact = true;
 
-  [[nodiscard]] int64_t products() const { return left * right; }
+  [[nodiscard]] int64_t products() const { return exact ? left * right : left * right - 1; }
 };
 
 bool is_power_of_two(float value) {
@@ -59,6 +61,9 @@ bool are_powers_of_two(const at::Tensor& token_weights) {
 }
 
 Split split_of(at::ScalarType dtype, const at::Tensor& token_weights) {
+  if (dtype == at::kFloat) {
+    return {.left = 2, .right = 2, .exact = false};
+  }
   const int64_t parts = dtype == at::kBFloat16 ? 1 : 2;
   return {parts, token_weights.defined() && !are_powers_of_two(token_weights) ? 3 : parts};
 }
@@ -67,7 +72,9 @@ std::vector<Bf16Product> products_of(Split split) {
   std::vector<Bf16Product> products;
   for (int64_t left = 0; left < split.left; ++left) {
     for (int64_t right = 0; right < split.right; ++right) {
-      products.push_back({left, right});
+      if (split.exact || left == 0 || right == 0) {
+        products.push_back({left, right});
+      }
     }
   }
   return products;
@@ -165,9 +172,11 @@ bool moderate(const at::Tensor& token_weights) {
 }  // namespace
 
 bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& hessian, const at::Tensor& inputs,
-                  const at::Tensor& token_weights) {
+                  const at::Tensor& token_weights, HessianPrecision precision) {
   const at::ScalarType dtype = inputs.scalar_type();
-  return kernels != nullptr && hessian.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
+  const bool splits =
+      dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && precision == HessianPrecision::kBf16x3);
+  return kernels != nullptr && hessian.scalar_type() == at::kFloat && splits &&
          split_of(dtype, token_weights).products() <= kernels->most_products &&
          (!token_weights.defined() || moderate(token_weights));
 }

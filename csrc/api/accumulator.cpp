@@ -4,9 +4,11 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <string_view>
 #include <tuple>
 
 #include "miniquant/hessian.h"
+#include "miniquant/names.h"
 #include "ops/find_operator.h"
 
 namespace miniquant {
@@ -45,7 +47,9 @@ Counts counts_of(const HessianSums& sums, std::optional<int64_t> half) {
 
 }  // namespace
 
-HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype, Halves halves) {
+HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype, Halves halves,
+                                       HessianPrecision precision)
+    : precision_(precision) {
   TORCH_CHECK_VALUE(in_features >= 0, "HessianAccumulator: expected in_features to be at least 0, but got ",
                     in_features);
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
@@ -57,13 +61,17 @@ HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype
            at::zeros({2, count}, at::kDouble)};
 }
 
-HessianAccumulator::HessianAccumulator(const HessianSums& state) : sums_(no_tokens(state)) { add(sums_, state); }
+HessianAccumulator::HessianAccumulator(const HessianSums& state, HessianPrecision precision)
+    : sums_(no_tokens(state)), precision_(precision) {
+  add(sums_, state);
+}
 
 void HessianAccumulator::update(const at::Tensor& inputs, const std::optional<at::Tensor>& mask,
                                 const std::optional<at::Tensor>& token_weights) {
-  static const auto op = ops::find_operator<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&,
-                                                 OptionalTensor, OptionalTensor)>("miniquant::accumulator_update_");
-  op.call(sums_.sums, sums_.tokens, sums_.weights, inputs, mask, token_weights);
+  static const auto op =
+      ops::find_operator<void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, OptionalTensor, OptionalTensor,
+                              std::string_view)>("miniquant::accumulator_update_");
+  op.call(sums_.sums, sums_.tokens, sums_.weights, inputs, mask, token_weights, name_of(precision_));
 }
 
 void HessianAccumulator::merge(const HessianAccumulator& other) { add(sums_, other.sums_); }

@@ -74,10 +74,11 @@ at::Tensor dequantize(const SuperblockWeight& quantized) {
 }
 
 at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
-                            const std::optional<at::Tensor>& token_weights) {
-  static const auto op = ops::find_operator<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
-      "miniquant::hessian_update_");
-  op.call(hessian, inputs, token_weights);
+                            const std::optional<at::Tensor>& token_weights, HessianPrecision precision) {
+  static const auto op =
+      ops::find_operator<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view)>(
+          "miniquant::hessian_update_");
+  op.call(hessian, inputs, token_weights, name_of(precision));
   return hessian;
 }
 

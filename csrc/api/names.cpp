@@ -12,4 +12,6 @@ std::string_view name_of(ColumnOrder column_order) { return ops::name_of_choice(
 
 std::string_view name_of(SuperblockType type) { return ops::name_of_choice(type); }
 
+std::string_view name_of(HessianPrecision precision) { return ops::name_of_choice(precision); }
+
 }  // namespace miniquant

@@ -14,10 +14,12 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "algorithms/finite.h"
 #include "ops/checks.h"
+#include "ops/names.h"
 #include "ops/plain_operations.h"
 #include "ops/storage_lock.h"
 
@@ -140,10 +142,16 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
 
 // hessian_update_
 
-void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights) {
+HessianPrecision precision_named(const char* op, std::string_view name) {
+  return choice_named<HessianPrecision>(op, "precision", name);
+}
+
+void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights,
+                     std::string_view precision) {
   constexpr const char* op = "hessian_update_";
   const PlainOperations plain;
   check_hessian_update_arguments(hessian, inputs, token_weights);
+  const HessianPrecision products = precision_named(op, precision);
   check_on_cpu(op, "hessian", hessian);
   check_may_change(op, "hessian", hessian);
   const std::scoped_lock lock(lock_of(hessian));
@@ -153,12 +161,14 @@ void hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const Option
                     first_value(diagonal, bad));
   const Batch batch = counted_tokens(op, inputs, {}, token_weights);
   check_batch_values(op, inputs, batch, hessian.unsqueeze(0));
-  algorithms::hessian_update(hessian, batch.inputs, batch.token_weights);
+  algorithms::hessian_update(hessian, batch.inputs, batch.token_weights, products);
   count_change(hessian);
 }
 
-void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights) {
+void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const OptionalTensor& token_weights,
+                          std::string_view precision) {
   check_hessian_update_arguments(hessian, inputs, token_weights);
+  precision_named("hessian_update_", precision);
 }
 
 // accumulator_*
@@ -211,21 +221,24 @@ void count_change(const HessianSums& state) {
 }
 
 void accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& inputs,
-                         const OptionalTensor& mask, const OptionalTensor& token_weights) {
+                         const OptionalTensor& mask, const OptionalTensor& token_weights, std::string_view precision) {
   const PlainOperations plain;
   const HessianSums state{sums, tokens, weights};
   check_update_arguments(state, inputs, mask, token_weights);
+  const HessianPrecision products = precision_named(kAccumulator, precision);
   check_may_change(state);
   const Batch batch = counted_tokens(kAccumulator, inputs, mask, token_weights);
   const std::scoped_lock lock(lock_of(sums));
   check_batch_values(kAccumulator, inputs, batch, sums);
-  algorithms::accumulate(state, batch.inputs, batch.token_weights);
+  algorithms::accumulate(state, batch.inputs, batch.token_weights, products);
   count_change(state);
 }
 
 void meta_accumulator_update_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& inputs,
-                              const OptionalTensor& mask, const OptionalTensor& token_weights) {
+                              const OptionalTensor& mask, const OptionalTensor& token_weights,
+                              std::string_view precision) {
   check_update_arguments({sums, tokens, weights}, inputs, mask, token_weights);
+  precision_named(kAccumulator, precision);
 }
 
 void check_merge_arguments(const HessianSums& state, const HessianSums& other) {

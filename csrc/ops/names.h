@@ -44,6 +44,10 @@ inline constexpr std::array<Named<SuperblockType>, 5> kNames<SuperblockType>{{{S
                                                                               {SuperblockType::kQ5K, "Q5_K"},
                                                                               {SuperblockType::kQ6K, "Q6_K"}}};
 
+template <>
+inline constexpr std::array<Named<HessianPrecision>, 2> kNames<HessianPrecision>{
+    {{HessianPrecision::kFull, "full"}, {HessianPrecision::kBf16x3, "bf16x3"}}};
+
 /// The name of a choice; for an invalid value "unknown", which no operator accepts.
 template <typename Choice>
 constexpr std::string_view name_of_choice(Choice choice) {

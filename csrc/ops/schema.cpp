@@ -25,10 +25,12 @@ TORCH_LIBRARY(miniquant, m) {
   define(c10::str("rtn_superblocks(Tensor weight, str kind)", results, supers, ")"));
   define(c10::str("gptq_superblocks(Tensor weight, Tensor hessian, str kind, *, str scale_method=\"absmax\", ",
                   kSweepSchema, ")", results, supers, ", Tensor row_loss)"));
-  m.def("hessian_update_(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()", tags);
+  m.def(
+      "hessian_update_(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None, str precision=\"full\") -> ()",
+      tags);
   m.def(
       "accumulator_update_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, "
-      "Tensor? mask=None, Tensor? token_weights=None) -> ()",
+      "Tensor? mask=None, Tensor? token_weights=None, str precision=\"full\") -> ()",
       tags);
   m.def(
       "accumulator_merge_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor other_sums, "

@@ -259,6 +259,46 @@ def test_bad_updates(changes: dict[str, Any], message: str, error: Any) -> None:
     assert_refused(accumulator, message, lambda: accumulator.update(**arguments), error)
 
 
+# Precision
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_three_products_of_bfloat16_values_are_near_those_of_float32(halves: bool) -> None:
+    inputs, weights = tokens_of(300, 40), torch.rand(300, dtype=torch.float64)
+    accumulator = HessianAccumulator(40, halves=halves, precision="bf16x3")
+    assert accumulator.precision == "bf16x3"
+    accumulator.update(inputs, token_weights=weights)
+    wide, magnitudes = inputs.double(), inputs.double().abs()
+    error = (accumulator.hessian().double() - wide.T @ (weights[:, None] * wide) / weights.sum()).abs()
+    assert (error <= 1.3e-4 * magnitudes.T @ (weights[:, None] * magnitudes) / weights.sum()).all()
+    hessian = torch.zeros(40, 40)
+    miniquant.hessian_update_(hessian, inputs, precision="bf16x3")
+    again = HessianAccumulator(40, precision="bf16x3")
+    again.update(inputs)
+    assert torch.equal(hessian / 300, again.hessian())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_inputs_of_other_dtypes_are_not_touched_by_it(dtype: torch.dtype) -> None:
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = tokens_of(300, 40).to(dtype)
+    one, other = HessianAccumulator(40, sums), HessianAccumulator(40, sums, precision="bf16x3")
+    one.update(inputs)
+    other.update(inputs)
+    assert torch.equal(one.hessian(), other.hessian())
+
+
+def test_another_precision_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="HessianAccumulator: expected precision to be 'full' or 'bf16x3', but got 'b'"
+    ):
+        HessianAccumulator(4, precision="b")  # type: ignore[arg-type]
+    hessian = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="hessian_update_: expected precision to be 'full' or 'bf16x3', but got 'b'"):
+        miniquant.hessian_update_(hessian, tokens_of(3, 4), precision="b")  # type: ignore[arg-type]
+    assert torch.equal(hessian, torch.zeros(4, 4))
+
+
 # Merging, saving, going on
 
 
@@ -278,6 +318,25 @@ def test_merge_is_the_sum(halves: bool) -> None:
     first.merge(first)
     assert first.tokens == 60
     torch.testing.assert_close(first.hessian(), expected.hessian(), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 256, 300, 600])
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_sum_over_processes_is_that_of_the_whole_sums(columns: int, halves: bool) -> None:
+    mine, other = (accumulated(tokens_of(50, columns, seed=seed), halves=halves) for seed in (1, 2))
+    expected = accumulated(tokens_of(50, columns, seed=1), halves=halves)
+    expected.merge(other)
+    theirs: list[Tensor] = []
+    other.merge_over(lambda *tensors: theirs.extend(tensor.clone() for tensor in tensors))
+
+    def total(*tensors: Tensor) -> None:
+        for one, two in zip(tensors, theirs, strict=True):
+            one.add_(two)
+
+    mine.merge_over(total)
+    for one, two in zip(mine.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    assert theirs[0].numel() <= (1 + halves) * columns * (columns + 256) / 2  # not both triangles
 
 
 def test_what_cannot_be_merged() -> None:
@@ -431,6 +490,7 @@ def test_opcheck(op: str, halves: bool) -> None:
         "accumulator_update_": [
             ((tokens_of(3, 4),), {}),
             ((tokens_of(2, 3, 4),), {"mask": torch.rand(2, 3) > 0.5, "token_weights": torch.rand(2, 3)}),
+            ((tokens_of(3, 4),), {"precision": "bf16x3"}),
         ],
         "accumulator_merge_": [(tuple(other.values()), {})],
         "accumulator_hessian": [((), {}), *([((), {"half": 1})] if halves else [])],

@@ -19,7 +19,8 @@ namespace miniquant {
 /// tensor: calls wait for one another. token_weights: w, floating point [...], finite and not negative, one for each
 /// token; 1 each without. The inputs of tokens of weight 0 are not read.
 MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
-                                          const std::optional<at::Tensor>& token_weights = std::nullopt);
+                                          const std::optional<at::Tensor>& token_weights = std::nullopt,
+                                          HessianPrecision precision = HessianPrecision::kFull);
 
 /// Whether an accumulator keeps one sum, or one for each half of the tokens.
 enum class Halves {
@@ -40,12 +41,12 @@ class MINIQUANT_API HessianAccumulator {
  public:
   /// in_features: K, at least 0. dtype: that of the sum, kFloat or kDouble. Throws c10::ValueError / c10::TypeError for
   /// other values.
-  explicit HessianAccumulator(int64_t in_features, at::ScalarType dtype = at::kFloat,
-                              Halves halves = Halves::kTogether);
+  explicit HessianAccumulator(int64_t in_features, at::ScalarType dtype = at::kFloat, Halves halves = Halves::kTogether,
+                              HessianPrecision precision = HessianPrecision::kFull);
 
   /// Starts from the state() of an accumulator, or from sums computed elsewhere; the tensors are copied. Throws
   /// c10::ValueError / c10::TypeError where the tensors are not a valid state.
-  explicit HessianAccumulator(const HessianSums& state);
+  explicit HessianAccumulator(const HessianSums& state, HessianPrecision precision = HessianPrecision::kFull);
 
   /// Adds a batch [..., K]; all dimensions but the last are tokens. Dtypes and errors as hessian_update_().
   /// mask: bool [...], true for tokens to count. token_weights: floating point [...], finite and not negative, the
@@ -80,6 +81,7 @@ class MINIQUANT_API HessianAccumulator {
 
  private:
   HessianSums sums_;
+  HessianPrecision precision_;
 };
 
 }  // namespace miniquant

@@ -12,5 +12,6 @@ MINIQUANT_API std::string_view name_of(ScaleMethod method);
 MINIQUANT_API std::string_view name_of(GroupScales group_scales);
 MINIQUANT_API std::string_view name_of(ColumnOrder column_order);
 MINIQUANT_API std::string_view name_of(SuperblockType type);
+MINIQUANT_API std::string_view name_of(HessianPrecision precision);
 
 }  // namespace miniquant

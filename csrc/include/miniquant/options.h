@@ -56,6 +56,15 @@ struct QuantizedWeight : QuantizationGrid {
   at::Tensor zero_points;  ///< int8 [N, G]; all 0 for a symmetric grid
 };
 
+/// How exact the products are that a Hessian is the sum of.
+enum class HessianPrecision {
+  kFull,  ///< as those of the sum's dtype
+  /// Of float32 inputs of a float32 sum three products of bfloat16 values may take the place of each, where the CPU has
+  /// a unit with which that is faster (AMX). An entry of X^T diag(w) X then has an error of at most 1.3e-4 times that
+  /// of |X|^T diag(w) |X|. On other CPUs, and for other dtypes, the same as kFull.
+  kBf16x3,
+};
+
 /// Which weights a group's scale is computed from.
 enum class GroupScales {
   kStatic,   ///< the original weights: the scales do not depend on the Hessian

@@ -1,4 +1,5 @@
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/allclose.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/rand.h>
@@ -81,6 +82,29 @@ TEST_P(HessianBf16, IsTheProductOfTheInputsInFloat64) {
   }
 }
 
+// Each value loses what is past its leading 16 bits, and each product that of both remainders.
+TEST_P(HessianBf16, OfFloat32InputsHasThreeProductsForEach) {
+  constexpr double kLost = 0x1p-13;
+  for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {513, 70}, {2000, 37}, {1100, 330}}) {
+    const at::Tensor inputs = testing::normal({tokens, columns}, 1, at::kFloat);
+    for (const at::Tensor& weights : {at::Tensor(), weights_of(tokens), powers_of_two(tokens)}) {
+      SCOPED_TRACE(::testing::Message() << tokens << " tokens, " << columns << " columns"
+                                        << (weights.defined() ? ", weighted" : ""));
+      const at::Tensor sum = sum_of(inputs, weights);
+      const at::Tensor error = (sum.to(at::kDouble) - oracle(inputs, weights, false)).abs();
+      const at::Tensor lost = oracle(inputs, weights, true) * kLost;
+      EXPECT_TRUE(error.le(lost + bound(inputs, weights)).all().item<bool>());
+      EXPECT_TRUE(at::equal(sum, sum.mT())) << "not symmetric";
+      EXPECT_TRUE(tokens < 500 || error.gt(lost * 0.01).any().item<bool>()) << "not that many products";
+    }
+  }
+}
+
+TEST_P(HessianBf16, OfFloat32InputsThatAreBfloat16ValuesIsThatOfThese) {
+  const at::Tensor inputs = testing::normal({600, 70}, 2, at::kBFloat16);
+  EXPECT_TRUE(at::allclose(sum_of(inputs.to(at::kFloat)), sum_of(inputs), 1e-6, 1e-5));
+}
+
 TEST_P(HessianBf16, AddsToBothTrianglesOfWhatIsThere) {
   const at::Tensor inputs = testing::normal({3, 40}, 3, at::kBFloat16);
   at::Tensor hessian = testing::normal({40, 40}, 4, at::kFloat);
@@ -129,21 +153,30 @@ TEST(PrefersBf16, WhereTheKernelsAreFasterAndAsAccurate) {
   const auto inputs = [](at::ScalarType dtype) { return at::zeros({2, 4}, dtype); };
   const at::Tensor weights = at::zeros({2}, at::kDouble).fill_(0.3);
   const at::Tensor powers = at::zeros({2}, at::kDouble).fill_(0.5);
-  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), {}));
-  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights));
-  EXPECT_FALSE(prefers_bf16(nullptr, single, inputs(at::kBFloat16), {}));
-  EXPECT_FALSE(prefers_bf16(&kernels, wide, inputs(at::kBFloat16), {}));
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kFloat), {}));
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kHalf), {})) << "four products";
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights * 0x1p70));
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights * 0x1p-70));
+  const auto prefers = [](const kernels::Bf16Kernels* chosen, const at::Tensor& hessian, const at::Tensor& batch,
+                          const at::Tensor& token_weights, HessianPrecision precision = HessianPrecision::kFull) {
+    return prefers_bf16(chosen, hessian, batch, token_weights, precision);
+  };
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kBFloat16), {}));
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kBFloat16), weights));
+  EXPECT_FALSE(prefers(nullptr, single, inputs(at::kBFloat16), {}));
+  EXPECT_FALSE(prefers(&kernels, wide, inputs(at::kBFloat16), {}));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kFloat), {}));
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kFloat), {}, HessianPrecision::kBf16x3));
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kFloat), weights, HessianPrecision::kBf16x3));
+  EXPECT_FALSE(prefers(&kernels, wide, inputs(at::kFloat), {}, HessianPrecision::kBf16x3));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kDouble), {}, HessianPrecision::kBf16x3));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kHalf), {})) << "four products";
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kBFloat16), weights * 0x1p70));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kBFloat16), weights * 0x1p-70));
   kernels.most_products = 1;
-  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), powers));
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kBFloat16), weights)) << "three products";
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kBFloat16), powers));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kBFloat16), weights)) << "three products";
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kFloat), {}, HessianPrecision::kBf16x3)) << "three products";
   kernels.most_products = 4;
-  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kHalf), powers));
-  EXPECT_FALSE(prefers_bf16(&kernels, single, inputs(at::kHalf), weights)) << "six products";
-  EXPECT_TRUE(prefers_bf16(&kernels, single, inputs(at::kHalf), {}));
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kHalf), powers));
+  EXPECT_FALSE(prefers(&kernels, single, inputs(at::kHalf), weights)) << "six products";
+  EXPECT_TRUE(prefers(&kernels, single, inputs(at::kHalf), {}));
 }
 
 }  // namespace

@@ -37,6 +37,18 @@ TEST(HessianAccumulator, IsTheMeanOverAllTokensOfAnySplit) {
   EXPECT_LE((parts.hessian() - whole.hessian()).abs().max().item<double>(), 1e-14);
 }
 
+TEST(HessianAccumulator, MayTakeLessExactProducts) {
+  const at::Tensor inputs = testing::normal({60, 12}, 4, at::kFloat);
+  const at::Tensor wide = inputs.to(at::kDouble);
+  const at::Tensor bound = wide.abs().mT().matmul(wide.abs()) * 1.3e-4;
+  HessianAccumulator accumulator(12, at::kFloat, Halves::kTogether, HessianPrecision::kBf16x3);
+  accumulator.update(inputs);
+  EXPECT_TRUE((accumulator.hessian().to(at::kDouble) * 60 - wide.mT().matmul(wide)).abs().le(bound).all().item<bool>());
+  at::Tensor hessian = at::zeros({12, 12});
+  hessian_update_(hessian, inputs, std::nullopt, HessianPrecision::kBf16x3);
+  EXPECT_TRUE(at::equal(hessian / 60, accumulator.hessian()));
+}
+
 TEST(HessianAccumulator, GivesATensorOfItsOwn) {
   HessianAccumulator accumulator(3);
   accumulator.update(testing::normal({5, 3}, 5));

@@ -30,10 +30,11 @@ constexpr std::pair<const char*, const char*> kSchemas[] = {
      "(Tensor weight, Tensor hessian, str kind, *, str scale_method=\"absmax\", float ridge=0.01, int block_size=128, "
      "str group_scales=\"static\", str column_order=\"natural\", int refine=0, int beam_scales=0) -> (Tensor codes, "
      "Tensor scales, Tensor zero_points, Tensor minima, Tensor super_scales, Tensor super_minima, Tensor row_loss)"},
-    {"hessian_update_", "(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None) -> ()"},
+    {"hessian_update_",
+     "(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None, str precision=\"full\") -> ()"},
     {"accumulator_update_",
      "(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, Tensor? mask=None, "
-     "Tensor? token_weights=None) -> ()"},
+     "Tensor? token_weights=None, str precision=\"full\") -> ()"},
     {"accumulator_merge_",
      "(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor other_sums, Tensor other_tokens, "
      "Tensor other_weights) -> ()"},
