@@ -42,7 +42,8 @@ class ErrorSum:
 
     def like(self) -> "ErrorSum":
         """Of no tokens, of the same shape and dtype."""
-        return ErrorSum(*self._sum.shape, self._sum.dtype)
+        rows, columns = self._sum.shape
+        return ErrorSum(rows, columns, self._sum.dtype)
 
     def update(
         self, original: Tensor, now: Tensor, inputs: Tensor, mask: Tensor | None, weights: Tensor | None

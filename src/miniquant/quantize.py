@@ -309,7 +309,13 @@ def quantize_model(
         >>> result.layers["model.layers.0.mlp.down_proj"].held_out_loss
     """
     recipe = as_recipe(recipe)
-    if recipe.rotation:
+    if recipe.rotation:  # what is refused is refused before the model changes
+        if not isinstance(calibration, Calibration):
+            calibration = _batches("calibration", calibration)
+        if held_out is not None and not isinstance(held_out, (int, float)):
+            held_out = _batches("held_out", held_out)
+        Walk(model, _all_batches(calibration, held_out)[0], (), forward=forward, masks=masks)
+        plan_model(model, recipe, output_embeddings=output_embeddings)
         rotate_model(model)
     return quantize_planned(
         model,
@@ -361,19 +367,11 @@ def quantize_planned(
     Raises:
         RankError: for layers of experts, for fewer batches than ranks, and where ranks come to different layers.
     """
-    if isinstance(calibration, Calibration):
-        held_out = (calibration.held_out or None) if held_out is None else held_out
-    batches = _batches("calibration", calibration.batches if isinstance(calibration, Calibration) else calibration)
-    part, kept = held_out_of(HELD_OUT if held_out is None else held_out)
-    if not batches:
-        raise ValueError("quantize_model: expected calibration to have batches, but got none")
-    count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
-    batches += kept
+    batches, count, notes = _all_batches(calibration, held_out)
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
     if ranks is not None:
         batches, count, masks = _share_of(ranks, plan, batches, count, masks)
-    result.notes += calibration.notes if isinstance(calibration, Calibration) else ()
-    result.notes += () if note is None else (note,)
+    result.notes += notes
     quantizer = _Quantizer(
         model, plan, result, len(batches) - count, scale_dtype, weights, progress, store, stop, ranks
     )
@@ -389,6 +387,22 @@ def quantize_planned(
 
 
 # Batches
+
+
+def _all_batches(
+    calibration: Calibration | Iterable[Any], held_out: float | Iterable[Any] | None
+) -> tuple[list[Any], int, list[str]]:
+    """Batches, those held out last, how many are held out, and notes."""
+    notes: list[str] = []
+    if isinstance(calibration, Calibration):
+        held_out = (calibration.held_out or None) if held_out is None else held_out
+        notes += calibration.notes
+    batches = _batches("calibration", calibration.batches if isinstance(calibration, Calibration) else calibration)
+    part, kept = held_out_of(HELD_OUT if held_out is None else held_out)
+    if not batches:
+        raise ValueError("quantize_model: expected calibration to have batches, but got none")
+    count, note = (len(kept), None) if kept else _held_out_batches([_size(batch) for batch in batches], part)
+    return batches + kept, count, [*notes, *(() if note is None else (note,))]
 
 
 def _share_of(
@@ -748,7 +762,7 @@ class _Hessians:
         if ridge not in self._corrections:
             self._corrections[ridge] = Correction(self.errors, self.calibration.hessian(), ridge)
         of_stream = stream_part if self.errors.stream is not None else 0.0
-        notes = []
+        notes: list[str] = []
         for parts, name in (((part, of_stream), "of the stream"), ((part, 0.0), "of earlier layers")):
             if any(parts) and (name != "of the stream" or of_stream):
                 target = self._corrections[ridge].of(weight, *parts)
@@ -763,7 +777,8 @@ class _Hessians:
             return True
         some = _judged_rows(len(weight))
         change = (target[some] - weight[some]).double()
-        wanted = self.held_out_errors.wanted(weight, *(1.0 if part else 0.0 for part in parts), rows=some)
+        part, stream_part = (1.0 if part else 0.0 for part in parts)
+        wanted = self.held_out_errors.wanted(weight, part, stream_part, some)
         gained = 2 * wanted - change @ self.held_out.hessian().double()
         return float((gained * change).sum()) >= 0
 

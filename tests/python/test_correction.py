@@ -221,7 +221,8 @@ def test_layers_that_write_to_a_stream_make_up_for_its_errors(scheme: Any) -> No
         assert differ <= 0.004 * weight.numel(), name  # sums of batches round otherwise than one of all tokens
         return dequantize(layer.quantized)
 
-    for number, (block, exact) in enumerate(zip(by_hand.blocks, original.blocks, strict=True)):
+    pairs: Any = zip(by_hand.blocks, original.blocks, strict=True)
+    for number, (block, exact) in enumerate(pairs):
         with torch.no_grad():
             name = f"blocks.{number}"
             block.first.weight.data = quantized(f"{name}.first", exact.first.weight.detach(), u, v, None)

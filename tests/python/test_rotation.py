@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import small_models
-from miniquant import LayerOptions, Recipe, quantize_folder, quantize_model, rotate_model
+from miniquant import LayerOptions, Recipe, Rule, quantize_folder, quantize_model, rotate_model
 from miniquant.checkpoint import Checkpoint
 from miniquant.float_models import load_gguf
 from miniquant.lazy import LazyModel
@@ -165,6 +165,27 @@ def test_a_recipe_turns_a_model_before_it_is_quantized() -> None:
     weight = model.get_submodule(name).weight
     assert (weight - near).norm() < 0.02 * near.norm()
     assert (weight - far).norm() > far.norm()
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"calibration": []}, ValueError),
+        ({"calibration": torch.ones(2, 3)}, TypeError),
+        ({"held_out": 0.9}, ValueError),
+        ({"masks": [None]}, ValueError),
+        ({"rules": (Rule("nowhere", {"bits": 3}),)}, ValueError),
+    ],
+)
+def test_a_bad_argument_leaves_a_model_as_it_is(bad: dict[str, Any], error: Any) -> None:
+    model = small_models.decoder("Llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = Recipe(LayerOptions(group_size=16), rules=bad.pop("rules", ()), rotation=True)
+    arguments = {"calibration": iter(small_models.text_batches()), **bad}
+    with pytest.raises(error):
+        quantize_model(model, arguments.pop("calibration"), recipe, **arguments)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 # Folders
