@@ -761,24 +761,27 @@ class _Hessians:
             return weight, []
         if ridge not in self._corrections:
             self._corrections[ridge] = Correction(self.errors, self.calibration.hessian(), ridge)
-        of_stream = stream_part if self.errors.stream is not None else 0.0
+        attempts = [(part, stream_part)] if stream_part and self.errors.stream is not None else []
+        attempts += [(part, 0.0)] if part else []
         notes: list[str] = []
-        for parts, name in (((part, of_stream), "of the stream"), ((part, 0.0), "of earlier layers")):
-            if any(parts) and (name != "of the stream" or of_stream):
-                target = self._corrections[ridge].of(weight, *parts)
-                if decided(partial(self._gains, weight, target, parts)):
-                    return target, notes
-                notes.append(f"errors {name} are not corrected: on held-out tokens that loses more than it gains")
+        for parts in attempts:
+            target = self._corrections[ridge].of(weight, *parts)
+            if decided(partial(self._gains, weight, target, *parts)):
+                return target, notes
+            whose = "of the residual stream" if parts[1] else "of earlier layers"
+            notes.append(f"errors {whose} are not corrected: on held-out tokens that loses more than it gains")
         return weight, notes
 
-    def _gains(self, weight: Tensor, target: Tensor, parts: tuple[float, float]) -> bool:
-        """Whether ||u + W x - (v + W' y)||^2 is at most ||u + W x - (v + W y)||^2 on held-out tokens, in some rows."""
+    def _gains(self, weight: Tensor, target: Tensor, part: float, stream_part: float) -> bool:
+        """Whether ||u + W x - (v + W' y)||^2 is at most ||u + W x - (v + W y)||^2 on held-out tokens, in some rows.
+
+        Of what is not corrected, u - v or x - y, nothing is counted.
+        """
         if self.held_out_errors is None or self.held_out.tokens < FEWEST_HELD_OUT:
             return True
         some = _judged_rows(len(weight))
         change = (target[some] - weight[some]).double()
-        part, stream_part = (1.0 if part else 0.0 for part in parts)
-        wanted = self.held_out_errors.wanted(weight, part, stream_part, some)
+        wanted = self.held_out_errors.wanted(weight, float(part > 0), float(stream_part > 0), some)
         gained = 2 * wanted - change @ self.held_out.hessian().double()
         return float((gained * change).sum()) >= 0
 

@@ -1,14 +1,12 @@
 """Which layers write to a residual stream, and what the stream is before them: found while the model runs.
 
 In a transformer's block some outputs are added to what the block was given: ``h = h + self_attn(norm(h))``. No module
-says so. One batch is therefore watched in the first block of each class; it runs ahead through the model's first block,
-so that this one is known before anything is done to it. Where what a module is given, or what the
-block gives back, is exactly ``r + output`` for the output of a layer and an input r that a module of the block had
-before, the layer writes to a stream, and r is the stream before it. In all blocks of that class the stream before this
-layer is then what that module was given.
+says so. When one batch first comes to a block of a class, the block therefore runs once more, only to be watched: where
+what a module is given, or what the block gives back, is exactly ``r + output`` for the output of a layer and an input r
+that a module of the block had before, the layer writes to a stream, and r is the stream before it. In all blocks of
+that class the stream before this layer is then what that module was given.
 
-Layers whose output goes elsewhere first, as through another norm, are not found. Those of the first block of a further
-class, as a decoder's behind an encoder, are known only when it is over.
+Layers whose output goes elsewhere first, as through another norm, are not found.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor, nn
 
@@ -29,28 +26,32 @@ class Streams:
 
     Attributes:
         is_watched: whether it is the batch that blocks are learned from.
-        ends: whether it runs for no more than that: it ends with the first block that is learned.
+        rehearses: whether it runs a block at the moment only to be watched.
+        before: what modules were given that streams are known by, by the block's id and the module's name there.
+        given: while a block is learned, what its modules were given, by their names.
+        outputs: while a block is learned, of its layers.
+        found: by name of a layer that writes to a stream, the module that was given it.
     """
 
     is_watched: bool = False
-    ends: bool = False
-    _before: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # by block and module: what it was given
-    _given: list[tuple[str, Tensor]] = field(default_factory=list)
-    _outputs: dict[str, Tensor] = field(default_factory=dict)  # by layer of the block
-    _found: dict[str, str] = field(default_factory=dict)
+    rehearses: bool = False
+    before: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    given: list[tuple[str, Tensor]] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Lets go of everything, when a block is left."""
-        for held in (self._before, self._given, self._outputs, self._found):
+        for held in (self.before, self.given, self.outputs, self.found):
             held.clear()
 
     def came(self, tensor: Tensor) -> None:
         """Compares what a module is given, or what the block gives back, with sums of what came before."""
-        for layer, output in self._outputs.items():
-            if layer not in self._found:
-                source = next((name for name, r in self._given if _is_sum(tensor, r, output)), None)
+        for layer, output in self.outputs.items():
+            if layer not in self.found:
+                source = next((name for name, r in self.given if _is_sum(tensor, r, output)), None)
                 if source is not None:
-                    self._found[layer] = source
+                    self.found[layer] = source
 
 
 def _is_sum(tensor: Tensor, r: Tensor, output: Tensor) -> bool:
@@ -86,14 +87,13 @@ class Residuals:
         """
         with ExitStack() as stack:
             for block in dict.fromkeys(self._blocks.values()):
-                for name, module in block.named_modules():
+                for name, module in block.named_modules():  # the block itself comes first
                     hook = self._before(block, name, streams)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(_after_block(streams)).remove)
             for site_block, layer in self._places.values():
-                after_layer = self._after_layer(site_block, layer, streams)
+                after_layer = self._after_layer(layer, streams)
                 stack.callback(site_block.get_submodule(layer).register_forward_hook(after_layer).remove)
-            for block in dict.fromkeys(self._blocks.values()):
-                stack.callback(block.register_forward_hook(self._after_block(block, streams)).remove)
             yield
 
     def before(self, site: Site, streams: Streams) -> Tensor | None:
@@ -107,46 +107,57 @@ class Residuals:
         if block is None:
             return None
         source = self._known.get(type(block), {}).get(layer)
-        return None if source is None else streams._before.get((id(block), source))  # noqa: SLF001  (a part of it)
+        return None if source is None else streams.before.get((id(block), source))
 
     def _before(self, block: nn.Module, name: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given, of_batch = _first_tensor((*args, *kwargs.values())), streams()
             if given is None or of_batch is None:
                 return
-            known = self._known.get(type(block))
-            if known is not None:
-                if name in known.values():
-                    of_batch._before[id(block), name] = given  # noqa: SLF001
-            elif of_batch.is_watched:
+            if of_batch.rehearses:
                 of_batch.came(given)
-                of_batch._given.append((name, given))  # noqa: SLF001
-
-        return hook
-
-    def _after_layer(self, block: nn.Module, layer: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            of_batch = streams()
-            if of_batch is not None and of_batch.is_watched and type(block) not in self._known:
-                of_batch._outputs[layer] = output  # noqa: SLF001
-
-        return hook
-
-    def _after_block(self, block: nn.Module, streams: Callable[[], Streams | None]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            of_batch = streams()
-            if of_batch is None:
+                of_batch.given.append((name, given))
                 return
-            if of_batch.is_watched and type(block) not in self._known:
-                given_back = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
-                if given_back is not None:
-                    of_batch.came(given_back)
-                self._known[type(block)] = dict(of_batch._found)  # noqa: SLF001
-            of_batch.clear()
-            if of_batch.ends:
-                raise greenlet.GreenletExit
+            if of_batch.is_watched and module is block and type(block) not in self._known:
+                self._learn(block, args, kwargs, of_batch)
+            if name in self._known.get(type(block), {}).values():
+                of_batch.before[id(block), name] = given
 
         return hook
+
+    def _learn(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_batch: Streams) -> None:
+        """Runs a block with what it is about to be given, and notes which layers write to a stream."""
+        of_batch.rehearses = True
+        try:
+            given = _first_tensor((*args, *kwargs.values()))
+            if given is not None:
+                of_batch.given.append(("", given))
+            output = block.forward(*args, **kwargs)
+            given_back = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
+            if given_back is not None:
+                of_batch.came(given_back)
+            self._known[type(block)] = dict(of_batch.found)
+        finally:
+            of_batch.rehearses = False
+            of_batch.clear()
+
+    @staticmethod
+    def _after_layer(layer: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            of_batch = streams()
+            if of_batch is not None and of_batch.rehearses and isinstance(output, Tensor):
+                of_batch.outputs[layer] = output
+
+        return hook
+
+
+def _after_block(streams: Callable[[], Streams | None]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        of_batch = streams()
+        if of_batch is not None:
+            of_batch.clear()
+
+    return hook
 
 
 def _first_tensor(values: Sequence[Any]) -> Tensor | None:

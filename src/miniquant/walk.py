@@ -307,7 +307,6 @@ class Walk:
         """Lets the batches run on that waited for the visit before; at first all of them."""
         before, self._visit = self._visit, None
         if before is None:
-            self._learn_streams()
             self._advance(self._twins.values())
             group = [run for run in self._runs if run.at is None]
         else:
@@ -379,6 +378,8 @@ class Walk:
         run = greenlet.getcurrent()
         if not isinstance(run, _Run) or run.walk is not self:
             return  # someone else runs the model in between, to evaluate it for instance
+        if run.streams.rehearses:
+            return
         run.last = site
         if run.order is not None:
             run.order.setdefault(id(site), len(run.order))
@@ -394,17 +395,7 @@ class Walk:
     def _streams(self) -> Streams | None:
         """Those of the batch that runs at the moment."""
         run = greenlet.getcurrent()
-        if not isinstance(run, _Run) or run.walk is not self or (run.order is not None and not run.streams.is_watched):
-            return None
-        return run.streams
-
-    def _learn_streams(self) -> None:
-        """Has a batch run ahead through the first block."""
-        if self._residuals is not None and self._runs:
-            ahead = self._runs[0].ahead()
-            ahead.streams.is_watched = ahead.streams.ends = True
-            ahead.advance()
-            ahead.end()
+        return run.streams if isinstance(run, _Run) and run.walk is self and run.order is None else None
 
     def _count(self, run: "_Run", site: Site, source: Tensor) -> None:
         """Tokens that come to a site that is done."""
@@ -468,16 +459,10 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
 
     def looked_ahead(self) -> dict[int, int]:
         """The order in which the batch comes to sites, by a forward pass of its own without a pause."""
-        ahead = self.ahead()
-        ahead.advance()
-        assert ahead.order is not None  # noqa: S101  (it has one)
-        return ahead.order
-
-    def ahead(self) -> "_Run":
-        """A forward pass of its own for the batch, which does not pause."""
         ahead = _Run(self.walk, self.number, self._batch, self._device, {}, None)
         ahead.order = {}
-        return ahead
+        ahead.advance()
+        return ahead.order
 
     def mask(self, site: Site, source: Tensor) -> Tensor | None:
         """Which tokens of a site's input count, of the leading dimensions of the input; None: all do."""

@@ -26,7 +26,7 @@ WRITERS = {
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
     "opt": {"self_attn.out_proj", "fc2"},
     "bert": {"attention.output.dense", "output.dense"},
-    "t5": {"layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"},  # as known from the encoder's
+    "t5": {"layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"},  # the decoder's blocks are of the encoder's class
     "mamba": {"mixer.out_proj"},
 }
 
@@ -132,7 +132,7 @@ def test_nothing_is_kept_when_a_block_is_left() -> None:
     with Walk(model, stream_batches(), find_sites(model).sites, beside=True, streams=True) as walk:
         for visit in walk:
             for run in (*walk._runs, *walk._twins.values()):
-                held = run.streams._before
+                held = run.streams.before
                 assert len(held) <= 1
                 assert all(tensor.shape == (2, 7, 16) for tensor in held.values())
             del visit
