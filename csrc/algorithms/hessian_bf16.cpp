@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <utility>
 #include <vector>
@@ -45,8 +46,6 @@ struct Split {
   int64_t left;
   int64_t right;
   bool exact = true;
-
-  [[nodiscard]] int64_t products() const { return exact ? left * right : left * right - 1; }
 };
 
 bool is_power_of_two(float value) {
@@ -177,7 +176,7 @@ bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& hessian, const a
   const bool splits =
       dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && precision == HessianPrecision::kBf16x3);
   return kernels != nullptr && hessian.scalar_type() == at::kFloat && splits &&
-         split_of(dtype, token_weights).products() <= kernels->most_products &&
+         std::ssize(products_of(split_of(dtype, token_weights))) <= kernels->most_products &&
          (!token_weights.defined() || moderate(token_weights));
 }
 

@@ -42,12 +42,16 @@ def hessian_update_(
 _ROWS_TOGETHER = 256
 
 
+def _row_ranges(columns: int) -> list[tuple[int, int]]:
+    """First and last row (exclusive) of those that are stored together."""
+    return [(first, min(first + _ROWS_TOGETHER, columns)) for first in range(0, columns, _ROWS_TOGETHER)]
+
+
 def _row_parts(sums: Tensor, lower: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """First and last row of each part of sums [S, K, K], and its view [S, rows, last] of their lower triangles."""
+    """Of the lower triangles of sums [S, K, K]: rows that are stored together, and a view of these [S, rows, last]."""
     count, columns = sums.shape[:2]
     offset = 0
-    for first in range(0, columns, _ROWS_TOGETHER):
-        last = min(first + _ROWS_TOGETHER, columns)
+    for first, last in _row_ranges(columns):
         size = count * (last - first) * last
         yield first, last, lower[offset : offset + size].view(count, last - first, last)
         offset += size
@@ -56,9 +60,7 @@ def _row_parts(sums: Tensor, lower: Tensor) -> Iterator[tuple[int, int, Tensor]]
 def _lower_triangle(sums: Tensor) -> Tensor:
     """The lower triangles of symmetric sums [S, K, K], in about half of their memory."""
     count, columns = sums.shape[:2]
-    lasts = [min(first + _ROWS_TOGETHER, columns) for first in range(0, columns, _ROWS_TOGETHER)]
-    size = sum(count * (last - first) * last for first, last in zip((0, *lasts), lasts, strict=False))
-    lower = sums.new_empty(size)
+    lower = sums.new_empty(count * sum((last - first) * last for first, last in _row_ranges(columns)))
     for first, last, part in _row_parts(sums, lower):
         part.copy_(sums[:, first:last, :last])
     return lower

@@ -54,9 +54,9 @@ class LayerResult:
     Losses are what the layer's squared output error is per token (:func:`miniquant.quantization_loss`, summed over
     rows; the mean over tokens as ``options.token_weights`` weighs them), with the values that the model now computes
     with; None where no token says. The error is that to the output of the layer's own weight or, with
-    ``options.corrected_part``, of the weight that makes up for errors of earlier layers; that of rounding to nearest,
-    too. Of a layer with more than 256 rows they are taken from 256 evenly spaced ones, the same for each loss, times
-    N / 256.
+    ``options.corrected_part`` or ``options.corrected_stream``, of the weight that makes up for errors of earlier
+    layers; that of rounding to nearest, too. Of a layer with more than 256 rows they are taken from 256 evenly spaced
+    ones, the same for each loss, times N / 256.
 
     Attributes:
         name: of the layer.
@@ -376,8 +376,8 @@ def quantize_planned(
         model, plan, result, len(batches) - count, scale_dtype, weights, progress, store, stop, ranks
     )
     sites = [site for site, _ in plan.layers]
-    streams = any(options.corrected_stream > 0 for _, options in plan.layers)
-    beside = streams or any(options.corrected_part > 0 for _, options in plan.layers)
+    streams = [site for site, options in plan.layers if options.corrected_stream > 0]
+    beside = bool(streams) or any(options.corrected_part > 0 for _, options in plan.layers)
     going_on = quantizer.check_stop
     quantizer.take_gradients(model, batches, sites, forward, masks)
     quantizer.run(
@@ -722,7 +722,9 @@ class _Hessians:
             accumulator.merge_over(ranks.sum)
         lacks = [  # on any rank
             self.errors is None,
-            self.errors is None or self.errors.stream is None,
+            any(
+                errors is None or errors.stream is None for errors in (self.errors, self.held_out_errors or self.errors)
+            ),
             has_held_out and self.held_out_errors is None,
         ]
         said = torch.tensor([self.sample.weights, self.sample.squares, has_held_out, *lacks], dtype=torch.float64)
@@ -732,13 +734,12 @@ class _Hessians:
         if without_errors or self.errors is None:
             self.errors = self.held_out_errors = None
             return
-        held_out = self.held_out_errors or self.errors.like()
-        parts = [self.errors, held_out] if judging and not without_held_out else [self.errors]
-        for errors in parts:
+        is_judged = judging and not without_held_out
+        self.held_out_errors = (self.held_out_errors or self.errors.like()) if is_judged else None
+        for errors in filter(None, (self.errors, self.held_out_errors)):
             if without_stream:
                 errors.stream = None
             errors.merge_over(ranks.sum)
-        self.held_out_errors = held_out if len(parts) == 2 else None
 
     def corrected(
         self,
@@ -899,10 +900,6 @@ class _Quantizer:
 
     def _visit(self, visit: Visit) -> None:
         site = visit.site
-        options = self._options[id(site)]
-        if not options.corrected_stream:
-            for given in visit.inputs:
-                given.stream = given.original_stream = None
         before = self._busy()
         family = siblings_of(site)
         if family is not None:
@@ -924,6 +921,7 @@ class _Quantizer:
             else:
                 self._restore(finished)
             return
+        options = self._options[id(site)]
         tokens = hessians.calibration.tokens
         if tokens >= options.tokens_needed(site.columns):
             self._quantize(site, hessians, before)
@@ -954,9 +952,8 @@ class _Quantizer:
     def _come_to(self, visit: Visit) -> None:
         """Forgets Hessians and ridges of other inputs than those of the layer at hand."""
         weighing = self._weighing(visit.site)
-        of_layer = visit.site.name if weighing.gradients is not None else None
-        if any(given.stream is not None for given in visit.inputs):
-            of_layer = visit.site.name
+        has_own = weighing.gradients is not None or any(given.stream is not None for given in visit.inputs)
+        of_layer = visit.site.name if has_own else None
         inputs = visit.inputs_id, _sum_dtype(visit.site), weighing.scheme, weighing.causal, of_layer
         if self._inputs != inputs:
             self._inputs = inputs

@@ -21,29 +21,18 @@ from miniquant.modules import LinearSite, Site, TransposedSite, blocks_of
 
 
 @dataclass
-class Streams:
-    """What one batch keeps of the streams of the block that it is in.
+class _Rehearsal:
+    """What is seen of a block that runs only to be watched.
 
     Attributes:
-        is_watched: whether it is the batch that blocks are learned from.
-        rehearses: whether it runs a block at the moment only to be watched.
-        before: what modules were given that streams are known by, by the block's id and the module's name there.
-        given: while a block is learned, what its modules were given, by their names.
-        outputs: while a block is learned, of its layers.
+        given: what its modules were given so far, by their names.
+        outputs: of its layers so far.
         found: by name of a layer that writes to a stream, the module that was given it.
     """
 
-    is_watched: bool = False
-    rehearses: bool = False
-    before: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     given: list[tuple[str, Tensor]] = field(default_factory=list)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Lets go of everything, when a block is left."""
-        for held in (self.before, self.given, self.outputs, self.found):
-            held.clear()
 
     def came(self, tensor: Tensor) -> None:
         """Compares what a module is given, or what the block gives back, with sums of what came before."""
@@ -52,6 +41,21 @@ class Streams:
                 source = next((name for name, r in self.given if _is_sum(tensor, r, output)), None)
                 if source is not None:
                     self.found[layer] = source
+
+
+@dataclass
+class Streams:
+    """What one batch keeps of the streams of the block that it is in.
+
+    Attributes:
+        is_watched: whether it is the batch that blocks are learned from.
+        rehearsal: while it runs a block only to be watched.
+        before: what modules were given that streams are known by, by the block's id and the module's name there.
+    """
+
+    is_watched: bool = False
+    rehearsal: _Rehearsal | None = None
+    before: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 def _is_sum(tensor: Tensor, r: Tensor, output: Tensor) -> bool:
@@ -66,7 +70,7 @@ class Residuals:
 
     Args:
         model: whose blocks are the elements of its outermost lists of modules.
-        sites: the layers that are asked for.
+        sites: the layers whose streams are looked for.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -87,13 +91,13 @@ class Residuals:
         """
         with ExitStack() as stack:
             for block in dict.fromkeys(self._blocks.values()):
-                for name, module in block.named_modules():  # the block itself comes first
+                for name, module in block.named_modules():
                     hook = self._before(block, name, streams)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(_after_block(streams)).remove)
             for site_block, layer in self._places.values():
-                after_layer = self._after_layer(layer, streams)
-                stack.callback(site_block.get_submodule(layer).register_forward_hook(after_layer).remove)
+                module = site_block.get_submodule(layer)
+                stack.callback(module.register_forward_hook(_after_layer(layer, streams)).remove)
             yield
 
     def before(self, site: Site, streams: Streams) -> Tensor | None:
@@ -110,52 +114,51 @@ class Residuals:
         return None if source is None else streams.before.get((id(block), source))
 
     def _before(self, block: nn.Module, name: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given, of_batch = _first_tensor((*args, *kwargs.values())), streams()
             if given is None or of_batch is None:
                 return
-            if of_batch.rehearses:
-                of_batch.came(given)
-                of_batch.given.append((name, given))
+            if of_batch.rehearsal is not None:
+                of_batch.rehearsal.came(given)
+                of_batch.rehearsal.given.append((name, given))
                 return
-            if of_batch.is_watched and module is block and type(block) not in self._known:
-                self._learn(block, args, kwargs, of_batch)
+            if of_batch.is_watched and not name and type(block) not in self._known:
+                of_batch.rehearsal = _Rehearsal(given=[(name, given)])
+                try:
+                    self._known[type(block)] = _rehearsed(block, args, kwargs, of_batch.rehearsal)
+                finally:
+                    of_batch.rehearsal = None
             if name in self._known.get(type(block), {}).values():
                 of_batch.before[id(block), name] = given
 
         return hook
 
-    def _learn(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of_batch: Streams) -> None:
-        """Runs a block with what it is about to be given, and notes which layers write to a stream."""
-        of_batch.rehearses = True
-        try:
-            given = _first_tensor((*args, *kwargs.values()))
-            if given is not None:
-                of_batch.given.append(("", given))
-            output = block.forward(*args, **kwargs)
-            given_back = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
-            if given_back is not None:
-                of_batch.came(given_back)
-            self._known[type(block)] = dict(of_batch.found)
-        finally:
-            of_batch.rehearses = False
-            of_batch.clear()
 
-    @staticmethod
-    def _after_layer(layer: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            of_batch = streams()
-            if of_batch is not None and of_batch.rehearses and isinstance(output, Tensor):
-                of_batch.outputs[layer] = output
+def _rehearsed(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rehearsal: _Rehearsal
+) -> dict[str, str]:
+    """Runs a block with what it is about to be given: by name of a layer that writes to a stream, what was given it."""
+    output = block.forward(*args, **kwargs)
+    given_back = _first_tensor(output if isinstance(output, (tuple, list)) else (output,))
+    if given_back is not None:
+        rehearsal.came(given_back)
+    return rehearsal.found
 
-        return hook
+
+def _after_layer(layer: str, streams: Callable[[], Streams | None]) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        of_batch = streams()
+        if of_batch is not None and of_batch.rehearsal is not None and isinstance(output, Tensor):
+            of_batch.rehearsal.outputs[layer] = output
+
+    return hook
 
 
 def _after_block(streams: Callable[[], Streams | None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         of_batch = streams()
         if of_batch is not None:
-            of_batch.clear()
+            of_batch.before.clear()
 
     return hook
 

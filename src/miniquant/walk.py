@@ -135,7 +135,8 @@ class Walk:
             put back while it goes on from one to the next. Visits then have the inputs of both. A batch whose two runs
             come to different sites has only the first from there on, and so has every batch from the first expert on:
             experts may be given other tokens. Takes twice the memory for what batches hold.
-        streams: whether to look for what layers' outputs are added to, in both runs; needs `beside`.
+        streams: those of the sites for which it is looked for what their outputs are added to, in both runs; they need
+            `beside`.
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
@@ -161,7 +162,7 @@ class Walk:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         masks: Sequence[Tensor | None] | None = None,
         beside: bool = False,
-        streams: bool = False,
+        streams: Sequence[Site] = (),
         look_ahead: bool = True,
         ended: Callable[[int, Any], None] | None = None,
         going_on: Callable[[], None] | None = None,
@@ -185,9 +186,11 @@ class Walk:
             )
         if streams and not beside:
             raise ValueError("Walk: expected streams to be looked for only with a second run beside (beside=True)")
+        if any(id(site) not in self._order for site in streams):
+            raise ValueError("Walk: expected streams to be some of the sites, but got another one")
         self._masks = masks
         self._beside = beside
-        self._residuals = Residuals(model, self._sites) if streams else None
+        self._residuals = Residuals(model, streams) if streams else None
         self._look_ahead = look_ahead
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = call if forward is None else forward
@@ -378,7 +381,7 @@ class Walk:
         run = greenlet.getcurrent()
         if not isinstance(run, _Run) or run.walk is not self:
             return  # someone else runs the model in between, to evaluate it for instance
-        if run.streams.rehearses:
+        if run.streams.rehearsal is not None:
             return
         run.last = site
         if run.order is not None:
@@ -531,7 +534,7 @@ class _Run(greenlet.greenlet):  # type: ignore[misc]  # it ships no types
     def end(self) -> None:
         """Ends the forward pass where it waits."""
         self.at, self.held = None, False
-        self.streams.clear()
+        self.streams.before.clear()
         for _ in range(100):  # code that catches every exception may come to another site, where it is ended again
             if not bool(self) or self.dead:
                 break

@@ -264,7 +264,7 @@ def test_bad_updates(changes: dict[str, Any], message: str, error: Any) -> None:
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_three_products_of_bfloat16_values_are_near_those_of_float32(halves: bool) -> None:
-    inputs, weights = tokens_of(300, 40), torch.rand(300, dtype=torch.float64)
+    inputs, weights = tokens_of(300, 40, dtype=torch.float32), torch.rand(300, dtype=torch.float64)
     accumulator = HessianAccumulator(40, halves=halves, precision="bf16x3")
     assert accumulator.precision == "bf16x3"
     accumulator.update(inputs, token_weights=weights)

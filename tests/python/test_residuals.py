@@ -43,7 +43,8 @@ def test_layers_that_write_to_a_stream_are_found(kind: str) -> None:
     build, batches = small_models.MODELS[kind]
     model = build()
     found: set[tuple[int, str]] = set()
-    with Walk(model, batches(), find_sites(model).sites, beside=True, streams=True) as walk:
+    sites = find_sites(model).sites
+    with Walk(model, batches(), sites, beside=True, streams=sites) as walk:
         for visit in walk:
             known = {given.stream is not None for given in visit.inputs}
             assert known == {given.original_stream is not None for given in visit.inputs}
@@ -92,7 +93,8 @@ def test_streams_are_those_of_the_quantized_and_of_the_float_model() -> None:
             h = block(h).detach()
         expected.append(before)
     seen = 0
-    with Walk(model, stream_batches(), find_sites(model).sites, beside=True, streams=True) as walk:
+    sites = find_sites(model).sites
+    with Walk(model, stream_batches(), sites, beside=True, streams=sites) as walk:
         for visit in walk:
             number, name = in_block(visit.site)
             accumulator = HessianAccumulator(visit.site.columns, halves=True)
@@ -123,13 +125,15 @@ def test_a_layer_that_gives_nothing_is_not_taken_for_one_that_writes_to_a_stream
             block.first.bias.zero_()
             block.second.weight.zero_()
             block.second.bias.zero_()
-    with Walk(model, stream_batches(), find_sites(model).sites, beside=True, streams=True) as walk:
+    sites = find_sites(model).sites
+    with Walk(model, stream_batches(), sites, beside=True, streams=sites) as walk:
         assert all(given.stream is None for visit in walk for given in visit.inputs)
 
 
 def test_nothing_is_kept_when_a_block_is_left() -> None:
     model = Stream(blocks=3).eval()
-    with Walk(model, stream_batches(), find_sites(model).sites, beside=True, streams=True) as walk:
+    sites = find_sites(model).sites
+    with Walk(model, stream_batches(), sites, beside=True, streams=sites) as walk:
         for visit in walk:
             for run in (*walk._runs, *walk._twins.values()):
                 held = run.streams.before
@@ -142,5 +146,9 @@ def test_nothing_is_kept_when_a_block_is_left() -> None:
 
 
 def test_streams_need_a_second_run() -> None:
+    model = Stream()
+    sites = find_sites(model).sites
     with pytest.raises(ValueError, match="streams to be looked for only with a second run beside"):
-        Walk(Stream(), stream_batches(), [], streams=True)
+        Walk(model, stream_batches(), sites, streams=sites)
+    with pytest.raises(ValueError, match="streams to be some of the sites"):
+        Walk(model, stream_batches(), sites[1:], beside=True, streams=sites)

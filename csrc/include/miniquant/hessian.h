@@ -17,7 +17,7 @@ namespace miniquant {
 /// the instruction set and on bfloat16_unit(). Throws c10::ValueError / c10::TypeError on bad arguments, including
 /// inputs that are not finite or that make a sum overflow; `hessian` is then unchanged. Threads may update the same
 /// tensor: calls wait for one another. token_weights: w, floating point [...], finite and not negative, one for each
-/// token; 1 each without. The inputs of tokens of weight 0 are not read.
+/// token; 1 each without. The inputs of tokens of weight 0 are not read. precision: of the products.
 MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
                                           const std::optional<at::Tensor>& token_weights = std::nullopt,
                                           HessianPrecision precision = HessianPrecision::kFull);
