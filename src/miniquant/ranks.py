@@ -228,7 +228,7 @@ class _Watch:
         return "; ".join(
             f"rank {rank} {said}" if said.startswith("failed: ") else f"nothing from rank {rank}"
             for rank, said in now.items()
-            if said == before[rank]
+            if said == before[rank] or said.startswith("failed: ")
         )
 
     def _key(self, rank: int) -> str:

@@ -124,7 +124,7 @@ def ended(processes: Sequence[BaseProcess], output: Path, seconds: float = 60) -
 def said(output: Path, number: int) -> str:
     """What a rank says of its end; where it was ended while it waited, the last line of its standard error."""
     file = output.with_name(f"{output.name}.rank{number}.txt")
-    if file.exists():
-        return file.read_text()
+    if file.exists() and (text := file.read_text()):  # a rank may be ended while it writes
+        return text
     errors = file.with_suffix(".err").read_text().splitlines() if file.with_suffix(".err").exists() else []
     return next((line for line in reversed(errors) if line.startswith("miniquant: ")), "")
