@@ -1,59 +1,36 @@
 #include "algorithms/hessian.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
 #include "algorithms/hessian_bf16.h"
 #include "algorithms/parallel.h"
+#include "algorithms/tile_runs.h"
 #include "kernels/bf16.h"
 
 namespace miniquant::algorithms {
 namespace {
 
-/// Tokens per pass over the Hessian: enough to make the cost of the pass small beside the products.
-constexpr int64_t kTokensPerPass = 1024;
-
-/// Adjacent tiles of columns that one thread takes: two threads would otherwise fetch the same pairs of cache lines.
-constexpr int64_t kTilesPerRun = 4;
-
 /// hessian += Y^T Y for one pass, inputs Y [tokens, K]; `tiles` has room for Y packed.
 template <typename T>
 void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
-  const auto& kernel = typed_kernels<T>();
   const int64_t tokens = inputs.size(0);
   const int64_t columns = inputs.size(1);
-  const T* const values = inputs.const_data_ptr<T>();
-  const int64_t column_tiles = kernels::ceil_div(columns, kernel.tile_rows);
-  const int64_t runs = kernels::ceil_div(column_tiles, kTilesPerRun);
-  const auto for_run = [&](int64_t run, const auto& body) {
-    for (int64_t tile = run * kTilesPerRun; tile < std::min(column_tiles, (run + 1) * kTilesPerRun); ++tile) {
-      body(tile);
-    }
-  };
-  // The first pieces pack one run of tiles each. The others wait for all of these, and update one run of rows of tiles
-  // each, longer rows first.
-  Team team(team_size(runs, tokens * columns * columns / 2));
-  Pieces pieces(2 * runs);
-  std::atomic<int64_t> packed = 0;
-  team.run([&] {
-    team.take(pieces, [&](int64_t piece) {
-      if (piece < runs) {
-        for_run(piece, [&](int64_t tile) { kernel.pack_tile(values, columns, tokens, columns, tile, tiles); });
-        packed.fetch_add(1, std::memory_order_release);
-      } else if (team.wait_until([&] { return packed.load(std::memory_order_acquire) == runs; })) {
-        for_run(2 * runs - 1 - piece, [&](int64_t tile) {
+  const TileRuns<T> runs(columns);
+  // The last rows of tiles are the longest, and come first.
+  for_pieces_in_turn(
+      runs.count(), [&](int64_t run) { runs.pack(run, inputs, tiles); }, runs.count(),
+      [&](int64_t run) {
+        runs.for_tiles(runs.count() - 1 - run, [&](int64_t tile) {
           for (int64_t earlier = 0; earlier <= tile; ++earlier) {
-            kernel.rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+            typed_kernels<T>().rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
           }
         });
-      }
-    });
-  });
+      },
+      tokens * columns * columns / 2);
 }
 
 /// hessian += X^T diag(w) X with products in the dtype of `hessian`, which is contiguous; inputs X [n, K].
@@ -62,9 +39,8 @@ void add_in_type_of(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   // X^T diag(w) X = Y^T Y, where the rows of Y are those of X times sqrt(w)
   const at::Tensor factors =
       token_weights.defined() ? token_weights.sqrt().to(hessian.scalar_type()).unsqueeze(1) : at::Tensor();
-  const int64_t lanes = typed_kernels<T>().tile_rows;
   const int64_t pass = std::min(kTokensPerPass, inputs.size(0));
-  const at::Tensor tiles = at::empty({kernels::ceil_div(inputs.size(1), lanes), pass, lanes}, hessian.options());
+  const at::Tensor tiles = TileRuns<T>(inputs.size(1)).room_for(pass);
   for (int64_t token = 0; token < inputs.size(0); token += pass) {
     const int64_t count = std::min(pass, inputs.size(0) - token);
     at::Tensor tokens = inputs.narrow(0, token, count).to(hessian.scalar_type());

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -97,6 +98,25 @@ void for_pieces(int64_t count, int64_t operations, const Body& body) {
   Team team(team_size(count, operations));
   Pieces pieces(count);
   team.run([&] { team.take(pieces, body); });
+}
+
+/// first(piece) for 0 <= piece < firsts, and then second(piece) for 0 <= piece < seconds, each of which begins after
+/// all of the first; in parallel as for_pieces().
+template <typename First, typename Second>
+void for_pieces_in_turn(int64_t firsts, const First& first, int64_t seconds, const Second& second, int64_t operations) {
+  Team team(team_size(std::max(firsts, seconds), operations));
+  Pieces pieces(firsts + seconds);
+  std::atomic<int64_t> done = 0;
+  team.run([&] {
+    team.take(pieces, [&](int64_t piece) {
+      if (piece < firsts) {
+        first(piece);
+        done.fetch_add(1, std::memory_order_release);
+      } else if (team.wait_until([&] { return done.load(std::memory_order_acquire) == firsts; })) {
+        second(piece - firsts);
+      }
+    });
+  });
 }
 
 }  // namespace miniquant::algorithms

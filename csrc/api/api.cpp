@@ -82,6 +82,13 @@ at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor& inputs,
   return hessian;
 }
 
+at::Tensor& product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  static const auto op =
+      ops::find_operator<void(at::Tensor&, const at::Tensor&, const at::Tensor&)>("miniquant::product_update_");
+  op.call(sum, left, right);
+  return sum;
+}
+
 at::Tensor quantization_loss(const at::Tensor& weight, const at::Tensor& dequantized, const at::Tensor& hessian) {
   static const auto op = ops::find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
       "miniquant::quantization_loss");

@@ -176,6 +176,11 @@ struct TypedKernels {
   void (*rank_update)(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
                       std::int64_t i_tile, std::int64_t j_tile);
 
+  /// A[j, i] += sum_r left[r, j] right[r, i] for j in tile j_tile and i in tile i_tile. `left` and `right` hold packed
+  /// rows [r < count, rows] and [r < count, columns]; A is [rows, columns].
+  void (*product_update)(T* a, std::int64_t rows, std::int64_t columns, const T* left, const T* right,
+                         std::int64_t count, std::int64_t j_tile, std::int64_t i_tile);
+
   /// The figures of all entries H[i, j] and H[j, i] with row_begin <= i < row_begin + kPanelColumns and j at most in
   /// the square on the diagonal. H is [K, K]; row_begin is a multiple of kPanelColumns.
   SymmetryFigures<T> (*survey_symmetry)(const T* h, std::int64_t columns, std::int64_t row_begin);

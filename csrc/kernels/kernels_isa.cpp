@@ -40,6 +40,7 @@ constexpr TypedKernels<T> kTypedKernels = {
     .quadratic_form = quadratic_form<T>,
     .pack_tile = pack_tile<T>,
     .rank_update = rank_update<T>,
+    .product_update = product_update<T>,
     .survey_symmetry = survey_symmetry<T>,
     .average_square_as_f32 = average_square<T, float>,
     .average_square_as_f64 = average_square<T, double>,

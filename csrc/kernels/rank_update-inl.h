@@ -5,7 +5,7 @@
 #include "kernels/arithmetic.h"
 #include "kernels/microkernel-inl.h"
 
-// A += Y^T Y on both triangles, tile by tile; Y is packed in tiles of kTileRows columns.
+// A += Y^T Y on both triangles, and A += X^T Y, tile by tile; X and Y are packed in tiles of kTileRows columns.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -65,6 +65,24 @@ void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, st
     T* const row = a + (i_begin + i) * ld + j_begin;
     for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
       row[j] += column_of<T>(product, j)[i];
+    }
+  }
+}
+
+template <typename T>
+void product_update(T* a, std::int64_t rows, std::int64_t columns, const T* left, const T* right, std::int64_t count,
+                    std::int64_t j_tile, std::int64_t i_tile) {
+  const std::int64_t tile_elements = count * kTileRows<T>;
+  const std::int64_t j_begin = j_tile * kTileRows<T>;
+  const std::int64_t i_begin = i_tile * kTileRows<T>;
+  const std::int64_t height = min_of(rows - j_begin, kTileRows<T>);
+  const std::int64_t width = min_of(columns - i_begin, kTileRows<T>);
+  alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
+  multiply_tiles(left + j_tile * tile_elements, right + i_tile * tile_elements, count, product);
+  for (std::int64_t j = 0; j < height; ++j) {
+    T* const row = a + (j_begin + j) * columns + i_begin;
+    for (std::int64_t i = 0; i < width; ++i) {
+      row[i] += column_of<T>(product, j)[i];
     }
   }
 }

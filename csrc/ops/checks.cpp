@@ -402,6 +402,27 @@ void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor&
   check_token_weights(op, token_weights, inputs);
 }
 
+void check_product_update_arguments(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  constexpr const char* op = "product_update_";
+  check_matrix(op, "sum", "[M, K]", sum);
+  TORCH_CHECK_TYPE(is_hessian_dtype(sum.scalar_type()), op, ": expected sum to be ", kHessianDtypes, ", but got ",
+                   name_of(sum.scalar_type()));
+  const auto check_factor = [&](const char* argument, const char* letter, const at::Tensor& factor,
+                                const c10::SymInt& columns) {
+    check_strided(op, argument, factor);
+    TORCH_CHECK_TYPE(is_weight_dtype(factor.scalar_type()), op, ": expected ", argument, " to be ", kWeightDtypes,
+                     ", but got ", name_of(factor.scalar_type()));
+    TORCH_CHECK_VALUE(factor.dim() >= 1 && factor.sym_size(-1) == columns, op, ": expected ", argument,
+                      " to have shape [..., ", letter, "] = [..., ", columns, "], but got shape ", factor.sym_sizes());
+    check_same_device(op, argument, factor, "sum", sum);
+  };
+  check_factor("left", "M", left, sum.sym_size(0));
+  check_factor("right", "K", right, sum.sym_size(1));
+  TORCH_CHECK_VALUE(left.sym_sizes().slice(0, left.dim() - 1) == right.sym_sizes().slice(0, right.dim() - 1), op,
+                    ": expected left and right to have the same tokens, but got shapes ", left.sym_sizes(), " and ",
+                    right.sym_sizes());
+}
+
 void check_quantization_loss_arguments(const at::Tensor& weight, const at::Tensor& dequantized,
                                        const at::Tensor& hessian) {
   constexpr const char* op = "quantization_loss";

@@ -64,6 +64,7 @@ void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first
 
 void check_hessian_update_arguments(const at::Tensor& hessian, const at::Tensor& inputs,
                                     const std::optional<at::Tensor>& token_weights);
+void check_product_update_arguments(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right);
 /// Checks inputs [..., K] of a sum [K, K]; `sum` is the name of the sum in messages.
 void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, const at::Tensor& hessian);
 /// Checks that a tensor has one value for each token of inputs [..., K].

@@ -18,14 +18,15 @@
 #include <tuple>
 
 #include "algorithms/finite.h"
+#include "algorithms/product.h"
 #include "ops/checks.h"
 #include "ops/names.h"
 #include "ops/plain_operations.h"
 #include "ops/storage_lock.h"
 
-// The operators that sum X^T X in place: hessian_update_ on one tensor, accumulator_* on the state of a
-// HessianAccumulator (miniquant::HessianSums). Everything is checked before anything changes. Each operator holds the
-// lock of the memory it changes or reads, so threads may share a sum.
+// The operators that sum X^T X, or X^T Y, in place: hessian_update_ and product_update_ on one tensor, accumulator_* on
+// the state of a HessianAccumulator (miniquant::HessianSums). Everything is checked before anything changes. Each
+// operator holds the lock of the memory it changes or reads, so threads may share a sum.
 
 namespace miniquant::ops {
 namespace {
@@ -88,6 +89,10 @@ Batch counted_tokens(const char* op, const at::Tensor& inputs, const OptionalTen
   return batch;
 }
 
+double largest_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+}
+
 /// float64 [K]: the diagonal of all sums [S, K, K] together.
 at::Tensor diagonal_of(const at::Tensor& sums) { return sums.diagonal(0, 1, 2).to(at::kDouble).sum(0); }
 
@@ -115,7 +120,7 @@ void check_batch_values(const char* op, const at::Tensor& inputs, const Batch& b
   const at::ScalarType dtype = sums.scalar_type();
   // No entry of a sum of x x^T exceeds its largest diagonal entry, and that grows by at most n max |X|^2. So one cheap
   // pass is enough to accept almost any batch.
-  const double max = dtype == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  const double max = largest_of(dtype);
   const double largest = algorithms::largest_magnitude(batch.inputs);
   const auto tokens = static_cast<double>(batch.inputs.size(0));
   const double weight = batch.token_weights.defined() ? batch.token_weights.max().item<double>() : 1;
@@ -169,6 +174,49 @@ void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const O
                           std::string_view precision) {
   check_hessian_update_arguments(hessian, inputs, token_weights);
   precision_named("hessian_update_", precision);
+}
+
+// product_update_
+
+void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
+  const at::Tensor bad = at::isfinite(tensor).logical_not();
+  TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected ", argument, " to be finite, but got ",
+                    first_value(tensor, bad));
+}
+
+void product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  constexpr const char* op = "product_update_";
+  const PlainOperations plain;
+  check_product_update_arguments(sum, left, right);
+  check_on_cpu(op, "sum", sum);
+  check_may_change(op, "sum", sum);
+  const std::scoped_lock lock(lock_of(sum));
+  // factors that share memory with the sum must not change while they are read
+  const auto tokens_of = [&](const at::Tensor& factor) {
+    return flat_tokens(factor.is_alias_of(sum) ? factor.clone() : factor);
+  };
+  const at::Tensor x = tokens_of(left);
+  const at::Tensor y = tokens_of(right);
+  const double bound =
+      static_cast<double>(x.size(0)) * algorithms::largest_magnitude(x) * algorithms::largest_magnitude(y);
+  if (bound + algorithms::largest_magnitude(sum) <= largest_of(sum.scalar_type()) / 2) {
+    algorithms::product_update(sum, x, y);
+  } else {
+    check_finite(op, "sum", sum);
+    check_finite(op, "left", left);
+    check_finite(op, "right", right);
+    at::Tensor updated = sum.clone();
+    algorithms::product_update(updated, x, y);
+    const at::Tensor bad = at::isfinite(updated).logical_not();
+    TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected left and right whose products keep sum finite, but got ",
+                      first_value(updated, bad));
+    sum.copy_(updated);
+  }
+  count_change(sum);
+}
+
+void meta_product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  check_product_update_arguments(sum, left, right);
 }
 
 // accumulator_*
@@ -263,9 +311,7 @@ void check_merge_values(const HessianSums& state, const HessianSums& other) {
   refuse("weights", "finite, and positive where there are tokens", other.weights,
          at::isfinite(other.weights).logical_and(other.weights.gt(0).eq(other.tokens.gt(0))).logical_not());
   const at::Tensor diagonal = diagonal_of(state.sums) + diagonal_of(other.sums);
-  const double max =
-      state.sums.scalar_type() == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  refuse("sums", "finite when added", diagonal, diagonal.le(max).logical_not());
+  refuse("sums", "finite when added", diagonal, diagonal.le(largest_of(state.sums.scalar_type())).logical_not());
 }
 
 void accumulator_merge_(at::Tensor& sums, at::Tensor& tokens, at::Tensor& weights, const at::Tensor& other_sums,
@@ -351,6 +397,7 @@ std::tuple<at::Tensor, at::Tensor> meta_accumulator_tokens(const at::Tensor& sum
 
 void implement_accumulator(torch::Library& m) {
   m.impl("hessian_update_", hessian_update_);
+  m.impl("product_update_", product_update_);
   m.impl("accumulator_update_", accumulator_update_);
   m.impl("accumulator_merge_", accumulator_merge_);
   m.impl("accumulator_hessian", accumulator_hessian);
@@ -366,6 +413,7 @@ TORCH_LIBRARY_IMPL(miniquant, NestedTensorCPU, m) { miniquant::ops::implement_ac
 
 TORCH_LIBRARY_IMPL(miniquant, Meta, m) {
   m.impl("hessian_update_", miniquant::ops::meta_hessian_update_);
+  m.impl("product_update_", miniquant::ops::meta_product_update_);
   m.impl("accumulator_update_", miniquant::ops::meta_accumulator_update_);
   m.impl("accumulator_merge_", miniquant::ops::meta_accumulator_merge_);
   m.impl("accumulator_hessian", miniquant::ops::meta_accumulator_hessian);

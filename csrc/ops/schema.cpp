@@ -28,6 +28,7 @@ TORCH_LIBRARY(miniquant, m) {
   m.def(
       "hessian_update_(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None, str precision=\"full\") -> ()",
       tags);
+  m.def("product_update_(Tensor(a!) sum, Tensor left, Tensor right) -> ()", tags);
   m.def(
       "accumulator_update_(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, "
       "Tensor? mask=None, Tensor? token_weights=None, str precision=\"full\") -> ()",
@@ -65,8 +66,8 @@ TORCH_LIBRARY(miniquant, m) {
 TORCH_LIBRARY_IMPL(miniquant, Autograd, m) {
   for (const char* op :
        {"rtn", "gptq", "gptq_reference", "rtn_superblocks", "gptq_superblocks", "choose_ridge", "hessian_update_",
-        "accumulator_update_", "accumulator_merge_", "accumulator_hessian", "accumulator_tokens", "quantization_loss",
-        "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
+        "product_update_", "accumulator_update_", "accumulator_merge_", "accumulator_hessian", "accumulator_tokens",
+        "quantization_loss", "dequantize", "pack", "unpack", "pack_int4", "unpack_int4"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

@@ -12,7 +12,7 @@ from miniquant.convert import Converted, convert_folder  # noqa: E402
 from miniquant.evaluate import EmbeddingScores, LanguageScores, Reference, compare_embeddings, evaluate  # noqa: E402
 from miniquant.gptq import GptqResult, gptq, gptq_reference  # noqa: E402
 from miniquant.grid import QuantizedWeight, SuperblockWeight, dequantize, rtn  # noqa: E402
-from miniquant.hessian import HessianAccumulator, hessian_update_  # noqa: E402
+from miniquant.hessian import HessianAccumulator, hessian_update_, product_update_  # noqa: E402
 from miniquant.layer_file import SavedLayer, load_layer, save_layer  # noqa: E402
 from miniquant.linear import QuantizedLinear  # noqa: E402
 from miniquant.loading import contents_of, load  # noqa: E402
@@ -72,6 +72,7 @@ __all__ = [
     "pack",
     "pack_int4",
     "preset",
+    "product_update_",
     "quantization_loss",
     "quantize_folder",
     "quantize_model",

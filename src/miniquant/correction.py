@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miniquant.hessian import product_update_
+
 
 class ErrorSum:
     """E[(u - v) y^T] over any number of batches, with weights of tokens.
@@ -73,13 +75,25 @@ class ErrorSum:
             of_tokens = weights.flatten() if mask is None else weights[mask]
             self._weight += float(of_tokens.sum())
             errors *= of_tokens.unsqueeze(1).to(errors.dtype)
-        # bfloat16 is multiplied as it is: its products are fast, and errors of errors matter little. float16 does not
-        # have the range for errors times weights.
-        kind = y.dtype if y.dtype == torch.bfloat16 else self._sum.dtype
-        product = errors.to(kind).T @ y.to(kind)
-        if not bool(product.isfinite().all()):
-            raise ValueError("expected inputs whose products are finite, but got others")
-        self._sum += product.to("cpu", self._sum.dtype)
+        try:
+            self._add(errors, y)
+        except ValueError as error:
+            raise ValueError("expected inputs whose products are finite, but got others") from error
+
+    def _add(self, errors: Tensor, inputs: Tensor) -> None:
+        """Adds errors^T inputs.
+
+        bfloat16 is multiplied as it is: its products are fast, and errors of errors matter little. float16 does not
+        have the range for errors times weights.
+        """
+        if inputs.dtype == torch.bfloat16 or inputs.device.type != "cpu":
+            kind = inputs.dtype if inputs.dtype == torch.bfloat16 else self._sum.dtype
+            product = (errors.to(kind).T @ inputs.to(kind)).to("cpu", self._sum.dtype)
+            if not bool(product.isfinite().all()):
+                raise ValueError
+            self._sum += product
+        else:
+            product_update_(self._sum, errors, inputs)
 
     def merge_over(self, total: Callable[..., None]) -> None:
         """Adds the tokens of other processes.

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's inputs, X X^T / n."""
+"""The Hessian of a layer's inputs, X X^T / n, and sums of other products."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, cast, get_args
@@ -36,6 +36,28 @@ def hessian_update_(
     """
     call("hessian_update_", hessian, inputs, token_weights=token_weights, precision=precision)
     return hessian
+
+
+def product_update_(sum: Tensor, left: Tensor, right: Tensor) -> Tensor:  # noqa: A002  (as the operator has it)
+    """``sum += X^T Y`` for two batches of the same tokens, in place.
+
+    Where a Hessian says what a layer's inputs have in common with themselves, such a sum says what they have in common
+    with something else, as with errors. On Intel's CPUs, where MKL is fast, the products are PyTorch's; elsewhere the
+    order of the sums does not depend on the number of threads.
+
+    Args:
+        sum: [M, K], float32 or float64; changed and returned.
+        left: X [..., M], float32, float64, bfloat16 or float16; cast to the sum's dtype before the product.
+        right: Y [..., K], likewise, with the same leading dimensions.
+
+    Several threads may update the same tensor: calls wait for one another.
+
+    Raises:
+        ValueError, TypeError: for a bad argument, including values that are not finite and such with which the sum
+            would overflow; the sum is then unchanged.
+    """
+    call("product_update_", sum, left, right)
+    return sum
 
 
 # Rows of a triangle that are stored together, all up to the last one's diagonal: little more than the triangle.

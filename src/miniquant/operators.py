@@ -32,6 +32,7 @@ _EXPECTED = {
         "hessian_update_",
         "pack",
         "pack_int4",
+        "product_update_",
         "quantization_loss",
         "rtn",
         "rtn_superblocks",

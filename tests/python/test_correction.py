@@ -110,6 +110,8 @@ def test_bad_inputs_are_refused() -> None:
         errors.update(torch.ones(4, COLUMNS), y, y, None, None)
     with pytest.raises(ValueError, match="products are finite"):
         errors.update(torch.full((3, COLUMNS), float("inf")), y, y, None, None)
+    with pytest.raises(ValueError, match="products are finite"):
+        errors.update(torch.full((3, COLUMNS), float("inf")).bfloat16(), y.bfloat16(), y.bfloat16(), None, None)
     assert errors.mean().eq(0).all()
 
 

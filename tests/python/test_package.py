@@ -24,6 +24,7 @@ OPERATORS = (
     "gptq_superblocks",
     "hessian_update_",
     "pack_int4",
+    "product_update_",
     "quantization_loss",
     "rtn",
     "rtn_superblocks",

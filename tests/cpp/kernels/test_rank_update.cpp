@@ -1,10 +1,11 @@
-// kernels/rank_update-inl.h: A += Y^T Y.
+// kernels/rank_update-inl.h: A += Y^T Y, and A += X^T Y.
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernel_testing.h"
@@ -83,6 +84,50 @@ TYPED_TEST(RankUpdate, AddsTheProductsToBothTriangles) {
           }
           if (j + 1 < columns) {
             ASSERT_EQ(a[j * ld + columns], before[static_cast<std::size_t>(j * ld + columns)]) << "past the columns";
+          }
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(RankUpdate, AddsTheProductOfTwo) {
+  using T = TypeParam;
+  std::mt19937_64 generator(5);
+  for_each_instruction_set<T>([&](const auto& kernel) {
+    const std::int64_t lanes = kernel.tile_rows;
+    for (const auto& [rows, columns] :
+         {std::pair{std::int64_t{1}, lanes}, {lanes + 1, std::int64_t{2}}, {2 * lanes, lanes - 1}}) {
+      for (const std::int64_t count : {1, 97}) {
+        SCOPED_TRACE(::testing::Message() << rows << " by " << columns << ", " << count << " rows");
+        const GuardedBuffer<T> x(normal<T>(generator, count * rows));
+        const GuardedBuffer<T> y(normal<T>(generator, count * columns));
+        GuardedBuffer<T> left(this->tiles_of(kernel, rows) * count * lanes);
+        GuardedBuffer<T> right(this->tiles_of(kernel, columns) * count * lanes);
+        GuardedBuffer<T> a(normal<T>(generator, rows * columns));
+        const std::vector<T> before = a.values();
+        for (std::int64_t tile = 0; tile < this->tiles_of(kernel, rows); ++tile) {
+          kernel.pack_tile(x.data(), rows, count, rows, tile, left.data());
+        }
+        for (std::int64_t tile = 0; tile < this->tiles_of(kernel, columns); ++tile) {
+          kernel.pack_tile(y.data(), columns, count, columns, tile, right.data());
+        }
+        for (std::int64_t j = 0; j < this->tiles_of(kernel, rows); ++j) {
+          for (std::int64_t i = 0; i < this->tiles_of(kernel, columns); ++i) {
+            kernel.product_update(a.data(), rows, columns, left.data(), right.data(), count, j, i);
+          }
+        }
+        for (std::int64_t j = 0; j < rows; ++j) {
+          for (std::int64_t i = 0; i < columns; ++i) {
+            Wide<T> expected = before[static_cast<std::size_t>(j * columns + i)];
+            Wide<T> magnitude = std::abs(expected);
+            for (std::int64_t r = 0; r < count; ++r) {
+              const Wide<T> product = static_cast<Wide<T>>(x[r * rows + j]) * y[r * columns + i];
+              expected += product;
+              magnitude += std::abs(product);
+            }
+            ASSERT_LE(std::abs(a[j * columns + i] - expected), static_cast<Wide<T>>(count + 2) * kEps<T> * magnitude)
+                << j << ", " << i;
           }
         }
       }

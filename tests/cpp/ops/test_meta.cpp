@@ -87,5 +87,11 @@ TEST(Meta, HessianUpdateReturnsItsArgument) {
   EXPECT_EQ(&hessian_update_(hessian, at::zeros({2, 3, 4}, at::TensorOptions().device(at::kMeta))), &hessian);
 }
 
+TEST(Meta, ProductUpdateReturnsItsArgument) {
+  const auto meta = at::TensorOptions().device(at::kMeta);
+  at::Tensor sum = at::zeros({4, 5}, meta);
+  EXPECT_EQ(&product_update_(sum, at::zeros({2, 3, 4}, meta), at::zeros({2, 3, 5}, meta)), &sum);
+}
+
 }  // namespace
 }  // namespace miniquant

@@ -32,6 +32,7 @@ constexpr std::pair<const char*, const char*> kSchemas[] = {
      "Tensor scales, Tensor zero_points, Tensor minima, Tensor super_scales, Tensor super_minima, Tensor row_loss)"},
     {"hessian_update_",
      "(Tensor(a!) hessian, Tensor inputs, *, Tensor? token_weights=None, str precision=\"full\") -> ()"},
+    {"product_update_", "(Tensor(a!) sum, Tensor left, Tensor right) -> ()"},
     {"accumulator_update_",
      "(Tensor(a!) sums, Tensor(b!) tokens, Tensor(c!) weights, Tensor inputs, *, Tensor? mask=None, "
      "Tensor? token_weights=None, str precision=\"full\") -> ()"},

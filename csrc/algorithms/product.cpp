@@ -1,0 +1,78 @@
+#include "algorithms/product.h"
+
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "algorithms/dispatch.h"
+#include "algorithms/parallel.h"
+#include "algorithms/tile_runs.h"
+
+namespace miniquant::algorithms {
+namespace {
+
+/// sum += X^T Y with products in the dtype of `sum`, which is contiguous.
+template <typename T>
+void add_in_type_of(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  const int64_t rows = left.size(1);
+  const int64_t columns = right.size(1);
+  const TileRuns<T> left_runs(rows);
+  const TileRuns<T> right_runs(columns);
+  const int64_t pass = std::min(kTokensPerPass, left.size(0));
+  const at::Tensor left_room = left_runs.room_for(pass);
+  const at::Tensor right_room = right_runs.room_for(pass);
+  T* const left_tiles = left_room.mutable_data_ptr<T>();
+  T* const right_tiles = right_room.mutable_data_ptr<T>();
+  T* const into = sum.mutable_data_ptr<T>();
+  for (int64_t token = 0; token < left.size(0); token += pass) {
+    const int64_t tokens = std::min(pass, left.size(0) - token);
+    const at::Tensor x = left.narrow(0, token, tokens).to(sum.scalar_type()).contiguous();
+    const at::Tensor y = right.narrow(0, token, tokens).to(sum.scalar_type()).contiguous();
+    for_pieces_in_turn(
+        left_runs.count() + right_runs.count(),
+        [&](int64_t run) {
+          if (run < left_runs.count()) {
+            left_runs.pack(run, x, left_tiles);
+          } else {
+            right_runs.pack(run - left_runs.count(), y, right_tiles);
+          }
+        },
+        left_runs.count() * right_runs.count(),
+        [&](int64_t block) {
+          left_runs.for_tiles(block / right_runs.count(), [&](int64_t j) {
+            right_runs.for_tiles(block % right_runs.count(), [&](int64_t i) {
+              typed_kernels<T>().product_update(into, rows, columns, left_tiles, right_tiles, tokens, j, i);
+            });
+          });
+        },
+        tokens * rows * columns);
+  }
+}
+
+}  // namespace
+
+Multiplier fastest_multiplier() {
+#if defined(__x86_64__)
+  return at::hasMKL() && __builtin_cpu_is("intel") != 0 ? Multiplier::kAten : Multiplier::kKernels;
+#else
+  return Multiplier::kKernels;
+#endif
+}
+
+void product_update(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right, Multiplier multiplier) {
+  if (left.size(0) == 0 || sum.numel() == 0) {
+    return;
+  }
+  if (multiplier == Multiplier::kAten) {
+    sum.addmm_(left.to(sum.scalar_type()).t(), right.to(sum.scalar_type()));
+    return;
+  }
+  at::Tensor whole = sum.contiguous();
+  dispatch_compute(whole.scalar_type(), [&]<typename T> { add_in_type_of<T>(whole, left, right); });
+  if (!whole.is_same(sum)) {
+    sum.copy_(whole);
+  }
+}
+
+}  // namespace miniquant::algorithms

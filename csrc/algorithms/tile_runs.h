@@ -1,0 +1,57 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "algorithms/dispatch.h"
+#include "kernels/arithmetic.h"
+
+// Tokens as the kernels of sums of products read them: packed in tiles of columns.
+
+namespace miniquant::algorithms {
+
+/// Tokens per pass over a sum: enough to make the cost of the pass small beside the products.
+inline constexpr int64_t kTokensPerPass = 1024;
+
+/// The tiles of a matrix's columns, in runs of adjacent tiles that one thread takes: two threads would otherwise fetch
+/// the same pairs of cache lines.
+template <typename T>
+class TileRuns {
+ public:
+  explicit TileRuns(int64_t columns)
+      : columns_(columns), tiles_(kernels::ceil_div(columns, typed_kernels<T>().tile_rows)) {}
+
+  [[nodiscard]] int64_t count() const { return kernels::ceil_div(tiles_, kTilesPerRun); }
+
+  /// body(tile) for the tiles of one run.
+  template <typename Body>
+  void for_tiles(int64_t run, const Body& body) const {
+    for (int64_t tile = run * kTilesPerRun; tile < std::min(tiles_, (run + 1) * kTilesPerRun); ++tile) {
+      body(tile);
+    }
+  }
+
+  /// Memory for the packed columns of so many tokens.
+  [[nodiscard]] at::Tensor room_for(int64_t tokens) const {
+    return at::empty({tiles_, tokens, typed_kernels<T>().tile_rows}, c10::CppTypeToScalarType<T>::value);
+  }
+
+  /// Packs one run of `values` [tokens, columns], contiguous.
+  void pack(int64_t run, const at::Tensor& values, T* packed) const {
+    const T* const from = values.const_data_ptr<T>();
+    for_tiles(run, [&](int64_t tile) {
+      typed_kernels<T>().pack_tile(from, columns_, values.size(0), columns_, tile, packed);
+    });
+  }
+
+ private:
+  static constexpr int64_t kTilesPerRun = 4;
+
+  int64_t columns_;
+  int64_t tiles_;
+};
+
+}  // namespace miniquant::algorithms
