@@ -133,8 +133,12 @@ class Errors:
                 errors.merge_over(total)
 
     def wanted(self, weight: Tensor, part: float, stream_part: float, rows: Tensor | slice = slice(None)) -> Tensor:
-        """What W E and D give with the factors a and b, for some rows of a weight [N, K]: a W E + b D, float64."""
-        products = part * (weight[rows].double() @ self.inputs.mean().double())
+        """What W E and D give with the factors a and b, for some rows of a weight [N, K]: a W E + b D, float64.
+
+        W E is multiplied in the dtype of the sums, which is as exact as they are.
+        """
+        chosen, errors = weight[rows], self.inputs.mean()
+        products = part * product_update_(torch.zeros(chosen.shape, dtype=errors.dtype), chosen.T, errors).double()
         if self.stream is not None and stream_part:
             products += stream_part * self.stream.mean()[rows].double()
         return products
