@@ -14,7 +14,7 @@ namespace {
 
 /// sum += X^T Y with products in the dtype of `sum`, which is contiguous.
 template <typename T>
-void add_in_type_of(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+void add_with_kernels(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
   const int64_t rows = left.size(1);
   const int64_t columns = right.size(1);
   const TileRuns<T> left_runs(rows);
@@ -69,7 +69,7 @@ void product_update(at::Tensor& sum, const at::Tensor& left, const at::Tensor& r
     return;
   }
   at::Tensor whole = sum.contiguous();
-  dispatch_compute(whole.scalar_type(), [&]<typename T> { add_in_type_of<T>(whole, left, right); });
+  dispatch_compute(whole.scalar_type(), [&]<typename T> { add_with_kernels<T>(whole, left, right); });
   if (!whole.is_same(sum)) {
     sum.copy_(whole);
   }

@@ -40,6 +40,13 @@ std::string first_value(const at::Tensor& tensor, const at::Tensor& bad) {
   return c10::str(tensor.masked_select(bad)[0].item<double>(), " at ", first_position(bad));
 }
 
+void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
+  if (!algorithms::all_finite(tensor)) {
+    TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be finite, but got ",
+                      first_value(tensor, at::isfinite(tensor).logical_not()));
+  }
+}
+
 namespace {
 
 constexpr const char* kWeightDtypes = "float32, float64, bfloat16 or float16";
@@ -170,13 +177,6 @@ GridOptions check_grid(const char* op, const at::Tensor& weight, const GridArgum
   options.zero_points = grid.zero_points;
   options.scale_dtype = grid.scale_dtype;
   return options;
-}
-
-void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
-  if (!algorithms::all_finite(tensor)) {
-    TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be finite, but got ",
-                      first_value(tensor, at::isfinite(tensor).logical_not()));
-  }
 }
 
 void check_grid_values(const char* op, const GridArguments& grid) {

@@ -30,6 +30,9 @@ std::string name_of(at::ScalarType dtype);
 /// "<value> at [i, j]" for the first element for which `bad` is true.
 std::string first_value(const at::Tensor& tensor, const at::Tensor& bad);
 
+/// Checks that every element is finite.
+void check_finite(const char* op, const char* argument, const at::Tensor& tensor);
+
 /// The number of groups in a row of `columns`; group_size is already checked.
 c10::SymInt groups_per_row(int64_t group_size, const c10::SymInt& columns);
 

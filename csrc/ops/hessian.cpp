@@ -178,12 +178,6 @@ void meta_hessian_update_(at::Tensor& hessian, const at::Tensor& inputs, const O
 
 // product_update_
 
-void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
-  const at::Tensor bad = at::isfinite(tensor).logical_not();
-  TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected ", argument, " to be finite, but got ",
-                    first_value(tensor, bad));
-}
-
 void product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
   constexpr const char* op = "product_update_";
   const PlainOperations plain;
