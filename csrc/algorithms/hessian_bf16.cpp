@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -139,25 +138,16 @@ void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, 
   };
   const auto square_count = static_cast<int64_t>(squares.size());
   const int64_t operations = layout.tokens * layout.columns * layout.columns / 2 * problem.product_count / kSpeedup;
-  // The first pieces pack one block of tokens each. The others wait for all of these, and update one square each.
-  Team team(team_size(std::max(square_count, layout.blocks()), operations));
-  Pieces pieces(layout.blocks() + square_count);
-  std::atomic<int64_t> blocks_packed = 0;
-  team.run([&] {
-    at::Tensor workspace;
-    team.take(pieces, [&](int64_t piece) {
-      if (piece < layout.blocks()) {
-        pack(kernels, tokens, layout, piece, packed);
-        blocks_packed.fetch_add(1, std::memory_order_release);
-      } else if (team.wait_until([&] { return blocks_packed.load(std::memory_order_acquire) == layout.blocks(); })) {
+  for_pieces_in_turn(
+      layout.blocks(), [&](int64_t block) { pack(kernels, tokens, layout, block, packed); }, square_count,
+      [&, workspace = at::Tensor()](int64_t square) mutable {
         if (!workspace.defined()) {
           workspace = at::empty({kernels::kBf16SquareElements}, at::kFloat);
         }
-        const auto [j, i] = squares[static_cast<size_t>(piece - layout.blocks())];
+        const auto [j, i] = squares[static_cast<size_t>(square)];
         kernels.add_square(problem, j, i, workspace.mutable_data_ptr<float>());
-      }
-    });
-  });
+      },
+      operations);
 }
 
 /// Weights so large or small that products with them would leave the range of float32 are for the float32 kernels,

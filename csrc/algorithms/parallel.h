@@ -101,19 +101,21 @@ void for_pieces(int64_t count, int64_t operations, const Body& body) {
 }
 
 /// first(piece) for 0 <= piece < firsts, and then second(piece) for 0 <= piece < seconds, each of which begins after
-/// all of the first; in parallel as for_pieces().
+/// all of the first; in parallel as for_pieces(). Each thread calls a copy of `second` of its own, which may hold a
+/// workspace.
 template <typename First, typename Second>
 void for_pieces_in_turn(int64_t firsts, const First& first, int64_t seconds, const Second& second, int64_t operations) {
   Team team(team_size(std::max(firsts, seconds), operations));
   Pieces pieces(firsts + seconds);
   std::atomic<int64_t> done = 0;
   team.run([&] {
+    Second own = second;
     team.take(pieces, [&](int64_t piece) {
       if (piece < firsts) {
         first(piece);
         done.fetch_add(1, std::memory_order_release);
       } else if (team.wait_until([&] { return done.load(std::memory_order_acquire) == firsts; })) {
-        second(piece - firsts);
+        own(piece - firsts);
       }
     });
   });

@@ -370,14 +370,23 @@ void check_choose_ridge_values(const at::Tensor& weight, const at::Tensor& first
   check_hessian_values("choose_ridge", second, "second");
 }
 
+namespace {
+
+/// Checks tokens [..., `letter`] that are to have `columns` columns and the device of `sum`, an argument of that name.
+void check_tokens(const char* op, const char* argument, const at::Tensor& tokens, const char* letter,
+                  const c10::SymInt& columns, const char* sum_argument, const at::Tensor& sum) {
+  check_strided(op, argument, tokens);
+  TORCH_CHECK_TYPE(is_weight_dtype(tokens.scalar_type()), op, ": expected ", argument, " to be ", kWeightDtypes,
+                   ", but got ", name_of(tokens.scalar_type()));
+  TORCH_CHECK_VALUE(tokens.dim() >= 1 && tokens.sym_size(-1) == columns, op, ": expected ", argument,
+                    " to have shape [..., ", letter, "] = [..., ", columns, "], but got shape ", tokens.sym_sizes());
+  check_same_device(op, argument, tokens, sum_argument, sum);
+}
+
+}  // namespace
+
 void check_inputs_of(const char* op, const at::Tensor& inputs, const char* sum, const at::Tensor& hessian) {
-  check_strided(op, "inputs", inputs);
-  TORCH_CHECK_TYPE(is_weight_dtype(inputs.scalar_type()), op, ": expected inputs to be ", kWeightDtypes, ", but got ",
-                   name_of(inputs.scalar_type()));
-  TORCH_CHECK_VALUE(inputs.dim() >= 1 && inputs.sym_size(-1) == hessian.sym_size(-1), op,
-                    ": expected inputs to have shape [..., K] = [..., ", hessian.sym_size(-1), "], but got shape ",
-                    inputs.sym_sizes());
-  check_same_device(op, "inputs", inputs, sum, hessian);
+  check_tokens(op, "inputs", inputs, "K", hessian.sym_size(-1), sum, hessian);
 }
 
 void check_of_tokens(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& inputs) {
@@ -407,17 +416,8 @@ void check_product_update_arguments(const at::Tensor& sum, const at::Tensor& lef
   check_matrix(op, "sum", "[M, K]", sum);
   TORCH_CHECK_TYPE(is_hessian_dtype(sum.scalar_type()), op, ": expected sum to be ", kHessianDtypes, ", but got ",
                    name_of(sum.scalar_type()));
-  const auto check_factor = [&](const char* argument, const char* letter, const at::Tensor& factor,
-                                const c10::SymInt& columns) {
-    check_strided(op, argument, factor);
-    TORCH_CHECK_TYPE(is_weight_dtype(factor.scalar_type()), op, ": expected ", argument, " to be ", kWeightDtypes,
-                     ", but got ", name_of(factor.scalar_type()));
-    TORCH_CHECK_VALUE(factor.dim() >= 1 && factor.sym_size(-1) == columns, op, ": expected ", argument,
-                      " to have shape [..., ", letter, "] = [..., ", columns, "], but got shape ", factor.sym_sizes());
-    check_same_device(op, argument, factor, "sum", sum);
-  };
-  check_factor("left", "M", left, sum.sym_size(0));
-  check_factor("right", "K", right, sum.sym_size(1));
+  check_tokens(op, "left", left, "M", sum.sym_size(0), "sum", sum);
+  check_tokens(op, "right", right, "K", sum.sym_size(1), "sum", sum);
   TORCH_CHECK_VALUE(left.sym_sizes().slice(0, left.dim() - 1) == right.sym_sizes().slice(0, right.dim() - 1), op,
                     ": expected left and right to have the same tokens, but got shapes ", left.sym_sizes(), " and ",
                     right.sym_sizes());
