@@ -1,7 +1,8 @@
 """Prints the memory, in bytes, that one call of gptq takes beyond its arguments and its results, as JSON.
 
 benchmarks.speed runs it in a process of its own, with the arguments N K GROUP and the options as JSON. It measures the
-high-water mark of the resident set, which Linux lets a process reset.
+high-water mark of the resident set, which Linux lets a process reset. That mark is exact to 0.8 MB on two CPUs: Linux
+counts pages of memory per CPU and adds them up in batches of 32 pages, or of two for each CPU if that is more.
 """
 
 import json
