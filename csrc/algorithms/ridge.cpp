@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "algorithms/gptq.h"
@@ -36,38 +38,52 @@ constexpr double kPowerOfTokens = 0.7;
 /// A ridge to start from: the best one for the layers of an encoder (docs/algorithm.md, "The ridge from the data").
 double usual_ridge(int64_t tokens) { return std::pow(128.0 / static_cast<double>(tokens), kPowerOfTokens); }
 
-/// Quantizes with the Hessian of one half of the tokens and measures with that of the other, both ways round.
+/// Quantizes with the Hessian of one half of the tokens and measures with that of the other, both ways round. Only one
+/// of them is kept converted for measurements; a second one would take the memory of another float32 Hessian.
 class Halves {
  public:
-  Halves(at::Tensor weight, const at::Tensor& first, const at::Tensor& second)
-      : weight_(std::move(weight)), hessians_{first, second}, losses_{LossMeasure(first), LossMeasure(second)} {}
+  Halves(at::Tensor weight, at::Tensor first, at::Tensor second)
+      : weight_(std::move(weight)), hessians_{std::move(first), std::move(second)} {}
 
   /// The sum of both losses of GPTQ; infinity where a Hessian is not positive definite with this ridge.
-  [[nodiscard]] double loss(const GptqOptions& options) const {
+  [[nodiscard]] double loss(const GptqOptions& options) {
     try {
-      return loss_of(algorithms::gptq(weight_, hessians_[0], options), losses_[1]) +
-             loss_of(algorithms::gptq(weight_, hessians_[1], options), losses_[0]);
+      return loss_of(
+          {algorithms::gptq(weight_, hessians_[0], options), algorithms::gptq(weight_, hessians_[1], options)});
     } catch (const c10::LinAlgError&) {
       return std::numeric_limits<double>::infinity();
     }
   }
 
   /// The same of rounding to nearest.
-  [[nodiscard]] double loss_of_nearest(const GridOptions& grid) const {
+  [[nodiscard]] double loss_of_nearest(const GridOptions& grid) {
     const QuantizedWeight nearest = algorithms::rtn(weight_, grid);
-    return loss_of(nearest, losses_[0]) + loss_of(nearest, losses_[1]);
+    return loss_of({nearest, nearest});
   }
 
  private:
-  [[nodiscard]] double loss_of(const QuantizedWeight& quantized, const LossMeasure& measure) const {
+  /// The loss of each quantized weight with the other half; the half that is converted goes first.
+  [[nodiscard]] double loss_of(const std::array<QuantizedWeight, 2>& quantized) {
+    const size_t converted = converted_;
+    const double loss = loss_with(converted, quantized[1 - converted]);
+    return loss + loss_with(1 - converted, quantized[converted]);
+  }
+
+  [[nodiscard]] double loss_with(size_t half, const QuantizedWeight& quantized) {
+    if (measure_ == nullptr || converted_ != half) {
+      measure_.reset();
+      measure_ = std::make_unique<LossMeasure>(hessians_.at(half));
+      converted_ = half;
+    }
     const at::Tensor values =
         algorithms::dequantize(quantized.codes, quantized.scales, quantized.zero_points, quantized.group_size);
-    return measure(weight_, values).sum().item<double>();
+    return (*measure_)(weight_, values).sum().item<double>();
   }
 
   at::Tensor weight_;
   std::array<at::Tensor, 2> hessians_;
-  std::array<LossMeasure, 2> losses_;
+  std::unique_ptr<LossMeasure> measure_;  ///< with the Hessian of the half `converted_`
+  size_t converted_ = 1;
 };
 
 }  // namespace
@@ -88,7 +104,7 @@ JudgedRidges judged_ridges(int64_t tokens, int64_t columns) {
 
 at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
                         const JudgedRidges& judged, const GridOptions& grid) {
-  const Halves halves(some_rows(weight).to(compute_dtype(weight.scalar_type())), first, second);
+  Halves halves(some_rows(weight).to(compute_dtype(weight.scalar_type())), first, second);
   const double of_half_the_tokens = std::pow(2.0, kPowerOfTokens);
   at::Tensor losses = at::full({kJudgedRidges}, kNotTried, judged.ridges.options());
   auto* const loss = losses.mutable_data_ptr<double>();
