@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct (scripts/smollm2.py) is quantized by every scheme with the same calibration tokens, symmetric, in
 groups of 64, and saved in the format compressed-tensors. Each figure is of the saved folder, as ``miniquant evaluate``
-reads it. llm-compressor and AutoRound quantize the same model with the same tokens, in the environment of the peers.
+reads it. llm-compressor, GPTQModel and AutoRound quantize the same model with the same tokens, in the environment of
+the peers.
 
 The text (``--text``) is WikiText-2's validation split in its tokenized form; its first half is for calibration, its
 second half for evaluation. The result is written to results/models.json and models.md; with ``--add`` the rows of other
@@ -51,8 +52,13 @@ from scripts.smollm2 import write_folder
 GROUP_SIZE = 64
 # Tokens that say what a layer's bits are worth.
 MEASURED_TOKENS = 8192
-# The peers, and the scripts that run them.
-PEERS = {"llm-compressor": "run_llm_compressor.py", "AutoRound": "run_autoround.py"}
+# The peers, the scripts that run them, and options of these.
+PEERS: dict[str, tuple[str, ...]] = {
+    "llm-compressor": ("run_llm_compressor.py",),
+    "GPTQModel": ("run_gptqmodel.py",),
+    "GPTQModel-GPTAQ": ("run_gptqmodel.py", "gptaq"),
+    "AutoRound": ("run_autoround.py",),
+}
 
 
 def forward_seconds(model: Any, batches: tuple[dict[str, Any], ...]) -> float:
@@ -129,7 +135,9 @@ class Benchmark:
         batches = self.work / "batches.safetensors"
         windows = [row for batch in self.calibration.batches for row in batch["input_ids"] if len(row) == LENGTH]
         save_file({"input_ids": torch.stack(windows)}, batches)
-        answer = answer_of_peer(python, PEERS[name], self.work, self.float_folder, batches, folder, bits, GROUP_SIZE)
+        script, *options = PEERS[name]
+        given = (self.float_folder, batches, folder, bits, GROUP_SIZE)
+        answer = answer_of_peer(python, script, self.work, *given, options=options)
         self._add(f"{name} {answer['version']}", bits, folder, answer["seconds"], {})
 
     def _add(self, name: str, bits: int, folder: Path, seconds: float, parts: dict[str, float]) -> None:

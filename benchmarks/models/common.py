@@ -131,7 +131,9 @@ def report_of_run(folder: Path, output: Path, *options: str, launcher: Sequence[
     return report
 
 
-def answer_of_peer(python: Path, script: str, work: Path, *arguments: object) -> dict[str, Any]:
+def answer_of_peer(
+    python: Path, script: str, work: Path, *arguments: object, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """The last line, JSON, of what a script beside this one prints in the environment of the peers.
 
     Args:
@@ -139,8 +141,9 @@ def answer_of_peer(python: Path, script: str, work: Path, *arguments: object) ->
         script: name of the file.
         work: where it runs.
         arguments: of the script; the number of threads follows them.
+        options: follow that.
     """
-    given = map(str, (Path(__file__).with_name(script), *arguments, torch.get_num_threads()))
+    given = map(str, (Path(__file__).with_name(script), *arguments, torch.get_num_threads(), *options))
     command = [str(python.absolute()), *given]
     said = subprocess.run(command, check=True, cwd=work, stdout=subprocess.PIPE, text=True).stdout
     answer: dict[str, Any] = json.loads(said.strip().splitlines()[-1])

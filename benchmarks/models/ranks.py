@@ -1,17 +1,20 @@
 """Measures what a second process brings to a run, and carries that to many machines.
 
-SmolLM2-135M-Instruct is quantized by one process of one thread, and by two of one thread each (``torchrun``); the rate
-of gloo is measured between two processes. From the parts of the first run, the rate and the bytes that ranks send, a
-formula gives the time of any number of ranks. Writes results/ranks.json and ranks.md.
+SmolLM2-135M-Instruct is quantized by one process of one thread, and by two of one thread each (``torchrun``). Two runs
+of one process, at once and with nothing in common, show what the machine leaves of a second process: caches, memory and
+the clock are shared. The rate of gloo is measured between two processes. From the parts of the first run, the rate and
+the bytes that ranks send, a formula gives the time of any number of ranks. Writes results/ranks.json and ranks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +64,13 @@ def run(folder: Path, output: Path, text: Path, preset: str, ranks: int) -> dict
     given = ["--calibration", str(text), "--preset", preset, "--dtype", "float32"]
     options = ["--threads", "1", "--sequence-length", "512", "--overwrite"]
     return report_of_run(folder, output, *given, *options, launcher=launcher)
+
+
+def seconds_at_once(folder: Path, work: Path, text: Path, preset: str) -> float:
+    """Of two runs of one process each, the mean."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, folder, work / f"ranks-{name}", text, preset, 1) for name in "ab"]
+    return statistics.mean(float(one.result()["seconds"]["total"]) for one in runs)
 
 
 def rate_of_gloo() -> float:
@@ -113,13 +123,16 @@ def large_model(ranks: int) -> dict[str, float]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Both tables."""
-    header = ["preset", "one process, s", "two, s", "speed-up", "as the formula has it", "sent by a rank"]
+    header = ["preset", "one process, s", "two, s", "speed-up", "two unrelated ones, s", "speed-up without ranks"]
+    header += ["as the formula has it", "sent by a rank"]
     rows = [
         [
             row["preset"],
             f"{row['one']:.1f}",
             f"{row['two']:.1f}",
             f"**{row['one'] / row['two']:.2f}**",
+            f"{row['at_once']:.1f}",
+            f"{2 * row['one'] / row['at_once']:.2f}",
             f"{row['one'] / row['predicted']:.2f}",
             f"{row['sent'] / 1e9:.2f} GB",
         ]
@@ -174,6 +187,7 @@ def main() -> None:
                 "preset": preset,
                 "one": seconds["total"],
                 "two": two["seconds"]["total"],
+                "at_once": seconds_at_once(folder, arguments.work, arguments.text, preset),
                 "predicted": predicted(shared, sent, 2, rate),
                 "sent": sent,
                 "parts": seconds,
