@@ -17,7 +17,8 @@ E and D are summed as such: the difference of two sums would lose what it is abo
 which has E and its factor; GPTAQ (arXiv:2504.02692); Qronos (arXiv:2505.11695). D is our own.
 
 Costs: the float model's forward pass beside the other one, T K^2 multiplications and additions for each set of inputs
-(twice those of H), T N K for a layer that writes to a stream, and K^3 / 3 + 2 N K^2 for a layer.
+(twice those of H), T N K for a layer that writes to a stream, K^3 / 3 for a set of inputs, and 2 N K^2 for a layer, or
+K^3 and N K^2 where it has at least as many rows as columns; the K^3 are for all layers on the same inputs.
 """
 
 from collections.abc import Callable
@@ -133,36 +134,66 @@ class Errors:
                 errors.merge_over(total)
 
     def wanted(self, weight: Tensor, part: float, stream_part: float, rows: Tensor | slice = slice(None)) -> Tensor:
-        """What W E and D give with the factors a and b, for some rows of a weight [N, K]: a W E + b D, float64.
+        """What W E and D give with the factors a and b, for some rows of a weight [N, K]: a W E + b D.
 
-        W E is multiplied in the dtype of the sums, which is as exact as they are.
+        In the dtype of the sums, which is as exact as they are.
         """
-        chosen, errors = weight[rows], self.inputs.mean()
-        products = part * product_update_(torch.zeros(chosen.shape, dtype=errors.dtype), chosen.T, errors).double()
+        products = _product(weight[rows], self.inputs.mean()).mul_(part)
         if self.stream is not None and stream_part:
-            products += stream_part * self.stream.mean()[rows].double()
+            products.add_(self.stream.mean()[rows], alpha=stream_part)
         return products
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices, in the dtype of the second."""
+    sums = torch.zeros(len(left), right.shape[1], dtype=right.dtype)
+    return product_update_(sums, left.T, right)
 
 
 class Correction:
     """Corrects weights that are given the same inputs.
 
+    Works in the dtype of the sums: Cholesky's method is backward stable, so it is as if the sums had been rounded once
+    more. Sums that are positive definite only to the precision of float64 are factored in that.
+
     Args:
         errors: of the layers before.
-        hessian: E[y y^T], [K, K].
+        hessian: E[y y^T], [K, K], in the dtype of the errors.
         ridge: relative to the Hessian's mean diagonal.
     """
 
     def __init__(self, errors: Errors, hessian: Tensor, ridge: float) -> None:
         self._errors = errors
-        damped = hessian.double()
-        damped.diagonal().add_(ridge * damped.diagonal().mean())
+        damped = hessian.clone()
+        damped.diagonal().add_(ridge * hessian.diagonal().double().mean().to(hessian.dtype))
         self._factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed) and damped.dtype != torch.float64:
+            self._factor, failed = torch.linalg.cholesky_ex(damped.double())
         self._usable = not bool(failed)
+        self._of_inputs: Tensor | None = None  # E (H + r I)^-1
 
     def of(self, weight: Tensor, part: float, stream_part: float = 0.0) -> Tensor:
         """W' of a weight [N, K] and the factors a and b, in its dtype; W itself where H + r I has no inverse."""
         if not self._usable or not (part or stream_part):
             return weight
-        products = self._errors.wanted(weight, part, stream_part)
-        return (weight.double() + torch.cholesky_solve(products.T, self._factor).T).to(weight.dtype)
+        change = (
+            self._solve(self._errors.wanted(weight, part, stream_part))
+            if stream_part
+            else self._without_stream(weight).mul_(part)
+        )
+        return (weight + change).to(weight.dtype)
+
+    def _without_stream(self, weight: Tensor) -> Tensor:
+        """W E (H + r I)^-1.
+
+        A weight of at least as many rows as columns is multiplied with E (H + r I)^-1, which then serves all others.
+        """
+        if self._of_inputs is None and len(weight) < weight.shape[1]:
+            return self._solve(self._errors.wanted(weight, 1.0, 0.0))
+        if self._of_inputs is None:
+            self._of_inputs = self._solve(self._errors.inputs.mean()).contiguous()
+        return _product(weight, self._of_inputs)
+
+    def _solve(self, products: Tensor) -> Tensor:
+        """P (H + r I)^-1, in the dtype of P."""
+        return torch.cholesky_solve(products.T.to(self._factor.dtype), self._factor).T.to(products.dtype)

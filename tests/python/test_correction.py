@@ -92,6 +92,42 @@ def test_a_hessian_without_an_inverse_leaves_the_weight() -> None:
     assert torch.equal(correction.of(weight, 1.0), weight)
 
 
+def test_layers_of_any_number_of_rows_get_the_same_correction() -> None:
+    """More rows than columns are multiplied with what fewer are solved for, and so is what comes after them."""
+    y, weight = drawn(50, COLUMNS), drawn(3 * COLUMNS, COLUMNS, seed=3)
+    errors, hessian = summed(y, y + 0.3 * drawn(50, COLUMNS, seed=1)), y.T @ y / 50
+    correction = Correction(errors, hessian, ridge=0.1)
+    torch.testing.assert_close(
+        correction.of(weight, 0.5),
+        torch.cat([Correction(errors, hessian, ridge=0.1).of(part, 0.5) for part in weight.split(5)]),
+    )
+    torch.testing.assert_close(correction.of(weight[:5], 0.5), correction.of(weight, 0.5)[:5])
+
+
+@pytest.mark.parametrize("fails_in_float32", [False, True])
+def test_sums_in_float32_are_solved_as_well_as_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, *, fails_in_float32: bool
+) -> None:
+    """In float32, and in float64 where a Hessian is positive definite only to its precision."""
+    y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3).float()
+    x = y + 0.3 * drawn(50, COLUMNS, seed=1)
+    errors = Errors(ErrorSum(COLUMNS, COLUMNS, torch.float32))
+    errors.inputs.update(x.float(), y.float(), y.float(), None, None)
+    hessian = y.T @ y / 50
+    exact = Correction(summed(y, x), hessian, ridge=0.1).of(weight.double(), 1.0)
+    factor, dtypes = torch.linalg.cholesky_ex, []
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        dtypes.append(matrix.dtype)
+        lower, info = factor(matrix)
+        return lower, torch.tensor(1) if fails_in_float32 and matrix.dtype == torch.float32 else info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    corrected = Correction(errors, hessian.float(), ridge=0.1).of(weight, 1.0)
+    assert dtypes == ([torch.float32, torch.float64] if fails_in_float32 else [torch.float32])
+    torch.testing.assert_close(corrected, exact.float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_inputs_of_other_dtypes(dtype: torch.dtype) -> None:
     y = drawn(200, COLUMNS).to(dtype)
@@ -150,7 +186,8 @@ def test_each_layer_approaches_the_weight_that_makes_up_for_the_layers_before(pa
         weight = getattr(original, name).weight.detach()
         hessian = HessianAccumulator(weight.shape[1])
         hessian.update(y)
-        target = Correction(summed(y.double(), x.double()), hessian.hessian(), 0.05).of(weight, part)
+        exactly = hessian.hessian().double()
+        target = Correction(summed(y.double(), x.double()), exactly, 0.05).of(weight, part)
         expected = gptq(target, hessian.hessian(), bits=3, group_size=16, ridge=0.05, **preset("plain"))
         layer = result.layers[name]
         differ = layer.quantized.codes.ne(expected.codes).sum()
