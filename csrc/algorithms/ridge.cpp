@@ -48,8 +48,9 @@ class Halves {
   /// The sum of both losses of GPTQ; infinity where a Hessian is not positive definite with this ridge.
   [[nodiscard]] double loss(const GptqOptions& options) {
     try {
-      return loss_of(
-          {algorithms::gptq(weight_, hessians_[0], options), algorithms::gptq(weight_, hessians_[1], options)});
+      const GptqResult of_first = algorithms::gptq(weight_, hessians_[0], options);
+      const GptqResult of_second = algorithms::gptq(weight_, hessians_[1], options);
+      return loss_of(of_first, of_second);
     } catch (const c10::LinAlgError&) {
       return std::numeric_limits<double>::infinity();
     }
@@ -58,15 +59,18 @@ class Halves {
   /// The same of rounding to nearest.
   [[nodiscard]] double loss_of_nearest(const GridOptions& grid) {
     const QuantizedWeight nearest = algorithms::rtn(weight_, grid);
-    return loss_of({nearest, nearest});
+    return loss_of(nearest, nearest);
   }
 
  private:
-  /// The loss of each quantized weight with the other half; the half that is converted goes first.
-  [[nodiscard]] double loss_of(const std::array<QuantizedWeight, 2>& quantized) {
-    const size_t converted = converted_;
-    const double loss = loss_with(converted, quantized[1 - converted]);
-    return loss + loss_with(1 - converted, quantized[converted]);
+  /// The loss of what was quantized with each half, measured with the other; the half that is converted goes first.
+  [[nodiscard]] double loss_of(const QuantizedWeight& of_first, const QuantizedWeight& of_second) {
+    if (converted_ == 0) {
+      const double loss = loss_with(0, of_second);
+      return loss + loss_with(1, of_first);
+    }
+    const double loss = loss_with(1, of_first);
+    return loss + loss_with(0, of_second);
   }
 
   [[nodiscard]] double loss_with(size_t half, const QuantizedWeight& quantized) {

@@ -186,9 +186,10 @@ class Correction:
     def _without_stream(self, weight: Tensor) -> Tensor:
         """W E (H + r I)^-1.
 
-        A weight of at least as many rows as columns is multiplied with E (H + r I)^-1, which then serves all others.
+        Weights of at least as many rows as columns are multiplied with E (H + r I)^-1, which is computed once. Others
+        never are, so that the bits do not depend on which layers came before.
         """
-        if self._of_inputs is None and len(weight) < weight.shape[1]:
+        if len(weight) < weight.shape[1]:
             return self._solve(self._errors.wanted(weight, 1.0, 0.0))
         if self._of_inputs is None:
             self._of_inputs = self._solve(self._errors.inputs.mean()).contiguous()
