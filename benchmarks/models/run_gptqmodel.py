@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 
 def without_torchvision() -> None:
-    """Lets GPTQModel import its models of images where torchvision, which they alone need, is missing."""
+    """Lets GPTQModel import its models of images without torchvision, which they alone need: it is not installed."""
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
         module = MagicMock(name=name)
         module.__spec__, module.__path__ = ModuleSpec(name, None), []

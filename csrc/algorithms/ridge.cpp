@@ -65,12 +65,11 @@ class Halves {
  private:
   /// The loss of what was quantized with each half, measured with the other; the half that is converted goes first.
   [[nodiscard]] double loss_of(const QuantizedWeight& of_first, const QuantizedWeight& of_second) {
-    if (converted_ == 0) {
-      const double loss = loss_with(0, of_second);
-      return loss + loss_with(1, of_first);
+    double loss = 0;
+    for (const size_t half : {converted_, 1 - converted_}) {
+      loss += loss_with(half, half == 0 ? of_second : of_first);
     }
-    const double loss = loss_with(1, of_first);
-    return loss + loss_with(0, of_second);
+    return loss;
   }
 
   [[nodiscard]] double loss_with(size_t half, const QuantizedWeight& quantized) {
