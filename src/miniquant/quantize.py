@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -365,12 +366,12 @@ def quantize_planned(
             one alone.
 
     Raises:
-        RankError: for layers of experts, for fewer batches than ranks, and where ranks come to different layers.
+        RankError: for fewer batches than ranks.
     """
     batches, count, notes = _all_batches(calibration, held_out)
     result = ModelResult(left_alone=plan.left_alone, batches=len(batches) - count, held_out_batches=count)
     if ranks is not None:
-        batches, count, masks = _share_of(ranks, plan, batches, count, masks)
+        batches, count, masks = _share_of(ranks, batches, count, masks)
     result.notes += notes
     quantizer = _Quantizer(
         model, plan, result, len(batches) - count, scale_dtype, weights, progress, store, stop, ranks
@@ -381,7 +382,17 @@ def quantize_planned(
     going_on = quantizer.check_stop
     quantizer.take_gradients(model, batches, sites, forward, masks)
     quantizer.run(
-        Walk(model, batches, sites, forward=forward, masks=masks, beside=beside, streams=streams, going_on=going_on)
+        Walk(
+            model,
+            batches,
+            sites,
+            forward=forward,
+            masks=masks,
+            beside=beside,
+            streams=streams,
+            gathered=None if ranks is None else ranks.gathered,
+            going_on=going_on,
+        )
     )
     return result
 
@@ -406,15 +417,9 @@ def _all_batches(
 
 
 def _share_of(
-    ranks: Ranks, plan: Plan, batches: list[Any], held_out: int, masks: Sequence[Tensor | None] | None
+    ranks: Ranks, batches: list[Any], held_out: int, masks: Sequence[Tensor | None] | None
 ) -> tuple[list[Any], int, Sequence[Tensor | None] | None]:
     """This rank's batches, those held out last, how many are held out, and their masks."""
-    experts = [site.name for site, _ in plan.layers if siblings_of(site) is not None]
-    if experts:
-        raise RankError(
-            f"quantize_model: expected a model whose batches all come to the same layers for {ranks.count} ranks, but "
-            f"got experts as {experts[0]!r} (quantize it with one process)"
-        )
     first = len(batches) - held_out
     if first < ranks.count:
         raise RankError(
@@ -499,20 +504,15 @@ def _parts_in_halves(tokens: int, before: Sequence[int]) -> list[tuple[int, slic
     return [(lighter, slice(cut)), *([(1 - lighter, slice(cut, None))] if cut < tokens else [])]
 
 
-def _parts_of_ranks(ranks: Ranks, counts: Sequence[int]) -> list[list[tuple[int, slice]]]:
+def _parts_of_ranks(ranks: Ranks, inputs: Sequence[Given]) -> list[list[tuple[int, slice]]]:
     """The same for each batch of this rank, as if one process had the batches of all in their order."""
-    of_ranks = ranks.gathered(list(counts))
-    sums, mine = [0, 0], []
-    for turn in range(max(map(len, of_ranks))):
-        for rank, of_rank in enumerate(of_ranks):
-            if turn >= len(of_rank):
-                continue
-            parts = _parts_in_halves(of_rank[turn], sums)
-            for half, part in parts:
-                sums[half] += len(range(*part.indices(of_rank[turn])))
-            if rank == ranks.rank:
-                mine.append(parts)
-    return mine
+    mine = [(given.batch * ranks.count + ranks.rank, _tokens_that_count(given)) for given in inputs]
+    sums, parts_of = [0, 0], {}
+    for number, tokens in sorted(batch for of_rank in ranks.gathered(mine) for batch in of_rank):
+        parts_of[number] = _parts_in_halves(tokens, sums)
+        for half, part in parts_of[number]:
+            sums[half] += len(range(*part.indices(tokens)))
+    return [parts_of[number] for number, _ in mine]
 
 
 def _tokens_that_count(given: Given) -> int:
@@ -575,7 +575,7 @@ def accumulated(
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
     parts = None
     if ranks is not None and halves:
-        parts = _parts_of_ranks(ranks, [_tokens_that_count(given) for given in inputs])
+        parts = _parts_of_ranks(ranks, inputs)
     sample = _Sample()
     errors = _no_errors(inputs, columns, dtype)
     for number, given in enumerate(inputs):
@@ -835,28 +835,36 @@ class _Quantizer:
         start = time.perf_counter() - self._seconds.get("gradients", 0.0)
         with walk:
             for visit in walk:
-                if self._ranks is not None:
-                    self._ranks.check_layer(visit.site.name)
                 self._leave_families(walk, visit.site)
                 self._visit(visit)
-            if self._ranks is not None:
-                self._ranks.check_layer("the end")
             self._leave_families(walk, None)
             self._unreached(walk.unreached)
+        self._note_what_was_missed(walk)
+        total = time.perf_counter() - start
+        self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
+
+    def _note_what_was_missed(self, walk: Walk) -> None:
+        """Tokens that layers did not see, and batches that left the way of the float model: those of all ranks."""
+        missed = walk.late, walk.again, list(walk.parted.values())
+        of_all = [missed] if self._ranks is None else self._ranks.gathered(missed)
+        late: Counter[str] = Counter()
+        again: Counter[str] = Counter()
+        left: list[str] = []
+        for late_here, again_here, left_here in of_all:
+            late.update(late_here)
+            again.update(again_here)
+            left += left_here
         for counts, text in (
-            (walk.late, "{} tokens came to it only after it was quantized, and are not in its Hessian"),
-            (walk.again, "{} tokens came to it again after it was quantized, as it is used more than once"),
+            (late, "{} tokens came to it only after it was quantized, and are not in its Hessian"),
+            (again, "{} tokens came to it again after it was quantized, as it is used more than once"),
         ):
             for name, tokens in counts.items():
                 self._note(name, text.format(tokens))
-        if walk.parted:
+        if left:
             self._result.notes.append(
-                f"errors of earlier layers are corrected before layer {next(iter(walk.parted.values()))!r} only: from "
-                f"there on {len(walk.parted)} of {self._result.batches + self._result.held_out_batches} batches do not "
-                "take the way of the float model"
+                f"errors of earlier layers are corrected before layer {left[0]!r} only: from there on {len(left)} of "
+                f"{self._result.batches + self._result.held_out_batches} batches do not take the way of the float model"
             )
-        total = time.perf_counter() - start
-        self._result.seconds = {"total": total, "forward": total - sum(self._seconds.values()), **self._seconds}
 
     def take_gradients(
         self,
@@ -955,8 +963,11 @@ class _Quantizer:
         has_own = weighing.gradients is not None or any(given.stream is not None for given in visit.inputs)
         of_layer = visit.site.name if has_own else None
         inputs = visit.inputs_id, _sum_dtype(visit.site), weighing.scheme, weighing.causal, of_layer
-        if self._inputs != inputs:
-            self._inputs = inputs
+        same = self._inputs == inputs
+        if self._ranks is not None:  # where no batch of this one came, the others know
+            same = all(self._ranks.gathered(same or not visit.inputs))
+        self._inputs = inputs
+        if not same:
             self._last = None
             self._ridges.clear()
 

@@ -1,7 +1,8 @@
 """The processes of one run: ``torchrun --nproc-per-node N -m miniquant quantize ...``, on one machine or several.
 
-Each process, a rank, has its share of the calibration batches and walks through the model with them. What the layers'
-tokens say is summed over all ranks before a layer is quantized; each rank then quantizes its share of the rows, which
+Each process, a rank, has its share of the calibration batches and walks through the model with them; all come to the
+same layers in the same order, also to those that no batch of theirs goes through, as an expert. What the layers' tokens
+say is summed over all ranks before a layer is quantized; each rank then quantizes its share of the rows, which
 do not depend on one another, and all get all rows. Ridges and whether a layer keeps rounding to nearest are decided by
 rank 0, which also keeps finished layers and writes the output.
 
@@ -33,11 +34,12 @@ Weight = TypeVar("Weight", bound=QuantizedWeight)
 SILENCE = 45.0  # seconds after which a rank counts as lost
 _BEAT = 3.0  # seconds between two signs of life
 _LONGEST = timedelta(days=7)  # that a rank waits in gloo: others may be solving; the watch ends it if they are lost
+_FAREWELL = 10.0  # seconds that rank 0, whose process may have the store, waits at most for the others to end
 _FAILED = 1
 
 
 class RankError(RuntimeError):
-    """Ranks that do not go together: other versions, recipes, models or tokens; or other layers."""
+    """Ranks that do not go together: other versions, recipes, models or tokens."""
 
 
 class Ranks:
@@ -99,21 +101,6 @@ class Ranks:
                         f"expected rank {rank} to have the {key} of rank 0, {_short(value)}, but got {_short(got)}"
                     )
 
-    def check_layer(self, name: str) -> None:
-        """Checks that all ranks are at one layer.
-
-        Raises:
-            RankError: on all ranks, where they are not.
-        """
-        names = self.gathered(name)
-        for rank, other in enumerate(names):
-            if other != names[0]:
-                raise RankError(
-                    f"expected batches of all ranks to come to the same layers, but those of rank 0 come to "
-                    f"{names[0]!r} where those of rank {rank} come to {other!r} (a model whose batches take different "
-                    "ways, as through experts, is for one process)"
-                )
-
     def sum(self, *tensors: Tensor) -> None:
         """Adds the tensors of all ranks, in place: the same bits on all."""
         for tensor in tensors:
@@ -170,7 +157,7 @@ class Ranks:
         stored = mine.contiguous().flatten(1) if mine.dim() > 1 else mine.contiguous()[:, None]
         width = stored.shape[1]
         sent = torch.zeros(share, width * stored.element_size(), dtype=torch.uint8)
-        sent[: len(stored)] = stored.view(torch.uint8).view(len(stored), -1)
+        sent[: len(stored)] = stored.view(torch.uint8).view(len(stored), sent.shape[1])
         parts = [torch.empty_like(sent) for _ in range(self.count)]
         with self._answered():
             dist.all_gather(parts, sent, group=self._group)
@@ -216,6 +203,9 @@ class _Watch:
         self._thread.join()
         with suppress(RuntimeError):
             self._say("done" if why is None else f"failed: {why}")
+            until = time.monotonic() + (_FAREWELL if self._rank == 0 and why is None else 0.0)
+            while not all(map(self._has_ended, self._others)) and time.monotonic() < until:
+                time.sleep(0.01)
 
     def lost(self) -> str:
         """Which ranks say nothing any more, or why they failed; "" where all are alive."""
@@ -258,6 +248,9 @@ class _Watch:
 
     def _said(self, rank: int) -> str:
         return str(self._store.get(self._key(rank)).decode()) if self._store.check([self._key(rank)]) else ""
+
+    def _has_ended(self, rank: int) -> bool:
+        return self._said(rank).startswith(("done", "failed: "))
 
     def _leave(self, why: str) -> NoReturn:
         """Ends this process: its main thread waits for a message that does not come."""

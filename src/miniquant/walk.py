@@ -21,6 +21,11 @@ Which site comes first
     on, and :attr:`Walk.late` says so. A model whose batches all run the same modules needs none of this: then all wait
     at one site.
 
+Several processes
+    Each walks with batches of its own, and all hand out the same sites in the same order: at every site they tell one
+    another where their batches wait, and what was seen by looking ahead. A process none of whose batches comes to a
+    site hands it out without inputs.
+
 Memory
     What is kept for a site is what its batches hold anyway: a module's input lives as long as the call that waits. No
     input is copied, and what a convolution unfolds is made for one batch at a time. So a walk holds, for each batch,
@@ -139,6 +144,8 @@ class Walk:
             `beside`.
         look_ahead: whether a batch may run once more to see in which order it comes to sites, where batches wait at
             different ones; otherwise the one that is defined first goes first.
+        gathered: where other processes walk with other batches: gives what each of them says, in an order that all
+            share. All have to take every visit, whether it has inputs here or not.
         ended: called as ``ended(number, output)`` when a batch has run to its end.
         going_on: called each time before a batch goes on; what it raises ends the walk.
 
@@ -164,6 +171,7 @@ class Walk:
         beside: bool = False,
         streams: Sequence[Site] = (),
         look_ahead: bool = True,
+        gathered: Callable[[Any], list[Any]] | None = None,
         ended: Callable[[int, Any], None] | None = None,
         going_on: Callable[[], None] | None = None,
     ) -> None:
@@ -192,6 +200,7 @@ class Walk:
         self._beside = beside
         self._residuals = Residuals(model, streams) if streams else None
         self._look_ahead = look_ahead
+        self._gathered = _alone if gathered is None else gathered
         self._orders: dict[int, dict[int, int]] = {}  # by number of a batch: the place of each site it came to
         self._forward = call if forward is None else forward
         self._ended = ended
@@ -205,6 +214,7 @@ class Walk:
         self._recent: list[tuple[int, list[Any]]] = []
         self._ids = 0
         self._visit: Visit | None = None
+        self._waited_at: tuple[Site, ...] = ()  # when the visit was handed out, in any process
         self.late: dict[str, int] = {}
         self.again: dict[str, int] = {}
         self.parted: dict[int, str] = {}
@@ -216,8 +226,8 @@ class Walk:
 
     @property
     def waiting(self) -> tuple[Site, ...]:
-        """Sites at which batches wait at this moment."""
-        return tuple(dict.fromkeys(site for _, site, _ in self._waiting()))
+        """Sites at which batches wait at this moment, also those of other processes; in order of definition."""
+        return self._waited_at
 
     def leave_out(self, site: Site) -> None:
         """Says that a site is not waited for any more: a batch that comes to it yet goes on, and is counted as late.
@@ -270,8 +280,9 @@ class Walk:
         try:
             self._go_on()
             waiting = self._waiting()
-            if waiting and (self._ended is not None or self.unreached):
-                first = self._first([(run, site) for run, site, _ in waiting])
+            self._waited_at = self._sites_of_all({site for _, site, _ in waiting})
+            if self._waited_at and (self._ended is not None or self.unreached):
+                first = self._first([(run, site) for run, site, _ in waiting], self._waited_at)
                 self._visit = self._visit_of(first, [(run, source) for run, site, source in waiting if site is first])
                 return self._visit
         except BaseException:
@@ -280,27 +291,50 @@ class Walk:
         self._end_all()
         raise StopIteration
 
-    def _first(self, waiting: Sequence[tuple["_Run", Site]]) -> Site:
-        """Of the sites at which batches wait, the one that goes first."""
-        sites = sorted({site for _, site in waiting}, key=lambda site: self._order[id(site)])
+    def _sites_of_all(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """Sites that any process names, in order of definition."""
+        named = self._gathered([self._order[id(site)] for site in sites])
+        return tuple(self._sites[number] for number in sorted({number for numbers in named for number in numbers}))
+
+    def _first(self, waiting: Sequence[tuple["_Run", Site]], sites: Sequence[Site]) -> Site:
+        """Of the sites at which batches wait, the one that goes first: the same in all processes.
+
+        Args:
+            waiting: batches of this process, and where they wait.
+            sites: those at which batches of any process wait, in order of definition.
+        """
         if not self._look_ahead or len(sites) == 1:
             return sites[0]
         one_of_each = {site: run for run, site in reversed(waiting)}
-        for run in dict.fromkeys((*(one_of_each[site] for site in sites), *(run for run, _ in waiting))):
+        runs = (*(one_of_each[site] for site in sites if site in one_of_each), *(run for run, _ in waiting))
+        ahead = [run for run in dict.fromkeys(runs) if run.number not in self._orders]
+        while True:
+            said = self._gathered((self._places(sites), bool(ahead)))
+            places = [of_batch for of_process, _ in said for of_batch in of_process]
             for site in sites:
-                if all(site is other or self._comes_before(site, other) for other in sites):
+                if all(site is other or self._comes_before(site, other, places) for other in sites):
                     return site
-            if run.number not in self._orders:
+            if not any(more for _, more in said):  # every batch has looked ahead
+                break
+            if ahead:
+                run = ahead.pop(0)
                 self._orders[run.number] = run.looked_ahead()
-        # Every batch has looked ahead: those that none is known to come to from another one.
-        return next((one for one in sites if not any(self._comes_before(two, one) for two in sites)), sites[0])
+        # Those that none is known to come to from another one.
+        return next((one for one in sites if not any(self._comes_before(two, one, places) for two in sites)), sites[0])
 
-    def _comes_before(self, site: Site, other: Site) -> bool:
+    def _places(self, sites: Sequence[Site]) -> list[dict[int, int]]:
+        """By number of a site, when each batch of this process that has looked ahead came to it."""
+        return [
+            {self._order[id(site)]: order[id(site)] for site in sites if id(site) in order}
+            for order in self._orders.values()
+        ]
+
+    def _comes_before(self, site: Site, other: Site, places: Sequence[Mapping[int, int]]) -> bool:
         """Whether some batch is known to come to a site before another, and none the other way round."""
+        one, two = self._order[id(site)], self._order[id(other)]
         if isinstance(site, ExpertSite) and isinstance(other, ExpertSite) and site.modules[0] is other.modules[0]:
-            return self._order[id(site)] < self._order[id(other)]
-        places = [(order.get(id(site)), order.get(id(other))) for order in self._orders.values()]
-        known = [one < two for one, two in places if one is not None and two is not None]
+            return one < two
+        known = [of_batch[one] < of_batch[two] for of_batch in places if one in of_batch and two in of_batch]
         return bool(known) and all(known)
 
     def _waiting(self) -> list[tuple["_Run", Site, Tensor]]:
@@ -412,6 +446,11 @@ class Walk:
             run.end()
         self._twins.clear()
         self._runs.clear()
+
+
+def _alone(said: Any) -> list[Any]:
+    """What all processes say, where there is one."""
+    return [said]
 
 
 def wait_for_others() -> None:

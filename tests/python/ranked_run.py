@@ -24,17 +24,17 @@ BATCHES = 9
 OPTIONS: dict[str, Any] = {"preset": "best", "group_size": 16, "min_tokens": 2, "bits": 3}
 
 
-def save(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float64) -> Path:
-    """A small model; in float64 sums over ranks round so little that no code moves."""
-    model: Any = small_models.MODELS[kind][0]().to(dtype)
+def save(folder: Path, model: Any = None, dtype: torch.dtype = torch.float64) -> Path:
+    """A small model, by default a Llama; in float64 sums over ranks round so little that no code moves."""
+    model = (small_models.MODELS["llama"][0]() if model is None else model).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
     return folder
 
 
-def calibration(batches: int = BATCHES) -> Calibration:
+def calibration(batches: int = BATCHES, shortest: int = 12) -> Calibration:
     """Windows of different lengths; the last ones are held out."""
-    made = [{"input_ids": small_models.ids(2, 12 + seed, seed)} for seed in range(batches)]
+    made = [{"input_ids": small_models.ids(2, shortest + seed, seed)} for seed in range(batches)]
     return load_calibration(made, tokens=10**6)
 
 
