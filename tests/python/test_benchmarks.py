@@ -21,7 +21,7 @@ import gguf_examples
 import miniquant
 from benchmarks.common import measuring
 from benchmarks.common.tables import table
-from benchmarks.models import blocks, gguf, texts
+from benchmarks.models import blocks, encoder, gguf, texts
 from benchmarks.models.common import docstrings, halves, readable
 from benchmarks.peers import __main__ as compare_peers
 from benchmarks.peers.runner import Problem
@@ -174,6 +174,18 @@ def test_settings_of_texts_are_both_kinds_and_other_groups_of_one() -> None:
         ("plain", 32, "encyclopedia"),
         ("best", 32, "encyclopedia"),
     ]
+
+
+def test_embeddings_are_compared_with_those_of_the_float_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The keeper of the lighthouse writes down what the sea was like that day .\n" * 200)
+    arguments = ["--text", str(text), "--tokens", "512", "--texts", "4", "--bits", "8", "2", "--schemes", "RTN"]
+    monkeypatch.setattr(sys, "argv", ["encoder", *arguments, "--work", str(tmp_path), "--output", str(tmp_path)])
+    encoder.main()
+    eight, two = json.loads((tmp_path / "encoder.json").read_text())["rows"]
+    assert 0 < eight["distance"] < 0.001
+    assert two["distance"] > 0.1
+    assert f"| RTN | {eight['distance']:.4f} ± " in (tmp_path / "encoder.md").read_text()
 
 
 def test_a_block_is_measured_beside_a_forward_pass(tmp_path: Path) -> None:
