@@ -20,16 +20,14 @@ from transformers import AutoModel, AutoTokenizer
 
 import miniquant
 from benchmarks.common.measuring import RESULTS, SCRATCH, command_line, machine, versions, write_results
-from benchmarks.models.common import SCHEMES, halves, page, readable, recipe_named
+from benchmarks.models.common import BY_LAYER, SCHEMES, halves, page, readable, recipe_named
 from experiments.minilm.layers import model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CALIBRATION_LENGTH, EVALUATION_LENGTH = 128, 64  # of windows, in tokens
-LEFT_OUT = {"best, bits by layer", "fast, rotated", "best, rotated"}  # for language models
-CORRECTED = "best, correction 0.7"
-ALL_SCHEMES = {**{name: of for name, of in SCHEMES.items() if name not in LEFT_OUT}, CORRECTED: {"preset": "best"}}
+OF_LANGUAGE_MODELS = {BY_LAYER, "fast, rotated", "best, rotated"}
 
 
 def windows(text: str, tokenizer: Any, count: int, length: int) -> list[dict[str, Tensor]]:
@@ -67,8 +65,7 @@ class Benchmark:
 
     def row(self, scheme: str, bits: int, group_size: int) -> dict[str, Any]:
         """Quantizes, saves, and embeds with what was saved."""
-        more = {"correction": 0.7} if scheme == CORRECTED else {}
-        recipe = recipe_named("best" if scheme == CORRECTED else scheme, bits=bits, group_size=group_size, **more)
+        recipe = recipe_named(scheme, bits=bits, group_size=group_size)
         start = time.perf_counter()
         miniquant.quantize_folder(
             self.folder,
@@ -109,13 +106,14 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures every scheme and writes the results so far after each."""
+    schemes = [name for name in SCHEMES if name not in OF_LANGUAGE_MODELS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="WikiText-2's validation split, tokenized")
     parser.add_argument("--tokens", type=int, default=16384, help="for calibration")
     parser.add_argument("--texts", type=int, default=300, help="windows to embed")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--schemes", nargs="+", choices=ALL_SCHEMES, default=list(ALL_SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
     parser.add_argument("--work", type=Path, default=SCRATCH / "models", help="folder for models")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="few tokens, 4 bits, preset fast; below build/")
