@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isnan
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -43,6 +44,9 @@ LARGEST_CARRIED = 10.0
 
 # Layers are judged by so many of their rows: with all, judging would take longer than quantizing.
 JUDGED_ROWS = 256
+
+# Of a batch that is nothing but sequences of tokens.
+SEQUENCES = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 Method = Literal["gptq", "rtn"]
 Value = TypeVar("Value")
@@ -419,17 +423,46 @@ def _all_batches(
 def _share_of(
     ranks: Ranks, batches: list[Any], held_out: int, masks: Sequence[Tensor | None] | None
 ) -> tuple[list[Any], int, Sequence[Tensor | None] | None]:
-    """This rank's batches, those held out last, how many are held out, and their masks."""
+    """This rank's batches, those held out last, how many are held out, and their masks.
+
+    Held-out batches go on where the others end, so that all ranks have as many. What is left of them then, fewer than
+    there are ranks, is cut into parts; batches for calibration are not, since their parts would come to other halves.
+    """
     first = len(batches) - held_out
     if first < ranks.count:
         raise RankError(
             f"quantize_model: expected a calibration batch for each of {ranks.count} ranks, but got {first} (smaller "
             "batches can be shared)"
         )
-    numbers = ranks.share(range(len(batches)))  # held-out ones go on where the others end, so that all have as many
-    mine = [None if masks is None else masks[number] for number in numbers]
-    kept = sum(number >= first for number in numbers)
-    return [batches[number] for number in numbers], kept, None if masks is None else mine
+    all_masks = [None] * len(batches) if masks is None else list(masks)
+    whole = len(batches) - len(batches) % ranks.count
+    mine = []  # number, batch, mask
+    for number, (batch, mask) in enumerate(zip(batches, all_masks, strict=True)):
+        if number >= max(whole, first) and _has_only_sequences(batch, mask):
+            part = _sequences_of_rank(ranks, batch, mask)
+            mine += [(number, *part)] if part is not None else []
+        elif number % ranks.count == ranks.rank:
+            mine.append((number, batch, mask))
+    kept = sum(number >= first for number, *_ in mine)
+    return [batch for _, batch, _ in mine], kept, None if masks is None else [mask for *_, mask in mine]
+
+
+def _has_only_sequences(batch: Any, mask: Tensor | None) -> bool:
+    """Whether a batch is sequences of tokens and nothing else, so that it can be cut between them."""
+    if not isinstance(batch, Mapping) or not SEQUENCES.issuperset(batch) or "input_ids" not in batch:
+        return False
+    tensors = [*batch.values(), *([] if mask is None else [mask])]
+    return all(isinstance(one, Tensor) and one.dim() == 2 for one in tensors) and len({*map(len, tensors)}) == 1
+
+
+def _sequences_of_rank(
+    ranks: Ranks, batch: Mapping[str, Tensor], mask: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor | None] | None:
+    """This rank's part of a batch of sequences, and of its mask; None where it has none."""
+    part = {name: tensor.tensor_split(ranks.count)[ranks.rank] for name, tensor in batch.items()}
+    if not len(part["input_ids"]):
+        return None
+    return part, None if mask is None else mask.tensor_split(ranks.count)[ranks.rank]
 
 
 def _batches(name: str, given: Any) -> list[Any]:
@@ -1141,7 +1174,7 @@ class _Quantizer:
         if hessians is not None and not nearest:
             target, quantized, ridge = self._with_hessian(site, weight, options, hessians, notes)
         solved = time.perf_counter()
-        losses = self._from_first(lambda: _losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype))
+        losses = self._losses(target, {"": quantized, "rtn_": rounded}, hessians, site.dtype)
         ours, its = losses["held_out_loss"], losses["held_out_rtn_loss"]
         if ours is not None and its is not None and ours > its and hessians is not None:
             notes.append(
@@ -1160,6 +1193,26 @@ class _Quantizer:
             "ridge": ridge,
             "notes": tuple(notes),
             **losses,
+        }
+
+    def _losses(
+        self,
+        weight: Tensor,
+        candidates: Mapping[str, QuantizedWeight],
+        hessians: _Hessians | None,
+        dtype: torch.dtype,
+    ) -> dict[str, float | None]:
+        """Losses of ways to quantize a layer: the sum over all rows, which ranks share, from those it is judged by."""
+        some = _judged_rows(len(weight))
+        if self._ranks is None:
+            totals = _losses(weight, candidates, hessians, dtype, some)
+        else:
+            totals = _losses(weight, candidates, hessians, dtype, some[self._ranks.rank :: self._ranks.count])
+            self._ranks.sum(totals)
+        names = [f"{part}{name}loss" for part in ("", "held_out_") for name in candidates]
+        return {
+            name: None if isnan(loss) else loss / max(len(some), 1) * len(weight)
+            for name, loss in zip(names, totals.tolist(), strict=True)
         }
 
     def _with_hessian(
@@ -1290,21 +1343,27 @@ def _judged_rows(rows: int) -> Tensor:
 
 
 def _losses(
-    weight: Tensor, candidates: Mapping[str, QuantizedWeight], hessians: _Hessians | None, dtype: torch.dtype
-) -> dict[str, float | None]:
-    """Losses of ways to quantize a layer, on calibration and on held-out tokens, in the values that the layer gets."""
-    rows = len(weight)
-    some = _judged_rows(rows)
+    weight: Tensor,
+    candidates: Mapping[str, QuantizedWeight],
+    hessians: _Hessians | None,
+    dtype: torch.dtype,
+    rows: Tensor,
+) -> Tensor:
+    """Sums of some rows' losses, in the values that the layer gets.
+
+    Returns:
+        float64 [2 C]: of each candidate on calibration tokens, then on held-out tokens; NaN where there are too few.
+    """
     values = torch.cat(
-        [dequantize(one.map(lambda tensor: tensor[some]), dtype=dtype) for one in candidates.values()]
+        [dequantize(one.map(lambda tensor: tensor[rows]), dtype=dtype) for one in candidates.values()]
     ).to(weight.dtype)
-    originals = weight[some].repeat(len(candidates), 1)
-    losses: dict[str, float | None] = {}
-    for part, prefix, fewest in (("calibration", "", 1), ("held_out", "held_out_", FEWEST_HELD_OUT)):
+    originals = weight[rows].repeat(len(candidates), 1)
+    sums = []
+    for part, fewest in (("calibration", 1), ("held_out", FEWEST_HELD_OUT)):
         accumulator = None if hessians is None else getattr(hessians, part)
-        measured: Sequence[float | None] = [None] * len(candidates)
         if accumulator is not None and accumulator.tokens >= fewest:
             of_rows = quantization_loss(originals, values, accumulator.hessian()).double()
-            measured = (of_rows.view(len(candidates), -1).mean(1) * rows).tolist()
-        losses |= {f"{prefix}{name}loss": loss for name, loss in zip(candidates, measured, strict=True)}
-    return losses
+            sums.append(of_rows.view(len(candidates), -1).sum(1))
+        else:
+            sums.append(torch.full((len(candidates),), torch.nan, dtype=torch.float64))
+    return torch.cat(sums)

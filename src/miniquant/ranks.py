@@ -17,7 +17,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -81,10 +81,6 @@ class Ranks:
         self._watch.end(why)
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-    def share(self, things: Sequence[Value]) -> list[Value]:
-        """This rank's of a list that all have: every `count`-th."""
-        return list(things[self.rank :: self.count])
 
     def check_same(self, said: Mapping[str, Any]) -> None:
         """Compares what ranks say of themselves.

@@ -189,18 +189,59 @@ def test_fewer_batches_than_ranks_are_refused(source: Path, tmp_path: Path) -> N
     assert not output.exists()
 
 
+def rank_of(rank: int, count: int) -> Ranks:
+    return cast("Ranks", SimpleNamespace(rank=rank, count=count))
+
+
 @pytest.mark.parametrize(("calibration", "held_out", "count"), [(17, 1, 2), (16, 1, 2), (5, 4, 3), (3, 0, 3)])
 def test_batches_are_shared_evenly_with_those_held_out_last(calibration: int, held_out: int, count: int) -> None:
     batches = list(range(calibration + held_out))
     shares = []
     for rank in range(count):
-        ranks = cast("Ranks", SimpleNamespace(rank=rank, count=count, share=lambda all_, rank=rank: all_[rank::count]))
-        mine, kept, masks = _share_of(ranks, batches, held_out, None)
+        mine, kept, masks = _share_of(rank_of(rank, count), batches, held_out, None)
         assert masks is None
         assert [number >= calibration for number in mine] == [False] * (len(mine) - kept) + [True] * kept
         shares.append(mine)
     assert sorted(number for share in shares for number in share) == batches
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_what_is_left_of_held_out_batches_is_cut(has_masks: bool) -> None:
+    """Six batches of three sequences, two of them held out, for four ranks: those two are cut."""
+    ids = [torch.arange(12).view(3, 4) + 100 * number for number in range(6)]
+    batches = [{"input_ids": one, "attention_mask": one % 2} for one in ids]
+    given = [one % 3 for one in ids] if has_masks else None
+    found: list[list[torch.Tensor]] = []
+    for rank in range(4):
+        mine, kept, masks = _share_of(rank_of(rank, 4), batches, 2, given)
+        assert kept == (2 if rank < 3 else 0)  # rank 3 has none of three sequences
+        for number, batch in enumerate(mine):
+            assert torch.equal(batch["attention_mask"], batch["input_ids"] % 2)
+            if masks is not None:
+                mask = masks[number]
+                assert mask is not None
+                assert torch.equal(mask, batch["input_ids"] % 3)
+        assert (masks is not None) == has_masks
+        found.append([batch["input_ids"] for batch in mine])
+    assert [torch.equal(mine[0], ids[rank]) for rank, mine in enumerate(found)] == [True] * 4
+    for number in (4, 5):
+        assert torch.equal(torch.cat([mine[number - 3] for mine in found[:3]]), ids[number])
+
+
+def test_batches_of_anything_else_stay_whole() -> None:
+    ids = torch.zeros(4, 3, dtype=torch.long)
+    others: list[Any] = [
+        {"input_ids": ids, "pixel_values": torch.zeros(4, 3)},
+        {"input_ids": ids, "attention_mask": torch.ones(1, 3)},
+        {"input_ids": torch.zeros(2, 4, 3, dtype=torch.long)},
+        {"attention_mask": ids},
+        (ids,),
+    ]
+    for other in others:
+        shares = [_share_of(rank_of(rank, 2), [ids, ids, other], 1, None) for rank in range(2)]
+        assert [(len(mine), kept) for mine, kept, _ in shares] == [(2, 1), (1, 0)]
+        assert shares[0][0][1] is other
 
 
 def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
