@@ -894,9 +894,11 @@ class _Quantizer:
             for name, tokens in counts.items():
                 self._note(name, text.format(tokens))
         if left:
+            batches = self._result.batches + self._result.held_out_batches
+            count = min(len(left), batches)  # ranks may have parts of one
             self._result.notes.append(
-                f"errors of earlier layers are corrected before layer {left[0]!r} only: from there on {len(left)} of "
-                f"{self._result.batches + self._result.held_out_batches} batches do not take the way of the float model"
+                f"errors of earlier layers are corrected before layer {left[0]!r} only: from there on {count} of "
+                f"{batches} batches do not take the way of the float model"
             )
 
     def take_gradients(

@@ -2,8 +2,8 @@
 
 Each process, a rank, has its share of the calibration batches and walks through the model with them; all come to the
 same layers in the same order, also to those that no batch of theirs goes through, as an expert. What the layers' tokens
-say is summed over all ranks before a layer is quantized; each rank then quantizes its share of the rows, which
-do not depend on one another, and all get all rows. Ridges and whether a layer keeps rounding to nearest are decided by
+say is summed over all ranks before a layer is quantized; each rank then quantizes its share of the rows, which do not
+depend on one another, and all get all rows. The rows that a layer is judged by are shared, too. Ridges are chosen by
 rank 0, which also keeps finished layers and writes the output.
 
 Messages go through torch.distributed with gloo. Beside that every rank says every few seconds that it is alive, in the

@@ -446,6 +446,7 @@ class Walk:
             run.end()
         self._twins.clear()
         self._runs.clear()
+        self._waited_at = ()
 
 
 def _alone(said: Any) -> list[Any]:
