@@ -19,12 +19,12 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 import miniquant
-from benchmarks.common.measuring import RESULTS, SCRATCH, command_line, machine, versions, write_results
-from benchmarks.models.common import BY_LAYER, SCHEMES, halves, page, readable, recipe_named
+from benchmarks.common.measuring import RESULTS, SCRATCH, write_results
+from benchmarks.models.common import BY_LAYER, SCHEMES, beginning, halves, page, readable, recipe_named
 from experiments.minilm.layers import model_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 CALIBRATION_LENGTH, EVALUATION_LENGTH = 128, 64  # of windows, in tokens
 OF_LANGUAGE_MODELS = {BY_LAYER, "fast, rotated", "best, rotated"}
@@ -44,7 +44,7 @@ def windows(text: str, tokenizer: Any, count: int, length: int) -> list[dict[str
     return [{"input_ids": torch.tensor([[tokenizer.cls_token_id, *part, tokenizer.sep_token_id]])} for part in parts]
 
 
-def embeddings(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+def embeddings(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Embeddings [windows, features], of length 1."""
     with torch.no_grad():
         return normalize(torch.cat([model(**batch).last_hidden_state.mean(1) for batch in batches]), dim=1)
@@ -59,9 +59,10 @@ class Benchmark:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         calibration, evaluation = halves(readable(text.read_text(encoding="utf-8")))
         known = windows(calibration, tokenizer, tokens // CALIBRATION_LENGTH, CALIBRATION_LENGTH)
+        fresh = windows(evaluation, tokenizer, texts, EVALUATION_LENGTH)
         self.calibration = miniquant.load_calibration(known, tokens=tokens)
-        self.evaluation = windows(evaluation, tokenizer, texts, EVALUATION_LENGTH)
-        self.expected = embeddings(AutoModel.from_pretrained(self.folder).eval(), self.evaluation)
+        self.evaluation = miniquant.load_calibration(fresh, tokens=texts * EVALUATION_LENGTH)
+        self.expected = embeddings(AutoModel.from_pretrained(self.folder).eval(), self.evaluation.batches)
 
     def row(self, scheme: str, bits: int, group_size: int) -> dict[str, Any]:
         """Quantizes, saves, and embeds with what was saved."""
@@ -77,7 +78,7 @@ class Benchmark:
             overwrite=True,
         )
         seconds = time.perf_counter() - start
-        found = embeddings(miniquant.load(self.output, dtype=torch.float32), self.evaluation)
+        found = embeddings(miniquant.load(self.output, dtype=torch.float32), self.evaluation.batches)
         distances = 1 - (found * self.expected).sum(1)
         return {
             "scheme": scheme,
@@ -98,8 +99,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines.setdefault(row["scheme"], [row["scheme"]]).append(cell)
     summary = (
         f"all-MiniLM-L6-v2, groups of {results['rows'][0]['group_size']}; {results['tokens']} tokens calibrate, "
-        f"{results['texts']} windows of {EVALUATION_LENGTH} tokens are embedded. One minus the cosine to the float "
-        "model's embedding."
+        f"{results['evaluation_tokens'] // EVALUATION_LENGTH} windows of {EVALUATION_LENGTH} tokens are embedded. One "
+        "minus the cosine to the float model's embedding."
     )
     return page(summary, ["scheme", *(f"{bits} bits" for bits in widths)], lines.values(), results, numbers=True)
 
@@ -122,14 +123,7 @@ def main() -> None:
         arguments.tokens, arguments.texts, arguments.output = 1024, 20, SCRATCH
         arguments.bits, arguments.schemes = [4], ["fast"]
     bench = Benchmark(arguments.text, arguments.work, arguments.tokens, arguments.texts)
-    results: dict[str, Any] = {
-        "command": command_line("scripts/benchmark", "encoder"),
-        "machine": machine(torch.get_num_threads()),
-        "versions": versions(),
-        "tokens": bench.calibration.tokens,
-        "texts": len(bench.evaluation),
-        "rows": [],
-    }
+    results = beginning("encoder", bench.calibration, bench.evaluation)
     for bits in arguments.bits:
         for scheme in arguments.schemes:
             results["rows"].append(bench.row(scheme, bits, arguments.group_size))

@@ -1205,12 +1205,11 @@ class _Quantizer:
         dtype: torch.dtype,
     ) -> dict[str, float | None]:
         """Losses of ways to quantize a layer: the sum over all rows, which ranks share, from those it is judged by."""
-        some = _judged_rows(len(weight))
-        if self._ranks is None:
-            totals = _losses(weight, candidates, hessians, dtype, some)
-        else:
-            totals = _losses(weight, candidates, hessians, dtype, some[self._ranks.rank :: self._ranks.count])
-            self._ranks.sum(totals)
+        some, ranks = _judged_rows(len(weight)), self._ranks
+        mine = some if ranks is None else some[ranks.rank :: ranks.count]
+        totals = _summed_losses(weight, candidates, hessians, dtype, mine)
+        if ranks is not None:
+            ranks.sum(totals)
         names = [f"{part}{name}loss" for part in ("", "held_out_") for name in candidates]
         return {
             name: None if isnan(loss) else loss / max(len(some), 1) * len(weight)
@@ -1344,7 +1343,7 @@ def _judged_rows(rows: int) -> Tensor:
     return torch.arange(min(rows, JUDGED_ROWS)) * rows // min(rows, JUDGED_ROWS)
 
 
-def _losses(
+def _summed_losses(
     weight: Tensor,
     candidates: Mapping[str, QuantizedWeight],
     hessians: _Hessians | None,
