@@ -2,13 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "algorithms/parallel.h"
+#include "algorithms/working_memory.h"
 #include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
 
@@ -65,7 +65,8 @@ void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
     at::Tensor workspace;
     team.take(pieces, [&](int64_t piece) {
       if (!workspace.defined()) {
-        workspace = at::empty({workspace_of(problem, std::min(rows, piece_rows))}, c10::CppTypeToScalarType<T>::value);
+        workspace =
+            working_memory(workspace_of(problem, std::min(rows, piece_rows)), c10::CppTypeToScalarType<T>::value);
       }
       kernel(problem, piece * piece_rows, std::min(rows, (piece + 1) * piece_rows), workspace.mutable_data_ptr<T>());
     });

@@ -1,7 +1,7 @@
 #include "algorithms/hessian_bf16.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <bit>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "algorithms/parallel.h"
+#include "algorithms/working_memory.h"
 #include "kernels/arithmetic.h"
 
 namespace miniquant::algorithms {
@@ -66,16 +67,30 @@ Split split_of(at::ScalarType dtype, const at::Tensor& token_weights) {
   return {parts, token_weights.defined() && !are_powers_of_two(token_weights) ? 3 : parts};
 }
 
+/// In an order in which adjacent products share a part, so the kernels need not load it again.
 std::vector<Bf16Product> products_of(Split split) {
   std::vector<Bf16Product> products;
   for (int64_t left = 0; left < split.left; ++left) {
-    for (int64_t right = 0; right < split.right; ++right) {
+    for (int64_t i = 0; i < split.right; ++i) {
+      const int64_t right = left % 2 == 0 ? split.right - 1 - i : i;
       if (split.exact || left == 0 || right == 0) {
         products.push_back({left, right});
       }
     }
   }
   return products;
+}
+
+/// Panels of a square of H, of `panels`: the most, or fewer where threads would not have several squares each. The sums
+/// are the same.
+int64_t square_panels(const Bf16Kernels& kernels, int64_t panels) {
+  constexpr int64_t kFewest = 8;
+  constexpr int64_t kSquaresPerThread = 8;
+  int64_t side = kernels.most_square_panels;
+  while (side > kFewest && panels * panels / (2 * side * side) < kSquaresPerThread * at::get_num_threads()) {
+    side /= 2;
+  }
+  return side;
 }
 
 /// Squares (j, i) of the lower triangle. Those on the diagonal are half the work, so they come last.
@@ -123,9 +138,7 @@ void pack(const Bf16Kernels& kernels, const Tokens& tokens, Bf16Layout layout, i
 void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, const Packed& packed,
               const std::vector<Bf16Product>& products) {
   const Bf16Layout layout{.columns = tokens.inputs.size(1), .tokens = tokens.inputs.size(0)};
-  // Smaller squares where there are few, so that all threads have work; the sums are the same.
-  constexpr int64_t kManyPanels = 64;
-  const int64_t side = layout.panels() < kManyPanels ? 8 : kernels::kBf16MaxSquarePanels;
+  const int64_t side = square_panels(kernels, layout.panels());
   const auto squares = squares_of(kernels::ceil_div(layout.panels(), side));
   const kernels::Bf16Problem problem{
       .layout = layout,
@@ -142,7 +155,7 @@ void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, 
       layout.blocks(), [&](int64_t block) { pack(kernels, tokens, layout, block, packed); }, square_count,
       [&, workspace = at::Tensor()](int64_t square) mutable {
         if (!workspace.defined()) {
-          workspace = at::empty({kernels::kBf16SquareElements}, at::kFloat);
+          workspace = working_memory(kernels::bf16_square_elements(side), at::kFloat);
         }
         const auto [j, i] = squares[static_cast<size_t>(square)];
         kernels.add_square(problem, j, i, workspace.mutable_data_ptr<float>());
@@ -181,7 +194,7 @@ void add_bf16_products(const Bf16Kernels& kernels, at::Tensor& hessian, const at
       std::max<int64_t>(packed_bytes(kernels, columns) / (run_elements * static_cast<int64_t>(sizeof(uint16_t))), 1);
   const int64_t pass = std::min(runs * kTokensPerRun, count);
   const int64_t part_size = Bf16Layout{columns, pass}.size();
-  const at::Tensor tiles = at::empty({split.left + split.right, part_size}, at::kShort);
+  const at::Tensor tiles = working_memory((split.left + split.right) * part_size, at::kShort);
   auto* const values = static_cast<uint16_t*>(tiles.mutable_data_ptr());
   const Packed packed{{values, split.left}, {values + split.left * part_size, split.right}};
   for (int64_t token = 0; token < count; token += pass) {

@@ -1,10 +1,9 @@
 #include "algorithms/refine.h"
 
-#include <ATen/ops/empty.h>
-
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/working_memory.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -15,7 +14,8 @@ constexpr int64_t kMostPasses = 3;
 }  // namespace
 
 at::Tensor room_for_gradient(const at::Tensor& weight) {
-  return at::empty({weight.size(0), kernels::SymmetricLayout{weight.size(1)}.padded_columns()}, weight.options());
+  const int64_t columns = kernels::SymmetricLayout{weight.size(1)}.padded_columns();
+  return working_memory(weight.size(0) * columns, weight.scalar_type()).view({weight.size(0), columns});
 }
 
 void refine(const at::Tensor& hessian, const Damping& damping, int64_t rounds, Grid& grid, at::Tensor& gradient,

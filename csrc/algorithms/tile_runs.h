@@ -1,12 +1,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
+#include "algorithms/working_memory.h"
 #include "kernels/arithmetic.h"
 
 // Tokens as the kernels of sums of products read them: packed in tiles of columns.
@@ -36,7 +36,7 @@ class TileRuns {
 
   /// Memory for the packed columns of so many tokens.
   [[nodiscard]] at::Tensor room_for(int64_t tokens) const {
-    return at::empty({tiles_, tokens, typed_kernels<T>().tile_rows}, c10::CppTypeToScalarType<T>::value);
+    return working_memory(tiles_ * tokens * typed_kernels<T>().tile_rows, c10::CppTypeToScalarType<T>::value);
   }
 
   /// Packs one run of `values` [tokens, columns], contiguous.

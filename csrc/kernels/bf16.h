@@ -65,18 +65,18 @@ struct Bf16Product {
   std::int64_t right;
 };
 
-/// Panels of a square of H at most: its sums fill a part of the second-level cache.
-inline constexpr std::int64_t kBf16MaxSquarePanels = 16;
-inline constexpr std::int64_t kBf16SquareElements =
-    kBf16MaxSquarePanels * kBf16MaxSquarePanels * kBf16Columns * kBf16Columns;
+/// Elements of the sums of a square of H, of so many panels.
+constexpr std::int64_t bf16_square_elements(std::int64_t panels) {
+  return panels * panels * kBf16Columns * kBf16Columns;
+}
 
 struct Bf16Problem {
   Bf16Layout layout;
   const std::uint16_t* left;  ///< parts as in Bf16Parts
   const std::uint16_t* right;
-  const Bf16Product* products;
+  const Bf16Product* products;  ///< best in an order in which adjacent ones share a part
   std::int64_t product_count;
-  std::int64_t square_panels;  ///< panels of a square of H; even, at most kBf16MaxSquarePanels
+  std::int64_t square_panels;  ///< panels of a square of H; even, at most most_square_panels of the kernels
   float* hessian;              ///< [K, K]
 };
 
@@ -89,6 +89,9 @@ struct Bf16Kernels {
   /// Bytes of packed tiles at most. The faster the products, the more a pass over the Hessian costs beside them.
   std::int64_t most_packed_bytes;
 
+  /// Panels of a square of H at most, so that its sums and what is multiplied at a time fit the second-level cache.
+  std::int64_t most_square_panels;
+
   /// Splits tokens [kBf16Tokens * block, ...) of rows [tokens, K] and packs the parts, the first with the leading bits.
   /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three. On the right are
   /// the tokens times weights [tokens], in float32; `weights` may be null.
@@ -98,7 +101,8 @@ struct Bf16Kernels {
                    Bf16Parts right);
 
   /// Adds the products to a square of H and to its mirror image: rows from panel j * square_panels on, columns from
-  /// panel i * square_panels on, i <= j. `workspace` has kBf16SquareElements elements and is aligned to 64 bytes.
+  /// panel i * square_panels on, i <= j. `workspace` has
+  /// bf16_square_elements(square_panels) elements and is aligned to 64 bytes.
   void (*add_square)(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace);
 };
 

@@ -14,12 +14,13 @@
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-class Bf16Multiplier : public AddsInMemory {
+class Bf16Multiplier : public AddsProductByProduct<Bf16Multiplier> {
  public:
   static constexpr std::int64_t kMostProducts = 1;
+  static constexpr std::int64_t kMostSquarePanels = 16;
   static constexpr std::int64_t kMostPackedBytes = std::int64_t{16} * 1024 * 1024;
 
-  static MINIQUANT_INLINE void add(const Bf16Operands& operands, float* sums) {
+  static MINIQUANT_INLINE void add_product(const Bf16Operands& operands, Bf16Sums sums) {
     const std::int64_t stride = operands.panel_stride;
     for (std::int64_t block = 0; block < operands.blocks; block += kBlocksPerSum) {
       const std::int64_t count = min_of(operands.blocks - block, kBlocksPerSum);
@@ -33,7 +34,7 @@ class Bf16Multiplier : public AddsInMemory {
       const std::uint16_t* const fetched[] = {next_left, next_left + stride, next_right, next_right + stride};
       for (std::int64_t row = 0; row < 2 * kBf16Columns; row += kRows) {
         add_rows(left + row / kBf16Columns * stride + row % kBf16Columns * kBf16Tokens, right, fetched[row / kRows],
-                 stride, count, sum_tile(sums, row / kBf16Columns, 0) + row % kBf16Columns * kBf16Columns);
+                 stride, count, sums.tile(row / kBf16Columns, 0) + row % kBf16Columns * kBf16Columns);
       }
     }
   }

@@ -27,16 +27,17 @@ MINIQUANT_INLINE void multiply_tile(const std::uint16_t* left, const std::uint16
   }
 }
 
-struct Bf16Multiplier : AddsInMemory {
+struct Bf16Multiplier : AddsProductByProduct<Bf16Multiplier> {
   static constexpr std::int64_t kMostProducts = 0;
+  static constexpr std::int64_t kMostSquarePanels = 32;
   static constexpr std::int64_t kMostPackedBytes = std::int64_t{64} * 1024 * 1024;
 
-  static void add(const Bf16Operands& operands, float* sums) {
+  static void add_product(const Bf16Operands& operands, Bf16Sums sums) {
     for (std::int64_t block = 0; block < operands.blocks; ++block) {
       for (std::int64_t tile = 0; tile < 4; ++tile) {
         multiply_tile(operands.left + tile / 2 * operands.panel_stride + block * kBf16TileElements,
                       operands.right + tile % 2 * operands.panel_stride + block * kBf16TileElements,
-                      sum_tile(sums, tile / 2, tile % 2));
+                      sums.tile(tile / 2, tile % 2));
       }
     }
   }

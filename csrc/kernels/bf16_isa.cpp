@@ -19,6 +19,7 @@ const Bf16Kernels MINIQUANT_JOIN(bf16_kernels_, MINIQUANT_KERNEL_ISA) = {
     .name = MINIQUANT_TEXT(MINIQUANT_KERNEL_ISA),
     .most_products = MINIQUANT_KERNEL_ISA::Bf16Multiplier::kMostProducts,
     .most_packed_bytes = MINIQUANT_KERNEL_ISA::Bf16Multiplier::kMostPackedBytes,
+    .most_square_panels = MINIQUANT_KERNEL_ISA::Bf16Multiplier::kMostSquarePanels,
     .pack_bf16 = MINIQUANT_KERNEL_ISA::pack_tokens<std::uint16_t>,
     .pack_f32 = MINIQUANT_KERNEL_ISA::pack_tokens<float>,
     .add_square = MINIQUANT_KERNEL_ISA::add_square,

@@ -14,18 +14,19 @@
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
-class Bf16Multiplier : public AddsInMemory {
+class Bf16Multiplier : public AddsProductByProduct<Bf16Multiplier> {
  public:
   static constexpr std::int64_t kMostProducts = 1;
+  static constexpr std::int64_t kMostSquarePanels = 16;
   static constexpr std::int64_t kMostPackedBytes = std::int64_t{16} * 1024 * 1024;
 
-  static MINIQUANT_INLINE void add(const Bf16Operands& operands, float* sums) {
+  static MINIQUANT_INLINE void add_product(const Bf16Operands& operands, Bf16Sums sums) {
     for (std::int64_t block = 0; block < operands.blocks; block += kBlocksPerSum) {
       const std::int64_t count = min_of(operands.blocks - block, kBlocksPerSum);
       for (std::int64_t j = 0; j < 2; ++j) {
         for (std::int64_t i = 0; i < 2; ++i) {
           add_tile(operands.left + j * operands.panel_stride + block * kBf16TileElements,
-                   operands.right + i * operands.panel_stride + block * kBf16TileElements, count, sum_tile(sums, j, i));
+                   operands.right + i * operands.panel_stride + block * kBf16TileElements, count, sums.tile(j, i));
         }
       }
     }

@@ -100,25 +100,24 @@ void pack_tokens(const T* rows, const float* weights, Bf16Layout layout, std::in
   const std::int64_t tokens = min_of(layout.tokens - first, kBf16Tokens);
   const bool weighted = weights != nullptr;
   const std::int64_t parts = weighted || left.count > right.count ? left.count : right.count;
+  const auto weight_of = [&](std::int64_t token) { return token < tokens ? weights[first + token] : 0.0F; };
   PairedTile tiles[2];
   PairedTile weighted_tiles[2];
   for (std::int64_t panel = 0; panel < layout.panels(); panel += 2) {
+    const auto values_of = [&](std::int64_t half, std::int64_t token) {
+      const std::int64_t column = (panel + half) * kBf16Columns;
+      return token < tokens ? bits_of(rows + (first + token) * layout.columns + column, layout.columns - column)
+                            : PackWords::type{};
+    };
     for (std::int64_t pair = 0; pair < kPairsPerTile; ++pair) {
-      const T* const even = rows + (first + 2 * pair) * layout.columns;
+      const std::int64_t token = 2 * pair;
       for (std::int64_t half = 0; half < 2; ++half) {
-        const std::int64_t column = (panel + half) * kBf16Columns;
-        const std::int64_t width = layout.columns - column;
-        PackWords::type values[2] = {};
-        PackWords::type products[2] = {};
-        for (std::int64_t token = 2 * pair; token < min_of(2 * pair + 2, tokens); ++token) {
-          values[token % 2] = bits_of(even + token % 2 * layout.columns + column, width);
-          if (weighted) {
-            products[token % 2] = times(values[token % 2], weights[first + token]);
-          }
-        }
-        tiles[half].set_pair(pair, values[0], values[1], parts);
+        const PackWords::type even = values_of(half, token);
+        const PackWords::type odd = values_of(half, token + 1);
+        tiles[half].set_pair(pair, even, odd, parts);
         if (weighted) {
-          weighted_tiles[half].set_pair(pair, products[0], products[1], right.count);
+          weighted_tiles[half].set_pair(pair, times(even, weight_of(token)), times(odd, weight_of(token + 1)),
+                                        right.count);
         }
       }
     }

@@ -13,7 +13,8 @@
 // H += sum of left^T right, one square of H at a time: sums of tiles in a workspace, then the addition to both
 // triangles. Bf16Multiplier, in the unit's file, adds the products of 2 x 2 tiles:
 //   begin(sums, fresh)   begins sums that are added to `sums`, or set them where `fresh`
-//   add(operands, sums)  sums[j][i] += sum over the tokens t of the blocks left[j][t] right[t][i]
+//   add(operands, products, count, sums)
+//                        sums[j][i] += sum over the products and the tokens t of the blocks left[j][t] right[t][i]
 //   end(sums, fresh)     `sums` has them all
 // Its constructor and destructor set up and release the unit, which other code on this thread uses too.
 
@@ -26,12 +27,12 @@ struct SquareView {
   std::int64_t j_end;
   std::int64_t i_begin;
   std::int64_t i_end;
-  float* sums;  ///< [j - j_begin][i - i_begin] tiles: kSumRow, kSumTile
+  Bf16Sums sums;
 
   /// The first i panel past those that row j of panels needs: the diagonal ends it.
   [[nodiscard]] MINIQUANT_INLINE std::int64_t i_end_of(std::int64_t j) const { return min_of(i_end, j + 1); }
   [[nodiscard]] MINIQUANT_INLINE float* tile(std::int64_t j, std::int64_t i) const {
-    return sums + (j - j_begin) * kSumRow + (i - i_begin) * kSumTile;
+    return sums.tile(j - j_begin, i - i_begin);
   }
 };
 
@@ -40,21 +41,21 @@ MINIQUANT_INLINE void add_run(const Bf16Problem& problem, const SquareView& squa
                               Bf16Multiplier& multiplier) {
   const Bf16Layout layout = problem.layout;
   const std::int64_t blocks = layout.run_blocks(block);
-  const std::int64_t panel_stride = blocks * kBf16TileElements;
   for (std::int64_t i = square.i_begin; i < square.i_end; i += 2) {
     const std::int64_t first = i > square.j_begin ? i : square.j_begin;
     for (std::int64_t j = first; j < square.j_end; j += 2) {
       const std::int64_t next = j + 2 < square.j_end ? j + 2 : first;
-      float* const sums = square.tile(j, i);
+      const Bf16Sums sums = {square.tile(j, i), square.sums.panels};
       multiplier.begin(sums, block == 0);
-      for (std::int64_t p = 0; p < problem.product_count; ++p) {
-        const Bf16Product product = problem.products[p];
-        const std::uint16_t* const left = problem.left + product.left * layout.size();
-        const std::uint16_t* const right = problem.right + product.right * layout.size();
-        multiplier.add({left + layout.offset(j, block), right + layout.offset(i, block),
-                        left + layout.offset(next, block), panel_stride, blocks},
-                       sums);
-      }
+      const Bf16Operands operands = {
+          .left = problem.left + layout.offset(j, block),
+          .right = problem.right + layout.offset(i, block),
+          .next_left = problem.left + layout.offset(next, block),
+          .panel_stride = blocks * kBf16TileElements,
+          .part_stride = layout.size(),
+          .blocks = blocks,
+      };
+      multiplier.add(operands, problem.products, problem.product_count, sums);
       multiplier.end(sums, block == 0);
     }
   }
@@ -101,7 +102,7 @@ MINIQUANT_NOINLINE void add_lower(const Bf16Problem& problem, const SquareView& 
 }
 
 MINIQUANT_NOINLINE void add_upper(const Bf16Problem& problem, const SquareView& square) {
-  alignas(64) float strip[kBf16MaxSquarePanels * kSumTile];
+  alignas(64) float strip[Bf16Multiplier::kMostSquarePanels * kSumTile];
   for (std::int64_t i = square.i_begin; i < square.i_end; ++i) {
     const std::int64_t begin = i + 1 > square.j_begin ? i + 1 : square.j_begin;
     for (std::int64_t j = begin; j < square.j_end; ++j) {
@@ -117,8 +118,8 @@ MINIQUANT_NOINLINE void add_upper(const Bf16Problem& problem, const SquareView& 
 [[maybe_unused]] void add_square(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace) {
   const std::int64_t panels = problem.layout.panels();
   const std::int64_t side = problem.square_panels;
-  const SquareView square = {j * side, min_of((j + 1) * side, panels), i * side, min_of((i + 1) * side, panels),
-                             workspace};
+  const SquareView square = {
+      j * side, min_of((j + 1) * side, panels), i * side, min_of((i + 1) * side, panels), {workspace, side}};
   {
     Bf16Multiplier multiplier;
     for (std::int64_t block = 0; block < problem.layout.blocks(); block += kBf16RunBlocks) {

@@ -189,7 +189,7 @@ void add_all(const Bf16Kernels& kernels, const Packed& packed, const std::vector
                             .product_count = static_cast<std::int64_t>(products.size()),
                             .square_panels = square_panels,
                             .hessian = hessian};
-  GuardedBuffer<float> workspace(kBf16SquareElements, 64);
+  GuardedBuffer<float> workspace(bf16_square_elements(square_panels), 64);
   const std::int64_t squares = ceil_div(packed.layout.panels(), square_panels);
   for (std::int64_t j = 0; j < squares; ++j) {
     for (std::int64_t i = 0; i <= j; ++i) {
@@ -277,9 +277,10 @@ TEST_P(Bf16, SizesOfSquaresDoNotChangeABit) {
     add_all(kernels(), packed, {{0, 0}}, square_panels, hessian.data());
     return hessian.values();
   };
-  const std::vector<float> largest = sum_with(kBf16MaxSquarePanels);
+  const std::vector<float> largest = sum_with(kernels().most_square_panels);
   EXPECT_EQ(sum_with(2), largest);
   EXPECT_EQ(sum_with(8), largest);
+  EXPECT_EQ(sum_with(16), largest);
 }
 
 /// X^T X for one token X.
