@@ -256,7 +256,7 @@ void subtract_products(State& state) {
   const std::vector<float> right = normal((count + kernels::kSpareRows) * kPanelColumns, 1.0);
   Workspace block((kPanelColumns + kernels::kSpareRows) * kPanelColumns);
   measure_kernel(state, 2.0 * static_cast<double>(count * kPanelColumns * kPanelColumns),
-                 [&] { f32().subtract_products(left.data(), right.data(), count, kPanelColumns, block.data()); });
+                 [&] { f32().subtract_products(left.data(), right.data(), count, kPanelColumns, block.data(), {}); });
 }
 
 // --- operators -------------------------------------------------------------------------------------------------------

@@ -121,13 +121,24 @@ class Factorization {
     return team.wait_until([&] { return progress(panel).solved_from.load(std::memory_order_acquire) <= first; });
   }
 
-  /// A[rows of panel `left`, right] -= L[later, left]^T L[later, right], later = rows [later_begin, later_end).
+  /// A[rows of panel `left`, right] -= L[later, left]^T L[later, right], later = rows [later_begin, later_end), one
+  /// call of the kernel.
+  void subtract_once(int64_t left, int64_t right, int64_t later_begin, int64_t later_end,
+                     const kernels::Upcoming& upcoming = {}) const {
+    kernel_.subtract_products(block(later_begin, left), block(later_begin, right), later_end - later_begin,
+                              row_of(left + 1) - row_of(left), block(row_of(left), right), upcoming);
+  }
+
+  /// The same for any number of rows.
   void subtract(int64_t left, int64_t right, int64_t later_begin, int64_t later_end) const {
     for (int64_t later = later_begin; later < later_end; later += kernel_.terms_per_product) {
-      kernel_.subtract_products(block(later, left), block(later, right),
-                                std::min(kernel_.terms_per_product, later_end - later), row_of(left + 1) - row_of(left),
-                                block(row_of(left), right));
+      subtract_once(left, right, later, std::min(later_end, later + kernel_.terms_per_product));
     }
+  }
+
+  /// Rows [begin, end) of a panel.
+  [[nodiscard]] kernels::Upcoming::Range rows_of(int64_t panel, int64_t begin, int64_t end) const {
+    return {block(begin, panel), (end - begin) * kPanelColumns * static_cast<int64_t>(sizeof(T))};
   }
 
   /// Subtracts the products of later blocks from the rows of a block in one panel. Returns false if the team was
@@ -145,8 +156,13 @@ class Factorization {
     }
     for (int64_t later = row_of(step.end); later < layout_.columns; later += kernel_.terms_per_product) {
       const int64_t later_end = std::min(layout_.columns, later + kernel_.terms_per_product);
+      const int64_t next_end = std::min(layout_.columns, later_end + kernel_.terms_per_product);
       for (int64_t left = first; left < step.end; ++left) {
-        subtract(left, step.right, later, later_end);
+        const kernels::Upcoming upcoming =
+            left + 1 < step.end
+                ? kernels::Upcoming{{rows_of(left + 1, later, later_end)}}
+                : kernels::Upcoming{{rows_of(first, later_end, next_end), rows_of(step.right, later_end, next_end)}};
+        subtract_once(left, step.right, later, later_end, upcoming);
       }
     }
     progress(step.right).later_done.store(step.begin, std::memory_order_release);

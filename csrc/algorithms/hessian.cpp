@@ -24,11 +24,15 @@ void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
   for_pieces_in_turn(
       runs.count(), [&](int64_t run) { runs.pack(run, inputs, tiles); }, runs.count(),
       [&](int64_t run) {
-        runs.for_tiles(runs.count() - 1 - run, [&](int64_t tile) {
-          for (int64_t earlier = 0; earlier <= tile; ++earlier) {
-            typed_kernels<T>().rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
-          }
-        });
+        const int64_t of_long_rows = runs.count() - 1 - run;
+        // Every tile that is read is multiplied by all tiles of the run while it is in a cache.
+        for (int64_t earlier = 0; earlier < runs.end(of_long_rows); ++earlier) {
+          runs.for_tiles(of_long_rows, [&](int64_t tile) {
+            if (earlier <= tile) {
+              typed_kernels<T>().rank_update(hessian, columns, columns, tiles, tokens, earlier, tile);
+            }
+          });
+        }
       },
       tokens * columns * columns / 2);
 }

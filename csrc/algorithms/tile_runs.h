@@ -26,10 +26,13 @@ class TileRuns {
 
   [[nodiscard]] int64_t count() const { return kernels::ceil_div(tiles_, kTilesPerRun); }
 
+  /// The tile after the last of a run.
+  [[nodiscard]] int64_t end(int64_t run) const { return std::min(tiles_, (run + 1) * kTilesPerRun); }
+
   /// body(tile) for the tiles of one run.
   template <typename Body>
   void for_tiles(int64_t run, const Body& body) const {
-    for (int64_t tile = run * kTilesPerRun; tile < std::min(tiles_, (run + 1) * kTilesPerRun); ++tile) {
+    for (int64_t tile = run * kTilesPerRun; tile < end(run); ++tile) {
       body(tile);
     }
   }

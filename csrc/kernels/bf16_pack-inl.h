@@ -5,8 +5,8 @@
 #include "kernels/arithmetic.h"
 #include "kernels/bf16.h"
 #include "kernels/short_vector-inl.h"
-#include "kernels/symmetric-inl.h"
 #include "kernels/target-inl.h"
+#include "kernels/transpose-inl.h"
 
 // Tokens as packed tiles of bfloat16 parts: kernels/bf16.h.
 

@@ -6,8 +6,8 @@
 #include "kernels/bf16.h"
 #include "kernels/bf16_sums-inl.h"
 #include "kernels/short_vector-inl.h"
-#include "kernels/symmetric-inl.h"
 #include "kernels/target-inl.h"
+#include "kernels/transpose-inl.h"
 #include MINIQUANT_BF16_HEADER
 
 // H += sum of left^T right, one square of H at a time: sums of tiles in a workspace, then the addition to both

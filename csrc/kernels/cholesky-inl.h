@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/arithmetic.h"
+#include "kernels/fetch-inl.h"
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
 
@@ -14,13 +15,16 @@ namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
 template <typename T>
-void subtract_products(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block) {
+void subtract_products(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block,
+                       const Upcoming& upcoming) {
+  Fetcher fetcher(upcoming);
   for (std::int64_t lane = 0; lane < kPanelColumns; lane += kTileRows<T>) {
     for (std::int64_t row = 0; row < rows; row += kStripColumns) {
       const std::int64_t width = min_of(rows - row, kStripColumns);
       TileAccumulator<T> sum;
       clear(sum);
-      accumulate(sum, left + row, {kPanelColumns, 1}, right + lane, kPanelColumns, count);
+      FetchLines lines = fetcher.take(count);
+      accumulate(sum, left + row, {kPanelColumns, 1}, right + lane, kPanelColumns, count, lines);
       T* const to = block + row * kPanelColumns + lane;
       TileAccumulator<T> rest;
       load(rest, to, kPanelColumns, width);

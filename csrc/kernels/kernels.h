@@ -15,6 +15,18 @@ namespace miniquant::kernels {
 /// Tiles of rows that share one reading of L or H.
 inline constexpr std::int64_t kTilesPerPass = 4;
 
+inline constexpr std::int64_t kUpcomingRanges = 3;
+
+/// Memory that the caller's next calls read, in that order; empty ranges are left out. A hint: a kernel may fetch it
+/// while it computes.
+struct Upcoming {
+  struct Range {
+    const void* begin;
+    std::int64_t bytes;
+  };
+  Range ranges[kUpcomingRanges];
+};
+
 /// The integers of a grid. `code_max` >= `code_min`; both within int8.
 struct CodeRange {
   std::int32_t code_min;
@@ -172,12 +184,13 @@ struct TypedKernels {
                     T* tiles);
 
   /// A[j, i] += sum_r rows[r, j] rows[r, i] for i in tile i_tile and j in tile j_tile >= i_tile, and A[i, j] likewise.
-  /// `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld.
+  /// `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld. Tile i_tile + 1 comes next at
+  /// best.
   void (*rank_update)(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, std::int64_t count,
                       std::int64_t i_tile, std::int64_t j_tile);
 
   /// A[j, i] += sum_r left[r, j] right[r, i] for j in tile j_tile and i in tile i_tile. `left` and `right` hold packed
-  /// rows [r < count, rows] and [r < count, columns]; A is [rows, columns].
+  /// rows [r < count, rows] and [r < count, columns]; A is [rows, columns]. Tile i_tile + 1 comes next at best.
   void (*product_update)(T* a, std::int64_t rows, std::int64_t columns, const T* left, const T* right,
                          std::int64_t count, std::int64_t j_tile, std::int64_t i_tile);
 
@@ -200,7 +213,8 @@ struct TypedKernels {
   std::int64_t terms_per_product;
 
   /// block[j, i] -= sum_k left[k, j] right[k, i] for j < rows and every i; all are [.][kPanelColumns], k < count.
-  void (*subtract_products)(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block);
+  void (*subtract_products)(const T* left, const T* right, std::int64_t count, std::int64_t rows, T* block,
+                            const Upcoming& upcoming);
 
   /// Factors block = L^T L from its last row up (L lower triangular, in the lower triangle of `block`, which is
   /// [rows][kPanelColumns]). Returns -1, or the row whose pivot is not positive.

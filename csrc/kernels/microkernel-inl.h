@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/arithmetic.h"
+#include "kernels/fetch-inl.h"
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
@@ -77,9 +78,9 @@ struct Strides {
 };
 
 /// Adds terms one after the other, so the sum is the same however `count` is split over calls.
-template <typename T>
+template <typename T, typename Fetch>
 MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, Strides coefficient_strides,
-                                 const T* lanes, std::int64_t lanes_stride, std::int64_t count) {
+                                 const T* lanes, std::int64_t lanes_stride, std::int64_t count, Fetch& fetch) {
   TileAccumulator<T> sum = accumulator;
   for (std::int64_t k = 0; k < count; ++k) {
     Vector<T> lane[kVectorsPerTile];
@@ -95,10 +96,18 @@ MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coeff
         sum.value[c][v] = multiply_add(factor, lane[v], sum.value[c][v]);
       }
     }
+    fetch.with_term();
     coefficient += coefficient_strides.term;
     lanes += lanes_stride;
   }
   accumulator = sum;
+}
+
+template <typename T>
+MINIQUANT_INLINE void accumulate(TileAccumulator<T>& accumulator, const T* coefficient, Strides coefficient_strides,
+                                 const T* lanes, std::int64_t lanes_stride, std::int64_t count) {
+  FetchNothing nothing;
+  accumulate(accumulator, coefficient, coefficient_strides, lanes, lanes_stride, count, nothing);
 }
 
 /// Reads one row of a tile.
@@ -128,18 +137,26 @@ MINIQUANT_INLINE void accumulate_term(TileAccumulator<T>& accumulator, const T* 
 
 /// accumulator[c] += sum over i in [begin, end) of L[first + c, i] * lanes[i - begin, :], lanes [.][kTileRows], for a
 /// triangle L in TriangleLayout and end <= first + 1.
-template <typename T>
+template <typename T, typename Fetch>
 MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layout, std::int64_t first,
                                          std::int64_t begin, std::int64_t end, const T* lanes,
-                                         TileAccumulator<T>& accumulator) {
+                                         TileAccumulator<T>& accumulator, Fetch& fetch) {
   for (std::int64_t i = begin; i < end;) {
     const std::int64_t panel = i / kPanelColumns;
     const std::int64_t panel_end = (panel + 1) * kPanelColumns;
     const std::int64_t stop = min_of(panel_end, end);
     accumulate(accumulator, triangle + layout.offset(first, panel) + i % kPanelColumns, {1, kPanelColumns},
-               column_of<T>(lanes, i - begin), kTileRows<T>, stop - i);
+               column_of<T>(lanes, i - begin), kTileRows<T>, stop - i, fetch);
     i = stop;
   }
+}
+
+template <typename T>
+MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layout, std::int64_t first,
+                                         std::int64_t begin, std::int64_t end, const T* lanes,
+                                         TileAccumulator<T>& accumulator) {
+  FetchNothing nothing;
+  accumulate_rows_of(triangle, layout, first, begin, end, lanes, accumulator, nothing);
 }
 
 /// &L[row, column] of a triangle.

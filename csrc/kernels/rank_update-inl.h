@@ -3,7 +3,9 @@
 #include <cstdint>
 
 #include "kernels/arithmetic.h"
+#include "kernels/fetch-inl.h"
 #include "kernels/microkernel-inl.h"
+#include "kernels/transpose-inl.h"
 
 // A += Y^T Y on both triangles, and A += X^T Y, tile by tile; X and Y are packed in tiles of kTileRows columns.
 
@@ -22,17 +24,44 @@ void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t 
   }
 }
 
-/// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]. Short sums are added up,
-/// so rounding does not grow with `count`.
+/// Rows of a tile of A, which is written after a product.
 template <typename T>
-MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, T* product) {
+struct UpdatedRows {
+  T* first;
+  std::int64_t ld;
+
+  /// Fetches rows [begin, end), or those that a tile has.
+  MINIQUANT_INLINE void fetch(std::int64_t begin, std::int64_t end) const {
+    fetch_rows(first, ld, begin, min_of(end, kTileRows<T>), kTileRows<T>);
+  }
+};
+
+/// product[j][i] = sum_r tile_j[r][j] tile_i[r][i] over `count` rows, [kTileRows][kTileRows]. Short sums are added up,
+/// so rounding does not grow with `count`. Meanwhile the rows of A that the product is for are fetched, and the
+/// beginning of `next_tile`, which is in place of tile_i in the next call.
+template <typename T, std::int64_t kUpdated>
+MINIQUANT_INLINE void multiply_tiles(const T* tile_j, const T* tile_i, std::int64_t count, const T* next_tile,
+                                     const UpdatedRows<T> (&updated)[kUpdated], T* product) {
+  constexpr std::int64_t kStrips = kTileRows<T> / kStripColumns;
+  const std::int64_t rows_at_once = ceil_div(kTileRows<T>, kStrips * ceil_div(count, kTermsPerSum<T>));
+  std::int64_t fetched = 0;
   for (std::int64_t row = 0; row < count; row += kTermsPerSum<T>) {
     const std::int64_t rows = min_of(count - row, kTermsPerSum<T>);
+    const std::int64_t next = row + rows;
+    const std::int64_t next_bytes = min_of(next < count ? count - next : count, kTermsPerSum<T>) * kTileRows<T> *
+                                    static_cast<std::int64_t>(sizeof(T));
+    Fetcher fetcher(Upcoming{{{next < count ? column_of<T>(tile_i, next) : next_tile, next_bytes},
+                              {column_of<T>(tile_j, next < count ? next : 0), next_bytes}}});
     for (std::int64_t strip = 0; strip < kTileRows<T>; strip += kStripColumns) {
+      for (const UpdatedRows<T>& one : updated) {
+        one.fetch(fetched, fetched + rows_at_once);
+      }
+      fetched += rows_at_once;
       TileAccumulator<T> sum;
       clear(sum);
+      FetchLines lines = fetcher.take(rows);
       accumulate(sum, column_of<T>(tile_j, row) + strip, {kTileRows<T>, 1}, column_of<T>(tile_i, row), kTileRows<T>,
-                 rows);
+                 rows, lines);
       T* const to = column_of<T>(product, strip);
       if (row > 0) {
         TileAccumulator<T> earlier;
@@ -51,20 +80,25 @@ void rank_update(T* a, std::int64_t ld, std::int64_t columns, const T* tiles, st
   const std::int64_t j_begin = j_tile * kTileRows<T>;
   const std::int64_t j_width = min_of(columns - j_begin, kTileRows<T>);
   const std::int64_t i_begin = i_tile * kTileRows<T>;
+  T* const lower = a + j_begin * ld + i_begin;
+  T* const upper = a + i_begin * ld + j_begin;
   alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
-  multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count, product);
+  multiply_tiles(tiles + j_tile * tile_elements, tiles + i_tile * tile_elements, count,
+                 tiles + (i_tile < j_tile ? i_tile + 1 : 0) * tile_elements, {{lower, ld}, {upper, ld}}, product);
   for (std::int64_t j = 0; j < j_width; ++j) {
     // i <= j where the tile lies on the diagonal
     const std::int64_t width = i_tile == j_tile ? j + 1 : kTileRows<T>;
-    T* const row = a + (j_begin + j) * ld + i_begin;
+    T* const row = lower + j * ld;
     for (std::int64_t i = 0; i < width; ++i) {
       row[i] += column_of<T>(product, j)[i];
     }
   }
+  alignas(kVectorBytes) T mirrored[kTileRows<T> * kTileRows<T>];
+  transpose(product, kTileRows<T>, kTileRows<T>, kTileRows<T>, mirrored, kTileRows<T>);
   for (std::int64_t i = 0; i < kTileRows<T>; ++i) {
-    T* const row = a + (i_begin + i) * ld + j_begin;
+    T* const row = upper + i * ld;
     for (std::int64_t j = i_tile == j_tile ? i + 1 : 0; j < j_width; ++j) {
-      row[j] += column_of<T>(product, j)[i];
+      row[j] += column_of<T>(mirrored, i)[j];
     }
   }
 }
@@ -78,9 +112,11 @@ void product_update(T* a, std::int64_t rows, std::int64_t columns, const T* left
   const std::int64_t height = min_of(rows - j_begin, kTileRows<T>);
   const std::int64_t width = min_of(columns - i_begin, kTileRows<T>);
   alignas(kVectorBytes) T product[kTileRows<T> * kTileRows<T>];
-  multiply_tiles(left + j_tile * tile_elements, right + i_tile * tile_elements, count, product);
+  T* const updated = a + j_begin * columns + i_begin;
+  multiply_tiles(left + j_tile * tile_elements, right + i_tile * tile_elements, count,
+                 right + (i_begin + width < columns ? i_tile + 1 : 0) * tile_elements, {{updated, columns}}, product);
   for (std::int64_t j = 0; j < height; ++j) {
-    T* const row = a + (j_begin + j) * columns + i_begin;
+    T* const row = updated + j * columns;
     for (std::int64_t i = 0; i < width; ++i) {
       row[i] += column_of<T>(product, j)[i];
     }

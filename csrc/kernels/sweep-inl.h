@@ -40,15 +40,59 @@ MINIQUANT_INLINE void clear_sums(const SweepTile<T>& tile, Span block) {
 /// S[columns] += E[errors] R[errors, columns].
 template <typename T>
 MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
-                                         Span errors) {
+                                         Span errors, const Upcoming& upcoming) {
+  Fetcher fetcher(upcoming);
   for (std::int64_t first = columns.begin; first < columns.end; first += kStripColumns) {
     const Span strip = span_of(first, kStripColumns, columns.end);
     T* const sum = sum_of(tile, first);
     TileAccumulator<T> accumulator;
     load(accumulator, sum, kTileRows<T>, strip.size());
+    FetchLines lines = fetcher.take(errors.size());
     accumulate_rows_of(problem.triangle, {problem.columns}, first, errors.begin, errors.end,
-                       column_of<T>(tile.error, errors.begin), accumulator);
+                       column_of<T>(tile.error, errors.begin), accumulator, lines);
     store(accumulator, sum, kTileRows<T>, strip.size());
+  }
+}
+
+/// Panels that kDepth columns are in.
+template <typename T>
+constexpr std::int64_t kDepthPanels = kDepth<T> / kPanelColumns;
+static_assert(kDepth<float> % kPanelColumns == 0 && kDepth<double> % kPanelColumns == 0);
+
+/// What add_errors_of_earlier_blocks() reads after the errors `now` of a tile: those of the next tile, or, after the
+/// last tile, the next errors of the first one and their rows of the triangle.
+template <typename T>
+MINIQUANT_INLINE Upcoming upcoming_after(const SweepProblem<T>& problem, const SweepTile<T>& next, bool is_last,
+                                         Span block, Span now) {
+  constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
+  const Span errors = is_last ? span_of(now.end, kDepth<T>, block.begin) : now;
+  Upcoming upcoming = {};
+  upcoming.ranges[0] = {column_of<T>(next.error, errors.begin), errors.size() * kTileRows<T> * kBytes};
+  for (std::int64_t panel = 0; is_last && panel < kDepthPanels<T> && panel + 1 < kUpcomingRanges; ++panel) {
+    const std::int64_t column = errors.begin + panel * kPanelColumns;
+    if (column < errors.end) {
+      upcoming.ranges[1 + panel] = {entry(problem.triangle, TriangleLayout{problem.columns}, block.begin, column),
+                                    block.size() * kPanelColumns * kBytes};
+    }
+  }
+  return upcoming;
+}
+
+/// S[block] = E[earlier blocks] R[earlier blocks, block], for all tiles of a pass.
+template <typename T>
+MINIQUANT_INLINE void add_errors_of_earlier_blocks(const SweepProblem<T>& problem, const SweepArrays<T>& arrays,
+                                                   Span rows, std::int64_t tiles, Span block) {
+  const auto tile = [&](std::int64_t t) { return tile_of(problem, arrays, rows.begin, rows.end, block.begin, t); };
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    clear_sums(tile(t), block);
+  }
+  for (std::int64_t earlier = 0; earlier < block.begin; earlier += kDepth<T>) {
+    const Span errors = span_of(earlier, kDepth<T>, block.begin);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const bool is_last = t + 1 == tiles;
+      add_earlier_errors(problem, tile(t), block, errors,
+                         upcoming_after(problem, tile(is_last ? 0 : t + 1), is_last, block, errors));
+    }
   }
 }
 
@@ -329,7 +373,7 @@ MINIQUANT_INLINE void quantize_block(const SweepProblem<T>& problem, const Sweep
   Span segment;
   for (std::int64_t begin = block.begin; begin < block.end; begin = segment.end) {
     segment = span_of(begin, problem.segment_columns, block.end);
-    add_earlier_errors(problem, tile, segment, {block.begin, begin});
+    add_earlier_errors(problem, tile, segment, {block.begin, begin}, Upcoming{});
     if (problem.dynamic_scales) {
       set_dynamic_grid(problem, tile, segment);
     }
@@ -369,15 +413,7 @@ MINIQUANT_INLINE void sweep_tiles(const SweepProblem<T>& problem, std::int64_t r
   Span block;
   for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
     block = span_of(begin, problem.block_columns, problem.columns);
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      clear_sums(tile_of(problem, arrays, row_begin, row_end, begin, t), block);
-    }
-    for (std::int64_t earlier = 0; earlier < begin; earlier += kDepth<T>) {
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        add_earlier_errors(problem, tile_of(problem, arrays, row_begin, row_end, begin, t), block,
-                           span_of(earlier, kDepth<T>, block.begin));
-      }
-    }
+    add_errors_of_earlier_blocks(problem, arrays, {row_begin, row_end}, tiles, block);
     for (std::int64_t t = 0; t < tiles; ++t) {
       quantize_block(problem, tile_of(problem, arrays, row_begin, row_end, begin, t), block);
     }

@@ -7,6 +7,7 @@
 #include "kernels/kernels.h"
 #include "kernels/lanes-inl.h"
 #include "kernels/target-inl.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
@@ -166,12 +167,28 @@ MINIQUANT_INLINE void set_group_grid(const SweepProblem<T>& problem, const Sweep
   }
 }
 
+/// Whether the columns, in the order of the sweep, are adjacent ones of W.
+template <typename T>
+MINIQUANT_INLINE bool are_adjacent(const SweepProblem<T>& problem, Span columns) {
+  const std::int64_t first = problem.steps[columns.begin].column;
+  std::int64_t others = 0;
+  for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+    others += problem.steps[j].column == first + (j - columns.begin) ? 0 : 1;
+  }
+  return others == 0;
+}
+
 /// E = W, in the order of the sweep; lanes past the last row get 0.
 template <typename T>
 MINIQUANT_NOINLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
-    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+    const bool adjacent = are_adjacent(problem, columns);
+    if (adjacent) {
+      transpose(problem.weight + tile.row * problem.columns + problem.steps[begin].column, problem.columns, tile.rows,
+                columns.size(), column_of<T>(tile.error, begin), kTileRows<T>);
+    }
+    for (std::int64_t lane = adjacent ? tile.rows : 0; lane < kTileRows<T>; ++lane) {
       const T* const row = problem.weight + (tile.row + lane) * problem.columns;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
         column_of<T>(tile.error, j)[lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);
@@ -185,6 +202,11 @@ template <typename T>
 MINIQUANT_NOINLINE void write_codes(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    if (are_adjacent(problem, columns)) {
+      transpose(column_of<T>(tile.code, begin), kTileRows<T>, columns.size(), tile.rows,
+                problem.grid.codes + tile.row * problem.columns + problem.steps[begin].column, problem.columns);
+      continue;
+    }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       std::int8_t* const codes = problem.grid.codes + (tile.row + lane) * problem.columns;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
@@ -200,6 +222,11 @@ MINIQUANT_NOINLINE void write_gradient(const SweepProblem<T>& problem, const Swe
   const std::int64_t padded = SymmetricLayout{problem.columns}.padded_columns();
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
+    if (are_adjacent(problem, columns)) {
+      transpose(column_of<T>(tile.whitened, begin), kTileRows<T>, columns.size(), tile.rows,
+                problem.gradient + tile.row * padded + problem.steps[begin].column, padded);
+      continue;
+    }
     for (std::int64_t lane = 0; lane < tile.rows; ++lane) {
       T* const gradient = problem.gradient + (tile.row + lane) * padded;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {

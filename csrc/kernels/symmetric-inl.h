@@ -3,9 +3,10 @@
 #include <cstdint>
 
 #include "kernels/arithmetic.h"
+#include "kernels/fetch-inl.h"
 #include "kernels/kernels.h"
-#include "kernels/short_vector-inl.h"
 #include "kernels/target-inl.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
@@ -15,55 +16,6 @@ namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
 constexpr std::int64_t kSquareElements = kPanelColumns * kPanelColumns;
-
-/// Rows and columns that one step of a transposition holds in registers.
-template <typename T>
-constexpr std::int64_t kBlock = 16 / static_cast<std::int64_t>(sizeof(T));
-static_assert(kPanelColumns % kBlock<float> == 0 && kPanelColumns % kBlock<double> == 0);
-
-/// to[j][i] = from[i][j] of one block. Overloads, because shuffles take literal indices.
-MINIQUANT_INLINE void transpose_block(const float* from, std::int64_t ld, float* to, std::int64_t to_ld) {
-  using Four = ShortVector<float, 4>::type;
-  using Unaligned = ShortVector<float, 4>::unaligned;
-  const Four a = *reinterpret_cast<const Unaligned*>(from);
-  const Four b = *reinterpret_cast<const Unaligned*>(from + ld);
-  const Four c = *reinterpret_cast<const Unaligned*>(from + 2 * ld);
-  const Four d = *reinterpret_cast<const Unaligned*>(from + 3 * ld);
-  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  *reinterpret_cast<Unaligned*>(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  *reinterpret_cast<Unaligned*>(to + to_ld) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  *reinterpret_cast<Unaligned*>(to + 2 * to_ld) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  *reinterpret_cast<Unaligned*>(to + 3 * to_ld) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-}
-
-MINIQUANT_INLINE void transpose_block(const double* from, std::int64_t ld, double* to, std::int64_t to_ld) {
-  using Two = ShortVector<double, 2>::type;
-  using Unaligned = ShortVector<double, 2>::unaligned;
-  const Two a = *reinterpret_cast<const Unaligned*>(from);
-  const Two b = *reinterpret_cast<const Unaligned*>(from + ld);
-  *reinterpret_cast<Unaligned*>(to) = __builtin_shufflevector(a, b, 0, 2);
-  *reinterpret_cast<Unaligned*>(to + to_ld) = __builtin_shufflevector(a, b, 1, 3);
-}
-
-/// to[j][i] = from[i][j] for i < rows and j < width.
-template <typename T>
-void transpose(const T* from, std::int64_t ld, std::int64_t rows, std::int64_t width, T* to, std::int64_t to_ld) {
-  const std::int64_t whole_rows = rows - rows % kBlock<T>;
-  const std::int64_t whole_width = width - width % kBlock<T>;
-  for (std::int64_t i = 0; i < whole_rows; i += kBlock<T>) {
-    for (std::int64_t j = 0; j < whole_width; j += kBlock<T>) {
-      transpose_block(from + i * ld + j, ld, to + j * to_ld + i, to_ld);
-    }
-  }
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t j = i < whole_rows ? whole_width : 0; j < width; ++j) {
-      to[j * to_ld + i] = from[i * ld + j];
-    }
-  }
-}
 
 MINIQUANT_INLINE float magnitude(float value) { return __builtin_fabsf(value); }
 MINIQUANT_INLINE double magnitude(double value) { return __builtin_fabs(value); }
@@ -76,7 +28,11 @@ struct SquarePair {
   alignas(kVectorBytes) T upper[kSquareElements];  ///< [rows][kPanelColumns] of H^T, likewise
   std::int64_t rows;
 
+  /// Also fetches what is read next, where that is the square of the next columns.
   void read(const T* h, std::int64_t columns, std::int64_t i_begin, std::int64_t j_begin) {
+    const std::int64_t next = j_begin + kPanelColumns;
+    fetch_rows(h + i_begin * columns + next, columns, 0, min_of(columns - i_begin, kPanelColumns), kPanelColumns);
+    fetch_rows(h + next * columns + i_begin, columns, 0, min_of(columns - next, kPanelColumns), kPanelColumns);
     rows = min_of(columns - i_begin, kPanelColumns);
     const std::int64_t width = min_of(columns - j_begin, kPanelColumns);
     const T* const from = h + i_begin * columns + j_begin;

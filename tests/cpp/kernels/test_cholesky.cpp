@@ -53,7 +53,7 @@ TYPED_TEST(Cholesky, SubtractsTheProductsOfTwoBlocks) {
         const GuardedBuffer<T> right(normal<T>(generator, count * kWidth));
         GuardedBuffer<T> block(normal<T>(generator, rows * kWidth));
         const std::vector<T> before = block.values();
-        kernel.subtract_products(left.data(), right.data(), count, rows, block.data());
+        kernel.subtract_products(left.data(), right.data(), count, rows, block.data(), {});
         for (std::int64_t j = 0; j < rows; ++j) {
           for (std::int64_t i = 0; i < kWidth; ++i) {
             Wide<T> expected = before[static_cast<std::size_t>(j * kWidth + i)];
@@ -170,7 +170,7 @@ TYPED_TEST(Cholesky, FusedInstructionSetsGiveTheSameBits) {
     const auto& kernel = typed_kernels<T>(kernels_for(instruction_set));
     GuardedBuffer<T> l(matrix);
     GuardedBuffer<T> x(rest);
-    kernel.subtract_products(rest.data(), rest.data(), 45, 45, x.data());
+    kernel.subtract_products(rest.data(), rest.data(), 45, 45, x.data(), {});
     ASSERT_EQ(kernel.factor_block(l.data(), 45), -1);
     kernel.solve_block(l.data(), 45, x.data());
     results.push_back(x.values());
