@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "algorithms/large_pages.h"
 #include "algorithms/parallel.h"
-#include "algorithms/working_memory.h"
 #include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
 
@@ -66,7 +66,7 @@ void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
     team.take(pieces, [&](int64_t piece) {
       if (!workspace.defined()) {
         workspace =
-            working_memory(workspace_of(problem, std::min(rows, piece_rows)), c10::CppTypeToScalarType<T>::value);
+            empty_in_large_pages(workspace_of(problem, std::min(rows, piece_rows)), c10::CppTypeToScalarType<T>::value);
       }
       kernel(problem, piece * piece_rows, std::min(rows, (piece + 1) * piece_rows), workspace.mutable_data_ptr<T>());
     });

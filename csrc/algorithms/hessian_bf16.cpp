@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "algorithms/large_pages.h"
 #include "algorithms/parallel.h"
-#include "algorithms/working_memory.h"
 #include "kernels/arithmetic.h"
 
 namespace miniquant::algorithms {
@@ -155,7 +155,7 @@ void add_pass(const Bf16Kernels& kernels, float* hessian, const Tokens& tokens, 
       layout.blocks(), [&](int64_t block) { pack(kernels, tokens, layout, block, packed); }, square_count,
       [&, workspace = at::Tensor()](int64_t square) mutable {
         if (!workspace.defined()) {
-          workspace = working_memory(kernels::bf16_square_elements(side), at::kFloat);
+          workspace = empty_in_large_pages(kernels::bf16_square_elements(side), at::kFloat);
         }
         const auto [j, i] = squares[static_cast<size_t>(square)];
         kernels.add_square(problem, j, i, workspace.mutable_data_ptr<float>());
@@ -194,7 +194,7 @@ void add_bf16_products(const Bf16Kernels& kernels, at::Tensor& hessian, const at
       std::max<int64_t>(packed_bytes(kernels, columns) / (run_elements * static_cast<int64_t>(sizeof(uint16_t))), 1);
   const int64_t pass = std::min(runs * kTokensPerRun, count);
   const int64_t part_size = Bf16Layout{columns, pass}.size();
-  const at::Tensor tiles = working_memory((split.left + split.right) * part_size, at::kShort);
+  const at::Tensor tiles = empty_in_large_pages((split.left + split.right) * part_size, at::kShort);
   auto* const values = static_cast<uint16_t*>(tiles.mutable_data_ptr());
   const Packed packed{{values, split.left}, {values + split.left * part_size, split.right}};
   for (int64_t token = 0; token < count; token += pass) {

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
-#include "algorithms/working_memory.h"
+#include "algorithms/large_pages.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -15,7 +15,7 @@ constexpr int64_t kMostPasses = 3;
 
 at::Tensor room_for_gradient(const at::Tensor& weight) {
   const int64_t columns = kernels::SymmetricLayout{weight.size(1)}.padded_columns();
-  return working_memory(weight.size(0) * columns, weight.scalar_type()).view({weight.size(0), columns});
+  return empty_in_large_pages({weight.size(0), columns}, weight.scalar_type());
 }
 
 void refine(const at::Tensor& hessian, const Damping& damping, int64_t rounds, Grid& grid, at::Tensor& gradient,

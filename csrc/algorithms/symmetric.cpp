@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "algorithms/dispatch.h"
-#include "algorithms/working_memory.h"
+#include "algorithms/large_pages.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -114,7 +114,7 @@ void set_diagonal(kernels::TriangleLayout layout, const T* diagonal, int64_t row
 /// A triangle that is not set but for its spare rows.
 at::Tensor room_for_triangle(int64_t columns, at::ScalarType dtype) {
   const kernels::TriangleLayout layout{columns};
-  at::Tensor triangle = working_memory(layout.size(), dtype);
+  at::Tensor triangle = empty_in_large_pages(layout.size(), dtype);
   dispatch_compute(dtype, [&]<typename T> {
     T* const out = triangle.mutable_data_ptr<T>();
     // Set to 0, because the kernels read these rows with the last strip, though without effect.
@@ -169,7 +169,7 @@ void LowerTriangleRows::set(int64_t panel) const {
 at::Tensor symmetric_panels(const at::Tensor& hessian, double factor, at::ScalarType dtype) {
   const kernels::SymmetricLayout layout{hessian.size(0)};
   const at::Tensor h = hessian.contiguous();
-  const at::Tensor panels = working_memory(layout.size(), dtype);
+  const at::Tensor panels = empty_in_large_pages(layout.size(), dtype);
   panels.slice(0, layout.offset(0, layout.panels())).zero_();  // the spare elements
   dispatch_compute(h.scalar_type(), [&]<typename From> {
     dispatch_compute(dtype, [&]<typename T> {

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
-#include "algorithms/working_memory.h"
+#include "algorithms/large_pages.h"
 #include "kernels/arithmetic.h"
 
 // Tokens as the kernels of sums of products read them: packed in tiles of columns.
@@ -39,7 +39,7 @@ class TileRuns {
 
   /// Memory for the packed columns of so many tokens.
   [[nodiscard]] at::Tensor room_for(int64_t tokens) const {
-    return working_memory(tiles_ * tokens * typed_kernels<T>().tile_rows, c10::CppTypeToScalarType<T>::value);
+    return empty_in_large_pages(tiles_ * tokens * typed_kernels<T>().tile_rows, c10::CppTypeToScalarType<T>::value);
   }
 
   /// Packs one run of `values` [tokens, columns], contiguous.

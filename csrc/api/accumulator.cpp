@@ -7,6 +7,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "algorithms/large_pages.h"
 #include "miniquant/hessian.h"
 #include "miniquant/names.h"
 #include "ops/find_operator.h"
@@ -27,7 +28,8 @@ void add(HessianSums& sums, const HessianSums& other) {
 /// Sums of no tokens, in the shapes of `like`. Never inference tensors, so any mode can update them.
 HessianSums no_tokens(const HessianSums& like) {
   const c10::InferenceMode normal(false);
-  return {at::zeros_like(like.sums), at::zeros_like(like.tokens), at::zeros_like(like.weights)};
+  return {algorithms::empty_in_large_pages(like.sums.sizes(), like.sums.scalar_type()).zero_(),
+          at::zeros_like(like.tokens), at::zeros_like(like.weights)};
 }
 
 at::Tensor hessian_of(const HessianSums& sums, std::optional<int64_t> half) {
@@ -57,8 +59,8 @@ HessianAccumulator::HessianAccumulator(int64_t in_features, at::ScalarType dtype
                    c10::getDtypeNames(dtype).first);
   const c10::InferenceMode normal(false);
   const int64_t count = halves == Halves::kApart ? 2 : 1;
-  sums_ = {at::zeros({count, in_features, in_features}, dtype), at::zeros({count}, at::kLong),
-           at::zeros({2, count}, at::kDouble)};
+  sums_ = {algorithms::empty_in_large_pages({count, in_features, in_features}, dtype).zero_(),
+           at::zeros({count}, at::kLong), at::zeros({2, count}, at::kDouble)};
 }
 
 HessianAccumulator::HessianAccumulator(const HessianSums& state, HessianPrecision precision)

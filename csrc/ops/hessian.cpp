@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <c10/core/InferenceMode.h>
@@ -18,6 +19,7 @@
 #include <tuple>
 
 #include "algorithms/finite.h"
+#include "algorithms/large_pages.h"
 #include "algorithms/product.h"
 #include "ops/checks.h"
 #include "ops/names.h"
@@ -361,10 +363,13 @@ at::Tensor accumulator_hessian(const at::Tensor& sums, const at::Tensor& tokens,
   } else {
     TORCH_CHECK_VALUE(all_tokens > 0, kAccumulator, ": expected at least one token before hessian(), but got none");
   }
-  const at::Tensor sum = half.has_value()    ? sums.select(0, *half)
-                         : sums.size(0) == 2 ? sums.select(0, 0) + sums.select(0, 1)
-                                             : sums.select(0, 0);
-  return sum / part_of(weights[0], half).item<double>();
+  at::Tensor hessian = algorithms::empty_in_large_pages({sums.size(1), sums.size(2)}, sums.scalar_type());
+  if (half.has_value() || sums.size(0) == 1) {
+    hessian.copy_(sums.select(0, half.value_or(0)));
+  } else {
+    at::add_out(hessian, sums.select(0, 0), sums.select(0, 1));
+  }
+  return hessian.div_(part_of(weights[0], half).item<double>());
 }
 
 at::Tensor meta_accumulator_hessian(const at::Tensor& sums, const at::Tensor& tokens, const at::Tensor& weights,

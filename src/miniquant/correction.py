@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miniquant import large_pages
 from miniquant.hessian import product_update_
 
 
@@ -40,7 +41,7 @@ class ErrorSum:
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self._sum = torch.zeros(rows, columns, dtype=dtype)
+        self._sum = large_pages.zeros(rows, columns, dtype=dtype)
         self._weight = 0.0
 
     def like(self) -> "ErrorSum":
@@ -146,7 +147,7 @@ class Errors:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """The product of two matrices, in the dtype of the second."""
-    sums = torch.zeros(len(left), right.shape[1], dtype=right.dtype)
+    sums = large_pages.zeros(len(left), right.shape[1], dtype=right.dtype)
     return product_update_(sums, left.T, right)
 
 

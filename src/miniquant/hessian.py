@@ -6,6 +6,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from miniquant import large_pages
 from miniquant.operators import call
 
 _STATE = ("sums", "tokens", "weights")
@@ -138,7 +139,7 @@ class HessianAccumulator:
         count = 2 if halves else 1
         with torch.inference_mode(mode=False):  # normal tensors, for updates in any mode
             self._state = (
-                torch.zeros(count, in_features, in_features, dtype=dtype, device="cpu"),
+                large_pages.zeros(count, in_features, in_features, dtype=dtype),
                 torch.zeros(count, dtype=torch.int64, device="cpu"),
                 torch.zeros(2, count, dtype=torch.float64, device="cpu"),
             )
@@ -165,7 +166,8 @@ class HessianAccumulator:
     def _from_state(cls, state: tuple[Tensor, Tensor, Tensor]) -> "HessianAccumulator":
         accumulator = cls(0)
         with torch.inference_mode(mode=False):
-            accumulator._state = (torch.zeros_like(state[0]), torch.zeros_like(state[1]), torch.zeros_like(state[2]))
+            sums = large_pages.zeros(*state[0].shape, dtype=state[0].dtype)
+            accumulator._state = (sums, torch.zeros_like(state[1]), torch.zeros_like(state[2]))
         call("accumulator_merge_", *accumulator._state, *state)
         return accumulator
 

@@ -1,4 +1,4 @@
-#include "algorithms/working_memory.h"
+#include "algorithms/large_pages.h"
 
 #include <ATen/ops/empty.h>
 
@@ -27,8 +27,8 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
 
 }  // namespace
 
-at::Tensor working_memory(int64_t elements, at::ScalarType dtype) {
-  at::Tensor memory = at::empty({elements}, dtype);
+at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor memory = at::empty(sizes, at::TensorOptions(at::kCPU).dtype(dtype));
   ask_for_large_pages(memory.mutable_data_ptr(), memory.nbytes());
   return memory;
 }
