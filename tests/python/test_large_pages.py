@@ -31,8 +31,10 @@ needs_large_pages = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 1100, 1100)])
 def test_zeros_are_zeros_of_the_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     zeros = large_pages.zeros(*shape, dtype=dtype)
-    assert zeros.shape == shape and zeros.dtype == dtype
-    assert zeros.is_contiguous() and not zeros.any()
+    assert zeros.shape == shape
+    assert zeros.dtype == dtype
+    assert zeros.is_contiguous()
+    assert not zeros.any()
     assert bool((zeros.add_(1) == 1).all())
 
 
