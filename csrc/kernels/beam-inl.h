@@ -19,8 +19,8 @@
 //     loss    += R_jj^2 (target_j - dequantize(level))^2
 //   keep the kBeamWidth choices of least loss
 //
-// A vector holds the choices for as many scales as it has room for, four lanes each, so every instruction set chooses
-// alike. Start reading at search_beams().
+// A job is one scale of one row. A vector holds the choices of as many jobs as it has room for, four lanes each, so every
+// instruction set chooses alike. Start reading at search_beams().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -31,11 +31,10 @@ namespace {
 template <typename T>
 struct BeamSearches {
   Choices<T> scale[kBeamsAtOnce];           // of the choice
-  Choices<T> reciprocal[kBeamsAtOnce];      // 1 / scale
   Choices<T> low[kBeamsAtOnce];             // lowest level
   Choices<T> high[kBeamsAtOnce];            // highest level
   Choices<T> loss[kBeamsAtOnce];            // infinite where there is no choice
-  const T* weight[kBeamsAtOnce];            // the row's, stored order
+  Choices<T>* weight[kBeamsAtOnce];         // [B]  W
   Choices<T>* sum[kBeamsAtOnce];            // [B]  S of the columns from the current strip on
   Choices<T>* level[kBeamsAtOnce];          // [B]  level of the choices kept at each column
   ChoiceIntegers<T>* parent[kBeamsAtOnce];  // [B]  number of their parent among the choices kept before
@@ -65,7 +64,7 @@ MINIQUANT_INLINE void take_column(const SweepStep<T>& step, const T* triangle, s
   ChoiceIntegers<T> far_keys[kBeamsAtOnce];
 #pragma GCC unroll 8
   for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
-    weight[s] = searches.weight[s][step.column] * searches.reciprocal[s];
+    weight[s] = searches.weight[s][at];
     const Choices<T> target = multiply_add_choices<T>(strips[s].sum[taken], inverse_pivot, weight[s]);
     near[s] = clamp_and_round<T, Choices<T>>(target, searches.low[s], searches.high[s]);
     const Choices<T> near_miss = target - near[s];
@@ -184,87 +183,104 @@ MINIQUANT_INLINE bool has_scale_to_search(const KeptScales<T>& kept, std::int64_
   return scale < kept.count && kept.loss[scale * kTileRows<T> + lane] <= most_worth_searching(kept, lane);
 }
 
-/// The work of one search: a row of the tile, and the first of the kScalesPerBeam kept scales to search.
+/// A row of the tile, and the number of one of its kept scales.
 struct BeamJob {
   std::int64_t lane;
-  std::int64_t first;
+  std::int64_t scale;
 };
 
-template <typename T>
-MINIQUANT_INLINE void begin_search(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, BeamJob job,
-                                   std::int64_t number, BeamSearches<T>& searches) {
-  searches.weight[number] = problem.weight + (tile.row + job.lane) * problem.columns;
-  for (std::int64_t lane = 0; lane < kBeamLanes<T>; ++lane) {
-    // If there are fewer scales, the first one is searched again in their place.
-    const std::int64_t scale = job.first + lane / kBeamWidth;
-    const std::int64_t at =
-        (has_scale_to_search(tile.kept, job.lane, scale) ? scale : job.first) * kTileRows<T> + job.lane;
-    searches.scale[number][lane] = tile.kept.scale[at];
-    searches.reciprocal[number][lane] = T(1) / tile.kept.scale[at];
-    searches.low[number][lane] = static_cast<T>(problem.grid.range.code_min) - tile.kept.zero_point[at];
-    searches.high[number][lane] = static_cast<T>(problem.grid.range.code_max) - tile.kept.zero_point[at];
-    searches.loss[number][lane] = lane % kBeamWidth == 0 ? T(0) : static_cast<T>(__builtin_inf());
-  }
-  for (std::int64_t j = columns.begin; j < columns.end; ++j) {
-    searches.sum[number][j - columns.begin] = sum_of(tile, j)[job.lane] * searches.reciprocal[number];
-  }
-}
-
-/// Replaces the quantized group of a row by a choice, given by its lane, of a search that has ended.
-template <typename T>
-MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
-                                  std::int64_t row_lane, const BeamSearches<T>& searches, std::int64_t number,
-                                  std::int64_t choice) {
-  const T scale = searches.scale[number][choice];
-  const T zero_point = static_cast<T>(problem.grid.range.code_min) - searches.low[number][choice];
-  const std::int64_t group = problem.steps[columns.begin].group * kTileRows<T> + row_lane;
-  tile.scale[group] = scale;
-  tile.zero_point[group] = zero_point;
-  for (std::int64_t j = columns.end - 1; j >= columns.begin; --j) {
-    const T level = searches.level[number][j - columns.begin][choice];
-    const std::int64_t at = j * kTileRows<T> + row_lane;
-    tile.error[at] = searches.weight[number][problem.steps[j].column] - level * scale;
-    tile.code[at] = static_cast<std::int8_t>(static_cast<std::int32_t>(level + zero_point));
-    choice = choice / kBeamWidth * kBeamWidth + searches.parent[number][j - columns.begin][choice];
-  }
-}
-
-/// The next search: for the next scales of the row, or for the next row.
-template <typename T>
-MINIQUANT_INLINE BeamJob next_job(const KeptScales<T>& kept, BeamJob job) {
-  const std::int64_t first = job.first + kScalesPerBeam<T>;
-  return has_scale_to_search(kept, job.lane, first) ? BeamJob{job.lane, first} : BeamJob{job.lane + 1, 0};
-}
-
-/// The best choice of a few searches.
-struct BestChoice {
+/// The place of a job: a vector, and its first lane there.
+struct BeamPlace {
   std::int64_t search;
   std::int64_t choice;
 };
+
+/// Jobs that are done at once.
+template <typename T>
+constexpr std::int64_t kJobsAtOnce = kBeamsAtOnce * kJobsPerBeam<T>;
+
+/// The place of the job of that number among those done at once.
+template <typename T>
+MINIQUANT_INLINE BeamPlace place_of(std::int64_t job) {
+  return {job / kJobsPerBeam<T>, job % kJobsPerBeam<T> * kBeamWidth};
+}
+
+template <typename T>
+MINIQUANT_INLINE void begin_job(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns, BeamJob job,
+                                BeamPlace place, BeamSearches<T>& searches) {
+  using Four = ShortVector<T, kBeamWidth>::unaligned;
+  const auto lanes_of = [&](Choices<T>& choices) -> Four& {
+    return *reinterpret_cast<Four*>(reinterpret_cast<T*>(&choices) + place.choice);
+  };
+  const auto set = [&](Choices<T>(&of_searches)[kBeamsAtOnce], T value) {
+    lanes_of(of_searches[place.search]) = value - Four{};
+  };
+  const std::int64_t kept = job.scale * kTileRows<T> + job.lane;
+  const T reciprocal = T(1) / tile.kept.scale[kept];
+  set(searches.scale, tile.kept.scale[kept]);
+  set(searches.low, static_cast<T>(problem.grid.range.code_min) - tile.kept.zero_point[kept]);
+  set(searches.high, static_cast<T>(problem.grid.range.code_max) - tile.kept.zero_point[kept]);
+  set(searches.loss, static_cast<T>(__builtin_inf()));
+  searches.loss[place.search][place.choice] = T(0);
+  const T* const weight = problem.weight + (tile.row + job.lane) * problem.columns;
+  for (std::int64_t j = columns.begin; j < columns.end; ++j) {
+    const std::int64_t at = j - columns.begin;
+    lanes_of(searches.weight[place.search][at]) = weight[problem.steps[j].column] * reciprocal - Four{};
+    lanes_of(searches.sum[place.search][at]) = sum_of(tile, j)[job.lane] * reciprocal - Four{};
+  }
+}
+
+/// Replaces the quantized group of a row by a choice of a search that has ended.
+template <typename T>
+MINIQUANT_INLINE void take_choice(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
+                                  std::int64_t row_lane, const BeamSearches<T>& searches, BeamPlace taken) {
+  const T scale = searches.scale[taken.search][taken.choice];
+  const T zero_point = static_cast<T>(problem.grid.range.code_min) - searches.low[taken.search][taken.choice];
+  const T* const weight = problem.weight + (tile.row + row_lane) * problem.columns;
+  const std::int64_t group = problem.steps[columns.begin].group * kTileRows<T> + row_lane;
+  tile.scale[group] = scale;
+  tile.zero_point[group] = zero_point;
+  std::int64_t choice = taken.choice;
+  for (std::int64_t j = columns.end - 1; j >= columns.begin; --j) {
+    const T level = searches.level[taken.search][j - columns.begin][choice];
+    const std::int64_t at = j * kTileRows<T> + row_lane;
+    tile.error[at] = weight[problem.steps[j].column] - level * scale;
+    tile.code[at] = static_cast<std::int8_t>(static_cast<std::int32_t>(level + zero_point));
+    choice = choice / kBeamWidth * kBeamWidth + searches.parent[taken.search][j - columns.begin][choice];
+  }
+}
+
+/// The next scale of the row, or the first of the next row.
+template <typename T>
+MINIQUANT_INLINE BeamJob next_job(const KeptScales<T>& kept, BeamJob job) {
+  return has_scale_to_search(kept, job.lane, job.scale + 1) ? BeamJob{job.lane, job.scale + 1}
+                                                            : BeamJob{job.lane + 1, 0};
+}
 
 /// Replaces the quantized group of each row by its best choice, where that loses less than `least` [lane].
 template <typename T>
 MINIQUANT_INLINE void take_best(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span columns,
                                 const BeamJob* jobs, const BeamSearches<T>& searches, double* least) {
-  for (std::int64_t first = 0; first < kBeamsAtOnce;) {
+  for (std::int64_t first = 0; first < kJobsAtOnce<T>;) {
     const std::int64_t lane = jobs[first].lane;
     const double before = least[lane];
-    BestChoice best = {first, 0};
-    std::int64_t s = first;
-    for (; s < kBeamsAtOnce && jobs[s].lane == lane; ++s) {
-      for (std::int64_t choice = 0; choice < kBeamLanes<T>; ++choice) {
-        const double scale = static_cast<double>(searches.scale[s][choice]);
-        const double loss = static_cast<double>(searches.loss[s][choice]) * scale * scale;
+    BeamPlace best = {0, 0};
+    std::int64_t job = first;
+    for (; job < kJobsAtOnce<T> && jobs[job].lane == lane; ++job) {
+      const BeamPlace place = place_of<T>(job);
+      const double scale = static_cast<double>(searches.scale[place.search][place.choice]);
+      for (std::int64_t choice = place.choice; choice < place.choice + kBeamWidth; ++choice) {
+        const double loss = static_cast<double>(searches.loss[place.search][choice]) * scale * scale;
         if (loss < least[lane]) {
           least[lane] = loss;
-          best = {s, choice};
+          best = {place.search, choice};
         }
       }
     }
     if (least[lane] < before) {
-      take_choice(problem, tile, columns, lane, searches, best.search, best.choice);
+      take_choice(problem, tile, columns, lane, searches, best);
     }
-    first = s;
+    first = job;
   }
 }
 
@@ -279,18 +295,19 @@ MINIQUANT_INLINE void search_beams(const SweepProblem<T>& problem, const SweepTi
   BeamSearches<T> searches;
   for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
     const std::int64_t at = s * columns.size();
+    searches.weight[s] = tile.beams.weight + at;
     searches.sum[s] = tile.beams.sum + at;
     searches.level[s] = tile.beams.level + at;
     searches.parent[s] = tile.beams.parent + at;
   }
   BeamJob job = {0, 0};
   while (job.lane < tile.rows) {
-    BeamJob jobs[kBeamsAtOnce];
-    for (std::int64_t s = 0; s < kBeamsAtOnce; ++s) {
+    BeamJob jobs[kJobsAtOnce<T>];
+    for (std::int64_t i = 0; i < kJobsAtOnce<T>; ++i) {
       // Without a job left, the job before is repeated.
-      jobs[s] = job.lane < tile.rows ? job : jobs[s - 1];
-      begin_search(problem, tile, columns, jobs[s], s, searches);
-      job = next_job(tile.kept, jobs[s]);
+      jobs[i] = job.lane < tile.rows ? job : jobs[i - 1];
+      begin_job(problem, tile, columns, jobs[i], place_of<T>(i), searches);
+      job = next_job(tile.kept, jobs[i]);
     }
     run_searches(problem, columns, searches);
     take_best(problem, tile, columns, jobs, searches, least);

@@ -5,8 +5,8 @@
 #include "kernels/triangle.h"
 #include "kernels/vector-inl.h"
 
-// The vectors of a beam search: kBeamWidth choices for each of as many scales as one register holds. Choices are
-// numbered within their scale; no operation mixes the choices of two scales.
+// The vectors of a beam search: kBeamWidth choices of each of as many jobs, one scale of one row, as a register holds.
+// Choices are numbered within their job; no operation mixes the choices of two jobs.
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
@@ -25,7 +25,7 @@ template <typename T>
 constexpr std::int64_t kBeamLanes = kLanes<T> < kBeamWidth ? kBeamWidth : kLanes<T>;
 
 template <typename T>
-constexpr std::int64_t kScalesPerBeam = kBeamLanes<T> / kBeamWidth;
+constexpr std::int64_t kJobsPerBeam = kBeamLanes<T> / kBeamWidth;
 
 /// One value for each choice.
 template <typename T>
@@ -61,13 +61,13 @@ MINIQUANT_INLINE Choices<T> one_with_sign_of(Choices<T> values) {
       reinterpret_cast<ChoiceIntegers<T>>(one));
 }
 
-/// For each scale, the choices numbered `from`, 0 to 3.
+/// For each job, the choices numbered `from`, 0 to 3.
 template <typename T>
 MINIQUANT_INLINE Choices<T> permute(Choices<T> values, ChoiceIntegers<T> from) {
   return Fours<T, kBeamLanes<T>>::permute(values, from);
 }
 
-/// For each scale, every kWith integers exchanged with the next kWith.
+/// For each job, every kWith integers exchanged with the next kWith.
 template <std::int64_t kWith, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> exchange(ChoiceIntegers<T> values) {
   return Fours<T, kBeamLanes<T>>::template exchange<kWith>(values);
@@ -93,7 +93,7 @@ MINIQUANT_INLINE ChoiceIntegers<T> compare_exchange(ChoiceIntegers<T> keys, Choi
   return smaller != 0 ? low : high;
 }
 
-/// Sorts the four keys of each scale: a bitonic sort.
+/// Sorts the four keys of each job: a bitonic sort.
 template <bool kAscending, typename T>
 MINIQUANT_INLINE ChoiceIntegers<T> sort(ChoiceIntegers<T> keys) {
   constexpr int kUp = kAscending ? 1 : 0;

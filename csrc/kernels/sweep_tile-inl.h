@@ -54,6 +54,7 @@ MINIQUANT_INLINE void keep(const KeptScales<T>& kept, std::int64_t lane, double 
 /// The workspace of beam searches. G = columns of a group.
 template <typename T>
 struct BeamArrays {
+  Choices<T>* weight;         // [kBeamsAtOnce][G]
   Choices<T>* sum;            // [kBeamsAtOnce][G]
   Choices<T>* level;          // [kBeamsAtOnce][G]
   ChoiceIntegers<T>* parent;  // [kBeamsAtOnce][G]
@@ -96,6 +97,7 @@ MINIQUANT_INLINE SweepArrays<T> lay_out(const SweepProblem<T>& problem, std::int
   }
   if (problem.beam_scales > 0) {
     const std::int64_t choices = kBeamsAtOnce * kBeamLanes<T>;
+    arrays.beams.weight = reinterpret_cast<Choices<T>*>(cutter.take(choices * problem.segment_columns));
     arrays.beams.sum = reinterpret_cast<Choices<T>*>(cutter.take(choices * problem.segment_columns));
     arrays.beams.level = reinterpret_cast<Choices<T>*>(cutter.take(choices * problem.segment_columns));
     arrays.beams.parent = reinterpret_cast<ChoiceIntegers<T>*>(cutter.take(choices * problem.segment_columns));
