@@ -19,8 +19,8 @@
 //     loss    += R_jj^2 (target_j - dequantize(level))^2
 //   keep the kBeamWidth choices of least loss
 //
-// A job is one scale of one row. A vector holds the choices of as many jobs as it has room for, four lanes each, so every
-// instruction set chooses alike. Start reading at search_beams().
+// A job is one scale of one row. A vector holds the choices of as many jobs as it has room for, four lanes each, so
+// every instruction set chooses alike. Start reading at search_beams().
 
 namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {

@@ -39,7 +39,7 @@ struct FetchNothing {
   static MINIQUANT_INLINE void with_term() {}
 };
 
-/// One range of memory, or the same line again and again where there is no more to fetch.
+/// One range of memory, or one line again and again.
 struct FetchLines {
   const char* line;
   std::int64_t step;
@@ -49,6 +49,9 @@ struct FetchLines {
     line += step;
   }
 };
+
+/// A line to fetch again and again where there is nothing else.
+constexpr char kNothingToFetch = 0;
 
 /// Hands out the lines of what is to be fetched.
 class Fetcher {
@@ -61,10 +64,10 @@ class Fetcher {
       ++now_;
     }
     Upcoming::Range& range = upcoming_.ranges[now_];
-    const auto* const line = static_cast<const char*>(range.begin);
     if (range.bytes <= 0) {
-      return {line, 0};
+      return {&kNothingToFetch, 0};
     }
+    const auto* const line = static_cast<const char*>(range.begin);
     range.begin = line + terms * kCacheLineBytes;
     range.bytes -= terms * kCacheLineBytes;
     return {line, kCacheLineBytes};

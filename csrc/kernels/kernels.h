@@ -15,7 +15,7 @@ namespace miniquant::kernels {
 /// Tiles of rows that share one reading of L or H.
 inline constexpr std::int64_t kTilesPerPass = 4;
 
-inline constexpr std::int64_t kUpcomingRanges = 3;
+inline constexpr std::int64_t kUpcomingRanges = 6;
 
 /// Memory that the caller's next calls read, in that order; empty ranges are left out. A hint: a kernel may fetch it
 /// while it computes.

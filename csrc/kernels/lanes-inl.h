@@ -48,6 +48,32 @@ MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64
   return {begin, end - begin < count ? end : begin + count};
 }
 
+/// Adds a range to those that come next. Where there is no room it is left out.
+template <typename T>
+MINIQUANT_INLINE void add_range(Upcoming& upcoming, const T* begin, std::int64_t count) {
+  for (Upcoming::Range& range : upcoming.ranges) {
+    if (range.bytes == 0) {
+      range = {begin, count * static_cast<std::int64_t>(sizeof(T))};
+      return;
+    }
+  }
+}
+
+/// Columns of an array [column][lane] come next.
+template <typename T>
+MINIQUANT_INLINE void add_columns(Upcoming& upcoming, const T* array, Span columns) {
+  add_range(upcoming, column_of<T>(array, columns.begin), columns.size() * kTileRows<T>);
+}
+
+/// Rows of the panels that hold `columns` come next.
+template <typename T, typename Layout>
+MINIQUANT_INLINE void add_rows(Upcoming& upcoming, const T* matrix, Layout layout, Span rows, Span columns) {
+  const std::int64_t panels = rows.size() > 0 ? panel_count(columns.end) : 0;
+  for (std::int64_t panel = columns.begin / kPanelColumns; panel < panels; ++panel) {
+    add_range(upcoming, matrix + layout.offset(rows.begin, panel), rows.size() * kPanelColumns);
+  }
+}
+
 /// The columns from `first` on that are in one stored group, cut off at `end`.
 MINIQUANT_INLINE Span group_of(std::int64_t group_size, std::int64_t first, std::int64_t end) {
   return span_of(first, group_size - first % group_size, end);

@@ -174,13 +174,13 @@ MINIQUANT_INLINE const T* symmetric_entry(const T* symmetric, SymmetricLayout la
 
 /// accumulator[c] += sum over i in [begin, end) of L[i, first + c] * lanes[i - begin, :], for begin >= first + c and a
 /// strip that lies in one panel.
-template <typename T>
+template <typename T, typename Fetch>
 MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout layout, std::int64_t first,
                                             std::int64_t begin, std::int64_t end, const T* lanes,
-                                            TileAccumulator<T>& accumulator) {
+                                            TileAccumulator<T>& accumulator, Fetch& fetch) {
   if (begin < end) {
-    accumulate(accumulator, entry(triangle, layout, begin, first), {kPanelColumns, 1}, lanes, kTileRows<T>,
-               end - begin);
+    accumulate(accumulator, entry(triangle, layout, begin, first), {kPanelColumns, 1}, lanes, kTileRows<T>, end - begin,
+               fetch);
   }
 }
 

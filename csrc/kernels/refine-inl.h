@@ -173,15 +173,18 @@ MINIQUANT_INLINE void write_rows(const RefineProblem<T>& problem, const RefineTi
 
 /// to[columns] += values[terms] H[terms, columns], values [terms][lane]. Terms are added in their order.
 template <typename T>
-MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* values, Span terms, Span columns, T* to) {
+MINIQUANT_INLINE void add_products(const RefineProblem<T>& problem, const T* values, Span terms, Span columns, T* to,
+                                   const Upcoming& upcoming = {}) {
+  Fetcher fetcher(upcoming);
   Span strip;
   for (std::int64_t first = columns.begin; first < columns.end; first = strip.end) {
     strip = strip_of(first, columns.end);
     T* const sum = column_of<T>(to, first - columns.begin);
     TileAccumulator<T> accumulator;
     load(accumulator, sum, kTileRows<T>, strip.size());
+    FetchLines lines = fetcher.take(terms.size());
     accumulate(accumulator, symmetric_entry(problem.hessian, SymmetricLayout{problem.columns}, terms.begin, first),
-               {kPanelColumns, 1}, values, kTileRows<T>, terms.size());
+               {kPanelColumns, 1}, values, kTileRows<T>, terms.size(), lines);
     store(accumulator, sum, kTileRows<T>, strip.size());
   }
 }
@@ -511,9 +514,17 @@ MINIQUANT_INLINE void set_gradient(const RefineProblem<T>& problem, const Refine
   Span terms;
   for (std::int64_t begin = passed.begin; begin < passed.end; begin = terms.end) {
     terms = span_of(begin, kDepth<T>, passed.end);
+    const Span next = span_of(terms.end, kDepth<T>, passed.end);
     for (std::int64_t t = 0; t < tiles.count; ++t) {
       const RefineTile<T>& tile = tiles.tile[t];
-      add_products(problem, column_of<T>(tile.change, begin), terms, group, tile.passed + at);
+      Upcoming upcoming = {};
+      if (t + 1 < tiles.count) {
+        add_columns<T>(upcoming, tiles.tile[t + 1].change, terms);
+      } else {
+        add_columns<T>(upcoming, tiles.tile[0].change, next);
+        add_rows(upcoming, problem.hessian, SymmetricLayout{problem.columns}, next, group);
+      }
+      add_products(problem, column_of<T>(tile.change, begin), terms, group, tile.passed + at, upcoming);
     }
   }
   for (std::int64_t t = 0; t < tiles.count; ++t) {

@@ -54,30 +54,6 @@ MINIQUANT_INLINE void add_earlier_errors(const SweepProblem<T>& problem, const S
   }
 }
 
-/// Panels that kDepth columns are in.
-template <typename T>
-constexpr std::int64_t kDepthPanels = kDepth<T> / kPanelColumns;
-static_assert(kDepth<float> % kPanelColumns == 0 && kDepth<double> % kPanelColumns == 0);
-
-/// What add_errors_of_earlier_blocks() reads after the errors `now` of a tile: those of the next tile, or, after the
-/// last tile, the next errors of the first one and their rows of the triangle.
-template <typename T>
-MINIQUANT_INLINE Upcoming upcoming_after(const SweepProblem<T>& problem, const SweepTile<T>& next, bool is_last,
-                                         Span block, Span now) {
-  constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
-  const Span errors = is_last ? span_of(now.end, kDepth<T>, block.begin) : now;
-  Upcoming upcoming = {};
-  upcoming.ranges[0] = {column_of<T>(next.error, errors.begin), errors.size() * kTileRows<T> * kBytes};
-  for (std::int64_t panel = 0; is_last && panel < kDepthPanels<T> && panel + 1 < kUpcomingRanges; ++panel) {
-    const std::int64_t column = errors.begin + panel * kPanelColumns;
-    if (column < errors.end) {
-      upcoming.ranges[1 + panel] = {entry(problem.triangle, TriangleLayout{problem.columns}, block.begin, column),
-                                    block.size() * kPanelColumns * kBytes};
-    }
-  }
-  return upcoming;
-}
-
 /// S[block] = E[earlier blocks] R[earlier blocks, block], for all tiles of a pass.
 template <typename T>
 MINIQUANT_INLINE void add_errors_of_earlier_blocks(const SweepProblem<T>& problem, const SweepArrays<T>& arrays,
@@ -88,10 +64,16 @@ MINIQUANT_INLINE void add_errors_of_earlier_blocks(const SweepProblem<T>& proble
   }
   for (std::int64_t earlier = 0; earlier < block.begin; earlier += kDepth<T>) {
     const Span errors = span_of(earlier, kDepth<T>, block.begin);
+    const Span next = span_of(errors.end, kDepth<T>, block.begin);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const bool is_last = t + 1 == tiles;
-      add_earlier_errors(problem, tile(t), block, errors,
-                         upcoming_after(problem, tile(is_last ? 0 : t + 1), is_last, block, errors));
+      Upcoming upcoming = {};
+      if (t + 1 < tiles) {
+        add_columns<T>(upcoming, tile(t + 1).error, errors);
+      } else {
+        add_columns<T>(upcoming, tile(0).error, next);
+        add_rows(upcoming, problem.triangle, TriangleLayout{problem.columns}, block, next);
+      }
+      add_earlier_errors(problem, tile(t), block, errors, upcoming);
     }
   }
 }
@@ -310,8 +292,9 @@ MINIQUANT_INLINE void whiten_errors(const SweepProblem<T>& problem, const SweepT
 /// tile.sum += (E R)[terms] R[columns, terms]^T, without terms before the column. `terms` is the block or lies after
 /// it.
 template <typename T>
-MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block,
-                                      Span terms) {
+MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const SweepTile<T>& tile, Span block, Span terms,
+                                      const Upcoming& upcoming) {
+  Fetcher fetcher(upcoming);
   const TriangleLayout layout = {problem.columns};
   const T* const whitened = tile.whitened;
   Span strip;
@@ -333,8 +316,9 @@ MINIQUANT_INLINE void add_later_terms(const SweepProblem<T>& problem, const Swee
       }
     }
     const std::int64_t begin = within ? strip.end : terms.begin;
-    accumulate_columns_of(problem.triangle, layout, first, begin, terms.end, column_of<T>(whitened, begin),
-                          accumulator);
+    FetchLines lines = fetcher.take(terms.end - begin);
+    accumulate_columns_of(problem.triangle, layout, first, begin, terms.end, column_of<T>(whitened, begin), accumulator,
+                          lines);
     store(accumulator, sum, kTileRows<T>, strip.size());
   }
 }
@@ -346,22 +330,30 @@ MINIQUANT_INLINE void set_gradient(const SweepProblem<T>& problem, const SweepAr
   Span block;
   for (std::int64_t begin = 0; begin < problem.columns; begin = block.end) {
     block = span_of(begin, problem.block_columns, problem.columns);
+    const auto tile = [&](std::int64_t t) { return tile_of(problem, arrays, row_begin, row_end, block.begin, t); };
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, block.begin, t);
-      clear_sums(tile, block);
-      add_later_terms(problem, tile, block, block);
+      clear_sums(tile(t), block);
+      add_later_terms(problem, tile(t), block, block, Upcoming{});
     }
     Span terms;
     for (std::int64_t first = block.end; first < problem.columns; first = terms.end) {
       terms = span_of(first, kDepth<T>, problem.columns);
+      const Span next = span_of(terms.end, kDepth<T>, problem.columns);
       for (std::int64_t t = 0; t < tiles; ++t) {
-        add_later_terms(problem, tile_of(problem, arrays, row_begin, row_end, block.begin, t), block, terms);
+        Upcoming upcoming = {};
+        if (t + 1 < tiles) {
+          add_columns<T>(upcoming, tile(t + 1).whitened, terms);
+        } else {
+          add_columns<T>(upcoming, tile(0).whitened, next);
+          add_rows(upcoming, problem.triangle, TriangleLayout{problem.columns}, next, block);
+        }
+        add_later_terms(problem, tile(t), block, terms, upcoming);
       }
     }
     for (std::int64_t t = 0; t < tiles; ++t) {
-      const SweepTile<T> tile = tile_of(problem, arrays, row_begin, row_end, block.begin, t);
+      const SweepTile<T> of_rows = tile(t);
       for (std::int64_t i = 0; i < block.size() * kTileRows<T>; ++i) {
-        column_of<T>(tile.whitened, block.begin)[i] = tile.sum[i];
+        column_of<T>(of_rows.whitened, block.begin)[i] = of_rows.sum[i];
       }
     }
   }
