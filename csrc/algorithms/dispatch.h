@@ -33,14 +33,14 @@ void dispatch_compute(at::ScalarType dtype, const Body& body) {
   }
 }
 
-/// Rows in one piece of work: a pass of the kernels, or fewer where threads would otherwise get less than four pieces
-/// each, so all threads end at about the same time. Kernels treat rows independently: the number of rows changes only
-/// the time taken.
-inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows) {
+/// Rows in one piece of work: `most_tiles`, or fewer where threads would otherwise get less than four pieces each, so
+/// all threads end at about the same time. Kernels treat rows independently: the number of rows changes only the time
+/// taken.
+inline int64_t rows_per_piece(int64_t rows, int64_t tile_rows, int64_t most_tiles = kernels::kTilesPerPass) {
   constexpr int64_t kMinPiecesPerThread = 4;
   const int64_t tiles = kernels::ceil_div(rows, tile_rows);
   const int64_t share = kernels::ceil_div(tiles, kMinPiecesPerThread * at::get_num_threads());
-  return tile_rows * std::clamp<int64_t>(share, 1, kernels::kTilesPerPass);
+  return tile_rows * std::clamp<int64_t>(share, 1, most_tiles);
 }
 
 /// body(row_begin, row_end) for pieces of `rows` that begin at multiples of `tile_rows`, in parallel. `operations`:
@@ -53,11 +53,13 @@ void for_row_tiles(int64_t rows, int64_t tile_rows, int64_t operations, const Bo
 }
 
 /// kernel(problem, row_begin, row_end, workspace) for pieces of `rows`, in parallel. Each thread has its own workspace,
-/// of workspace_of(problem, rows per piece) elements T. `operations`: approximate multiply-adds per row.
+/// of workspace_of(problem, rows per piece) elements T. `operations`: approximate multiply-adds per row. `most_tiles`:
+/// in a piece.
 template <typename T, typename Problem, typename Kernel>
 void run_on_rows(int64_t rows, int64_t operations, const Problem& problem,
-                 int64_t (*workspace_of)(const Problem& problem, int64_t rows), const Kernel& kernel) {
-  const int64_t piece_rows = rows_per_piece(rows, typed_kernels<T>().tile_rows);
+                 int64_t (*workspace_of)(const Problem& problem, int64_t rows), const Kernel& kernel,
+                 int64_t most_tiles = kernels::kTilesPerPass) {
+  const int64_t piece_rows = rows_per_piece(rows, typed_kernels<T>().tile_rows, most_tiles);
   const int64_t count = kernels::ceil_div(rows, piece_rows);
   Team team(team_size(count, rows * operations));
   Pieces pieces(count);

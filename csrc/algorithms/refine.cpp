@@ -11,6 +11,10 @@ namespace {
 /// Max passes over the codes in the first round. The next round finds what a fourth pass would.
 constexpr int64_t kMostPasses = 3;
 
+/// Tiles in a piece of the descent, which brings every panel of H into the second-level cache once for all rows of a
+/// piece.
+constexpr int64_t kDescentTiles = 16;
+
 }  // namespace
 
 at::Tensor room_for_gradient(const at::Tensor& weight) {
@@ -31,7 +35,7 @@ void refine(const at::Tensor& hessian, const Damping& damping, int64_t rounds, G
                                       .row_loss = row_loss.mutable_data_ptr<T>()};
     const auto& kernel = typed_kernels<T>();
     const int64_t operations = columns * columns / 2;
-    run_on_rows<T>(gradient.size(0), operations, problem, kernel.descent_workspace, kernel.descend);
+    run_on_rows<T>(gradient.size(0), operations, problem, kernel.descent_workspace, kernel.descend, kDescentTiles);
     if (rounds > 1) {
       problem.rounds = rounds - 1;
       run_on_rows<T>(gradient.size(0), operations, problem, kernel.refine_workspace, kernel.refine);
