@@ -34,6 +34,7 @@ void subtract_products(const T* left, const T* right, std::int64_t count, std::i
   }
 }
 
+/// Whole vectors are computed, and written past the diagonal too.
 template <typename T>
 std::int64_t factor_block(T* block, std::int64_t rows) {
   for (std::int64_t j = rows - 1; j >= 0; --j) {
@@ -42,15 +43,17 @@ std::int64_t factor_block(T* block, std::int64_t rows) {
       return j;
     }
     const T pivot = std::sqrt(row[j]);
-    row[j] = pivot;
-    for (std::int64_t i = 0; i < j; ++i) {
-      row[i] /= pivot;
+    Vector<T> solved[kPanelColumns / kLanes<T>];
+    for (std::int64_t i = 0; i < j; i += kLanes<T>) {
+      solved[i / kLanes<T>] = load<T>(row + i) / pivot;
+      store<T>(row + i, solved[i / kLanes<T>]);
     }
+    row[j] = pivot;
     for (std::int64_t k = 0; k < j; ++k) {
       const T factor = row[k];
       T* const updated = block + k * kPanelColumns;
-      for (std::int64_t i = 0; i <= k; ++i) {
-        updated[i] -= factor * row[i];
+      for (std::int64_t i = 0; i <= k; i += kLanes<T>) {
+        store<T>(updated + i, load<T>(updated + i) - factor * solved[i / kLanes<T>]);
       }
     }
   }

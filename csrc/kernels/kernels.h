@@ -217,7 +217,8 @@ struct TypedKernels {
                             const Upcoming& upcoming);
 
   /// Factors block = L^T L from its last row up (L lower triangular, in the lower triangle of `block`, which is
-  /// [rows][kPanelColumns]). Returns -1, or the row whose pivot is not positive.
+  /// [rows][kPanelColumns]; what lies above the diagonal may change). Returns -1, or the row whose pivot is not
+  /// positive.
   std::int64_t (*factor_block)(T* block, std::int64_t rows);
 
   /// block = L^-T block with L the factored block `diagonal`; both are [rows][kPanelColumns].

