@@ -107,16 +107,14 @@ std::vector<std::pair<int64_t, int64_t>> squares_of(int64_t count) {
   return squares;
 }
 
-/// The tokens of one pass: X [n, K], bfloat16 or float32, and float32 weights [n], if any; contiguous.
+/// The tokens of one pass: X [n, K], 16 bits or float32, and float32 weights [n], if any; contiguous.
 struct Tokens {
   at::Tensor inputs;
   at::Tensor weights;
 };
 
 Tokens tokens_of(const at::Tensor& inputs, const at::Tensor& token_weights) {
-  const bool exact = inputs.scalar_type() == at::kBFloat16;
-  return {(exact ? inputs : inputs.to(at::kFloat)).contiguous(),
-          token_weights.defined() ? token_weights.to(at::kFloat).contiguous() : token_weights};
+  return {inputs.contiguous(), token_weights.defined() ? token_weights.to(at::kFloat).contiguous() : token_weights};
 }
 
 /// Packed tiles of both sides.
@@ -127,11 +125,14 @@ struct Packed {
 
 void pack(const Bf16Kernels& kernels, const Tokens& tokens, Bf16Layout layout, int64_t block, const Packed& packed) {
   const float* const weights = tokens.weights.defined() ? tokens.weights.const_data_ptr<float>() : nullptr;
-  if (tokens.inputs.scalar_type() == at::kBFloat16) {
-    kernels.pack_bf16(static_cast<const uint16_t*>(tokens.inputs.const_data_ptr()), weights, layout, block, packed.left,
+  const int64_t first = block * kernels::kBf16Tokens;
+  const at::Tensor rows = tokens.inputs.narrow(0, first, std::min(kernels::kBf16Tokens, layout.tokens - first));
+  if (rows.scalar_type() == at::kBFloat16) {
+    kernels.pack_bf16(static_cast<const uint16_t*>(rows.const_data_ptr()), weights, layout, block, packed.left,
                       packed.right);
   } else {
-    kernels.pack_f32(tokens.inputs.const_data_ptr<float>(), weights, layout, block, packed.left, packed.right);
+    // float16 is converted a block at a time, which stays in a cache.
+    kernels.pack_f32(rows.to(at::kFloat).const_data_ptr<float>(), weights, layout, block, packed.left, packed.right);
   }
 }
 

@@ -92,7 +92,7 @@ struct Bf16Kernels {
   /// Panels of a square of H at most, so that its sums and what is multiplied at a time fit the second-level cache.
   std::int64_t most_square_panels;
 
-  /// Splits tokens [kBf16Tokens * block, ...) of rows [tokens, K] and packs the parts, the first with the leading bits.
+  /// Splits the tokens of a block, rows [up to kBf16Tokens, K], and packs the parts, the first with the leading bits.
   /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three. On the right are
   /// the tokens times weights [tokens], in float32; `weights` may be null.
   void (*pack_bf16)(const std::uint16_t* rows, const float* weights, Bf16Layout layout, std::int64_t block,

@@ -106,7 +106,7 @@ void pack_tokens(const T* rows, const float* weights, Bf16Layout layout, std::in
   for (std::int64_t panel = 0; panel < layout.panels(); panel += 2) {
     const auto values_of = [&](std::int64_t half, std::int64_t token) {
       const std::int64_t column = (panel + half) * kBf16Columns;
-      return token < tokens ? bits_of(rows + (first + token) * layout.columns + column, layout.columns - column)
+      return token < tokens ? bits_of(rows + token * layout.columns + column, layout.columns - column)
                             : PackWords::type{};
     };
     for (std::int64_t pair = 0; pair < kPairsPerTile; ++pair) {

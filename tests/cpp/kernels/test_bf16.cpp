@@ -87,7 +87,8 @@ void for_each_size(const Bf16Kernels& kernels, std::mt19937_64& generator, const
       const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, tokens * columns));
       Packed packed(layout, 1, 1);
       for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-        kernels.pack_bf16(rows.data(), nullptr, layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
+        kernels.pack_bf16(rows.data() + block * kBf16Tokens * layout.columns, nullptr, layout, block,
+                          {packed.left.data(), 1}, {packed.right.data(), 1});
       }
       body(rows, packed);
     }
@@ -120,7 +121,8 @@ TEST_P(Bf16, PartsOfFloat32AddUpToIt) {
   const GuardedBuffer<float> rows(values);
   Packed packed(layout, 2, 3);
   for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-    kernels().pack_f32(rows.data(), nullptr, layout, block, {packed.left.data(), 2}, {packed.right.data(), 3});
+    kernels().pack_f32(rows.data() + block * kBf16Tokens * layout.columns, nullptr, layout, block,
+                       {packed.left.data(), 2}, {packed.right.data(), 3});
   }
   for (std::int64_t token = 0; token < layout.tokens; ++token) {
     for (std::int64_t column = 0; column < layout.columns; ++column) {
@@ -144,7 +146,8 @@ TEST_P(Bf16, WeightsCountOnTheRight) {
   const GuardedBuffer<float> weights(of_tokens);
   Packed packed(layout, 1, 3);
   for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-    kernels().pack_bf16(rows.data(), weights.data(), layout, block, {packed.left.data(), 1}, {packed.right.data(), 3});
+    kernels().pack_bf16(rows.data() + block * kBf16Tokens * layout.columns, weights.data(), layout, block,
+                        {packed.left.data(), 1}, {packed.right.data(), 3});
   }
   for (std::int64_t token = 0; token < layout.tokens; ++token) {
     for (std::int64_t column = 0; column < layout.columns; ++column) {
@@ -270,7 +273,8 @@ TEST_P(Bf16, SizesOfSquaresDoNotChangeABit) {
   const GuardedBuffer<std::uint16_t> rows(normal_bf16(generator, layout.tokens * layout.columns));
   Packed packed(layout, 1, 1);
   for (std::int64_t block = 0; block < layout.blocks(); ++block) {
-    kernels().pack_bf16(rows.data(), nullptr, layout, block, {packed.left.data(), 1}, {packed.right.data(), 1});
+    kernels().pack_bf16(rows.data() + block * kBf16Tokens * layout.columns, nullptr, layout, block,
+                        {packed.left.data(), 1}, {packed.right.data(), 1});
   }
   const auto sum_with = [&](std::int64_t square_panels) {
     GuardedBuffer<float> hessian(std::vector<float>(static_cast<std::size_t>(layout.columns * layout.columns), 0.5F));
