@@ -20,7 +20,7 @@ void ask_for_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t 
   const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
   if (begin < end) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(static_cast<char*>(memory) + (begin - address), end - begin, MADV_HUGEPAGE);
   }
 #endif
 }

@@ -61,13 +61,18 @@ struct AddsInMemory {
 
 /// add() for units that add one product at a time, Unit::add_product(operands, sums).
 template <typename Unit>
-struct AddsProductByProduct : AddsInMemory {
+class AddsProductByProduct : public AddsInMemory {
+ public:
   static MINIQUANT_INLINE void add(const Bf16Operands& operands, const Bf16Product* products, std::int64_t count,
                                    Bf16Sums sums) {
     for (std::int64_t p = 0; p < count; ++p) {
       Unit::add_product(operands_of(operands, products[p]), sums);
     }
   }
+
+ private:
+  AddsProductByProduct() = default;
+  friend Unit;
 };
 
 }  // namespace
