@@ -36,6 +36,7 @@ MINIQUANT_INLINE void fetch_rows(const T* matrix, std::int64_t ld, std::int64_t 
 
 /// For products whose data are in the first caches already.
 struct FetchNothing {
+  static MINIQUANT_INLINE void with_panel(const void* /*coefficients*/) {}
   static MINIQUANT_INLINE void with_term() {}
 };
 
@@ -44,9 +45,22 @@ struct FetchLines {
   const char* line;
   std::int64_t step;
 
+  static MINIQUANT_INLINE void with_panel(const void* /*coefficients*/) {}
   MINIQUANT_INLINE void with_term() {
     fetch_line(line);
     line += step;
+  }
+};
+
+/// In each panel that a product reads, the rows that follow those of its coefficients: `bytes` later.
+struct FetchLaterRows {
+  std::int64_t bytes;
+  const char* line = nullptr;
+
+  MINIQUANT_INLINE void with_panel(const void* coefficients) { line = static_cast<const char*>(coefficients) + bytes; }
+  MINIQUANT_INLINE void with_term() {
+    fetch_line(line);
+    line += kCacheLineBytes;
   }
 };
 

@@ -145,8 +145,10 @@ MINIQUANT_INLINE void accumulate_rows_of(const T* triangle, TriangleLayout layou
     const std::int64_t panel = i / kPanelColumns;
     const std::int64_t panel_end = (panel + 1) * kPanelColumns;
     const std::int64_t stop = min_of(panel_end, end);
-    accumulate(accumulator, triangle + layout.offset(first, panel) + i % kPanelColumns, {1, kPanelColumns},
-               column_of<T>(lanes, i - begin), kTileRows<T>, stop - i, fetch);
+    const T* const coefficients = triangle + layout.offset(first, panel) + i % kPanelColumns;
+    fetch.with_panel(coefficients);
+    accumulate(accumulator, coefficients, {1, kPanelColumns}, column_of<T>(lanes, i - begin), kTileRows<T>, stop - i,
+               fetch);
     i = stop;
   }
 }

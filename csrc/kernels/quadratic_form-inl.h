@@ -30,7 +30,8 @@ void quadratic_form(const QuadraticFormProblem<T>& problem, std::int64_t row_beg
     for (std::int64_t first = 0; first < layout.columns; first += kStripColumns) {
       TileAccumulator<T> sum;
       clear(sum);
-      accumulate_rows_of(problem.triangle, layout, first, 0, first, error, sum);
+      FetchLaterRows next_strip = {kStripColumns * kPanelColumns * static_cast<std::int64_t>(sizeof(T))};
+      accumulate_rows_of(problem.triangle, layout, first, 0, first, error, sum, next_strip);
 #pragma GCC unroll 8
       for (std::int64_t c = 0; c < kStripColumns; ++c) {
         const std::int64_t j = first + c;
