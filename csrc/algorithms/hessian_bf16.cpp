@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <bit>
@@ -124,6 +125,7 @@ struct Packed {
 };
 
 void pack(const Bf16Kernels& kernels, const Tokens& tokens, Bf16Layout layout, int64_t block, const Packed& packed) {
+  const at::NoGradGuard no_grad;  // the caller's does not reach the threads of a team
   const float* const weights = tokens.weights.defined() ? tokens.weights.const_data_ptr<float>() : nullptr;
   const int64_t first = block * kernels::kBf16Tokens;
   const at::Tensor rows = tokens.inputs.narrow(0, first, std::min(kernels::kBf16Tokens, layout.tokens - first));

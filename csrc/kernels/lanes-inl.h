@@ -4,6 +4,7 @@
 
 #include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
 
 // Shared by kernels that take rows of W as lanes: their arrays are [tile][column][lane].
@@ -46,6 +47,18 @@ struct Span {
 /// The first `count` columns from `begin` on, cut off at `end`.
 MINIQUANT_INLINE Span span_of(std::int64_t begin, std::int64_t count, std::int64_t end) {
   return {begin, end - begin < count ? end : begin + count};
+}
+
+/// tile[r][lane] = from[lane][r] for r < columns, rows `ld` apart; lanes past `rows` get 0.
+template <typename T>
+MINIQUANT_INLINE void transpose_into_tile(const T* from, std::int64_t ld, std::int64_t rows, std::int64_t columns,
+                                          T* tile) {
+  transpose(from, ld, rows, columns, tile, kTileRows<T>);
+  for (std::int64_t r = 0; r < columns; ++r) {
+    for (std::int64_t lane = rows; lane < kTileRows<T>; ++lane) {
+      column_of<T>(tile, r)[lane] = T(0);
+    }
+  }
 }
 
 /// Adds a range to those that come next. Where there is no room it is left out.

@@ -186,23 +186,5 @@ MINIQUANT_INLINE void accumulate_columns_of(const T* triangle, TriangleLayout la
   }
 }
 
-/// tile[r][lane] = rows[lane][column(r)]; lanes past `rows` get 0.
-template <typename T>
-MINIQUANT_INLINE void transpose_into_tile(const T* from, std::int64_t ld, std::int64_t rows, const std::int64_t* column,
-                                          std::int64_t columns, T* tile) {
-  for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-    if (lane < rows) {
-      const T* row = from + lane * ld;
-      for (std::int64_t r = 0; r < columns; ++r) {
-        column_of<T>(tile, r)[lane] = row[column != nullptr ? column[r] : r];
-      }
-    } else {
-      for (std::int64_t r = 0; r < columns; ++r) {
-        column_of<T>(tile, r)[lane] = T(0);
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace miniquant::kernels::MINIQUANT_KERNEL_ISA

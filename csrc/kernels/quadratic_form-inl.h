@@ -4,6 +4,7 @@
 
 #include "kernels/arithmetic.h"
 #include "kernels/kernels.h"
+#include "kernels/lanes-inl.h"
 #include "kernels/microkernel-inl.h"
 #include "kernels/triangle.h"
 
@@ -24,8 +25,7 @@ void quadratic_form(const QuadraticFormProblem<T>& problem, std::int64_t row_beg
   T* const error = workspace;  // [K][lane]
   for (std::int64_t row = row_begin; row < row_end; row += kTileRows<T>) {
     const std::int64_t rows = min_of(row_end - row, kTileRows<T>);
-    transpose_into_tile(problem.error + row * layout.columns, layout.columns, rows,
-                        static_cast<const std::int64_t*>(nullptr), layout.columns, error);
+    transpose_into_tile(problem.error + row * layout.columns, layout.columns, rows, layout.columns, error);
     Vector<T> form[kVectorsPerTile] = {};
     for (std::int64_t first = 0; first < layout.columns; first += kStripColumns) {
       TileAccumulator<T> sum;

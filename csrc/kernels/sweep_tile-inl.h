@@ -185,12 +185,12 @@ template <typename T>
 MINIQUANT_NOINLINE void read_weights(const SweepProblem<T>& problem, const SweepTile<T>& tile) {
   for (std::int64_t begin = 0; begin < problem.columns; begin += kColumnsPerCopy) {
     const Span columns = span_of(begin, kColumnsPerCopy, problem.columns);
-    const bool adjacent = are_adjacent(problem, columns);
-    if (adjacent) {
-      transpose(problem.weight + tile.row * problem.columns + problem.steps[begin].column, problem.columns, tile.rows,
-                columns.size(), column_of<T>(tile.error, begin), kTileRows<T>);
+    if (are_adjacent(problem, columns)) {
+      transpose_into_tile(problem.weight + tile.row * problem.columns + problem.steps[begin].column, problem.columns,
+                          tile.rows, columns.size(), column_of<T>(tile.error, begin));
+      continue;
     }
-    for (std::int64_t lane = adjacent ? tile.rows : 0; lane < kTileRows<T>; ++lane) {
+    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
       const T* const row = problem.weight + (tile.row + lane) * problem.columns;
       for (std::int64_t j = columns.begin; j < columns.end; ++j) {
         column_of<T>(tile.error, j)[lane] = lane < tile.rows ? row[problem.steps[j].column] : T(0);

@@ -30,10 +30,10 @@ struct SquarePair {
 
   /// Also fetches what is read next, where that is the square of the next columns.
   void read(const T* h, std::int64_t columns, std::int64_t i_begin, std::int64_t j_begin) {
-    const std::int64_t next = j_begin + kPanelColumns;
-    fetch_rows(h + i_begin * columns + next, columns, 0, min_of(columns - i_begin, kPanelColumns), kPanelColumns);
-    fetch_rows(h + next * columns + i_begin, columns, 0, min_of(columns - next, kPanelColumns), kPanelColumns);
     rows = min_of(columns - i_begin, kPanelColumns);
+    const std::int64_t next = j_begin + kPanelColumns;
+    fetch_rows(h + i_begin * columns + next, columns, 0, rows, kPanelColumns);
+    fetch_rows(h + next * columns + i_begin, columns, 0, min_of(columns - next, kPanelColumns), kPanelColumns);
     const std::int64_t width = min_of(columns - j_begin, kPanelColumns);
     const T* const from = h + i_begin * columns + j_begin;
     for (std::int64_t i = 0; i < rows; ++i) {
