@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from miniquant import units
 from miniquant.architecture import transformers_package
+from miniquant.batches import HELD_OUT, held_out_of
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.calibration import Source as CalibrationSource
 from miniquant.checkpoint import (
@@ -66,21 +67,13 @@ from miniquant.output import (
     stored_weight,
     write_folder,
 )
-from miniquant.quantize import (
-    HELD_OUT,
-    LayerResult,
-    ModelResult,
-    Stopped,
-    TooFewTokensError,
-    as_recipe,
-    held_out_of,
-    plan_model,
-    quantize_planned,
-)
+from miniquant.plan import as_recipe, plan_model
+from miniquant.quantize import quantize_planned
 from miniquant.ranks import Ranks
 from miniquant.recipe import FormatName, LayerOptions, Recipe
 from miniquant.report import Report, as_dict
 from miniquant.report_page import write_report
+from miniquant.results import LayerResult, ModelResult, Stopped, TooFewTokensError
 from miniquant.rotated import RotatedCheckpoint, check_predictions
 from miniquant.state import (
     RUN,

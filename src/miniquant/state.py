@@ -27,9 +27,9 @@ from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import replacing
 from miniquant.modules import Site
-from miniquant.quantize import FinishedLayer, LayerResult
 from miniquant.ranks import Ranks
 from miniquant.recipe import LayerOptions, Recipe
+from miniquant.results import FinishedLayer, LayerResult
 
 RUN = "run.json"
 _LAYERS = "layers"

@@ -20,7 +20,7 @@ import ranked_run
 import small_models
 from format_layers import same
 from miniquant import LayerOptions, dequantize
-from miniquant.quantize import _share_of
+from miniquant.batches import share_of
 from miniquant.ranks import Ranks
 from miniquant.state import kept_layers, state_folder
 from model_folder import QUICK, make_folder
@@ -198,7 +198,7 @@ def test_batches_are_shared_evenly_with_those_held_out_last(calibration: int, he
     batches = list(range(calibration + held_out))
     shares = []
     for rank in range(count):
-        mine, kept, masks = _share_of(rank_of(rank, count), batches, held_out, None)
+        mine, kept, masks = share_of(rank_of(rank, count), batches, held_out, None)
         assert masks is None
         assert [number >= calibration for number in mine] == [False] * (len(mine) - kept) + [True] * kept
         shares.append(mine)
@@ -214,7 +214,7 @@ def test_what_is_left_of_held_out_batches_is_cut(has_masks: bool) -> None:
     given = [one % 3 for one in ids] if has_masks else None
     found: list[list[torch.Tensor]] = []
     for rank in range(4):
-        mine, kept, masks = _share_of(rank_of(rank, 4), batches, 2, given)
+        mine, kept, masks = share_of(rank_of(rank, 4), batches, 2, given)
         assert kept == (2 if rank < 3 else 0)  # rank 3 has none of three sequences
         for number, batch in enumerate(mine):
             assert torch.equal(batch["attention_mask"], batch["input_ids"] % 2)
@@ -239,7 +239,7 @@ def test_batches_of_anything_else_stay_whole() -> None:
         (ids,),
     ]
     for other in others:
-        shares = [_share_of(rank_of(rank, 2), [ids, ids, other], 1, None) for rank in range(2)]
+        shares = [share_of(rank_of(rank, 2), [ids, ids, other], 1, None) for rank in range(2)]
         assert [(len(mine), kept) for mine, kept, _ in shares] == [(2, 1), (1, 0)]
         assert shares[0][0][1] is other
 

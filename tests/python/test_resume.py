@@ -24,7 +24,7 @@ import small_models
 from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
 from miniquant.grid import SuperblockKind
 from miniquant.modules import find_sites
-from miniquant.quantize import FinishedLayer, LayerResult, Stopped, TooFewTokensError
+from miniquant.results import FinishedLayer, LayerResult, Stopped, TooFewTokensError
 from miniquant.run import _Done, plan_folder, quantize_folder
 from miniquant.state import state_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
