@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miniquant.correction import Correction, Errors, ErrorSum
+from miniquant.correction import Correction, Errors
 from miniquant.hessian import HessianAccumulator
 from miniquant.ranks import Ranks
 from miniquant.token_weights import TokenWeights, weigh
@@ -101,12 +101,13 @@ def accumulated(
     *,
     halves: bool,
     ranks: Ranks | None = None,
+    weight: Callable[[], Tensor] | None = None,
 ) -> tuple[HessianAccumulator, "_Sample", Errors | None]:
     """The Hessian of what batches give to a layer, how many tokens the sample amounts to, and errors of layers before.
 
     The last are None where not every batch runs in the float model too, and have none of a stream where it is not known
     in every batch. With ranks, which have to be here together, halves are those of all batches of the run; sums are of
-    this rank's.
+    this rank's. `weight` gives that of the layer; without it there are no errors.
     """
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
@@ -114,7 +115,7 @@ def accumulated(
     if ranks is not None and halves:
         parts = _parts_of_ranks(ranks, inputs)
     sample = _Sample()
-    errors = _no_errors(inputs, columns, dtype)
+    errors = None if weight is None else _no_errors(inputs, columns, dtype)
     for number, given in enumerate(inputs):
         tokens = given.tokens()
         if tokens.shape[-1] != columns:
@@ -132,8 +133,8 @@ def accumulated(
             else:
                 _add_to_halves(accumulator, tokens, given.mask, weights, of_batch)
             sample.add(tokens, given.mask, sampled)
-            if errors is not None:
-                _add_errors(errors, given, tokens, weights)
+            if errors is not None and weight is not None:
+                _add_errors(errors, given, tokens, weights, weight)
         except (ValueError, TypeError) as error:
             raise type(error)(f"batch {given.batch}: {error}") from error
     if on_device is None:
@@ -149,15 +150,16 @@ def _no_errors(inputs: Sequence[Given], columns: int, dtype: torch.dtype) -> Err
     if not inputs or any(given.original is None for given in inputs):
         return None
     streams = [given.stream for given in inputs if given.stream is not None and given.original_stream is not None]
-    of_stream = ErrorSum(streams[0].shape[-1], columns, dtype) if len(streams) == len(inputs) else None
-    return Errors(ErrorSum(columns, columns, dtype), of_stream)
+    return Errors.empty(columns, dtype, streams[0].shape[-1] if len(streams) == len(inputs) else None)
 
 
-def _add_errors(errors: Errors, given: Given, tokens: Tensor, weights: Tensor | None) -> None:
+def _add_errors(
+    errors: Errors, given: Given, tokens: Tensor, weights: Tensor | None, weight: Callable[[], Tensor]
+) -> None:
     """Adds a batch."""
     original = given.original_tokens()
     if original is not None:
-        errors.inputs.update(original, tokens, tokens, given.mask, weights)
+        errors.add_inputs(original, tokens, given.mask, weights, weight)
     if errors.stream is not None and given.stream is not None and given.original_stream is not None:
         errors.stream.update(given.original_stream, given.stream, tokens, given.mask, weights)
 
@@ -250,11 +252,12 @@ class LayerHessians:
         self.held_out.merge(other.held_out)
         self.sample.merge(other.sample)
 
-    def sum_over(self, ranks: Ranks, *, has_held_out: bool) -> None:
+    def sum_over(self, ranks: Ranks, weight: Callable[[], Tensor], *, has_held_out: bool) -> None:
         """Adds the tokens of all ranks.
 
         Args:
             ranks: of the run.
+            weight: gives the layer's.
             has_held_out: whether batches of this one are held out.
         """
         for accumulator in (self.calibration, self.held_out):
@@ -266,9 +269,12 @@ class LayerHessians:
             ),
             has_held_out and self.held_out_errors is None,
         ]
-        said = torch.tensor([self.sample.weights, self.sample.squares, has_held_out, *lacks], dtype=torch.float64)
+        multiplied = any(errors is not None and errors.multiplied for errors in (self.errors, self.held_out_errors))
+        said = torch.tensor(
+            [self.sample.weights, self.sample.squares, has_held_out, *lacks, multiplied], dtype=torch.float64
+        )
         ranks.sum(said)
-        weights, squares, judging, without_errors, without_stream, without_held_out = said.tolist()
+        weights, squares, judging, without_errors, without_stream, without_held_out, any_multiplied = said.tolist()
         self.sample = _Sample(weights, squares)
         if without_errors or self.errors is None:
             self.errors = self.held_out_errors = None
@@ -278,6 +284,8 @@ class LayerHessians:
         for errors in filter(None, (self.errors, self.held_out_errors)):
             if without_stream:
                 errors.stream = None
+            if any_multiplied:
+                errors.multiply(weight())
             errors.merge_over(ranks.sum)
 
     def corrected(
@@ -300,17 +308,21 @@ class LayerHessians:
         if self.errors is None:
             return weight, []
         if ridge not in self._corrections:
-            self._corrections[ridge] = Correction(self.errors, self.calibration.hessian(), ridge)
+            self._corrections[ridge] = Correction(self.errors, self.calibration.hessian, ridge)
         attempts = [(part, stream_part)] if stream_part and self.errors.stream is not None else []
         attempts += [(part, 0.0)] if part else []
         notes: list[str] = []
         for parts in attempts:
             target = self._corrections[ridge].of(weight, *parts)
             if decided(partial(self._gains, weight, target, *parts)):
-                return target, notes
+                break
             whose = "of the residual stream" if parts[1] else "of earlier layers"
             notes.append(f"errors {whose} are not corrected: on held-out tokens that loses more than it gains")
-        return weight, notes
+        else:
+            target = weight
+        if self.errors.stream is not None:  # no other layer has these inputs
+            self._corrections.clear()
+        return target, notes
 
     def _gains(self, weight: Tensor, target: Tensor, part: float, stream_part: float) -> bool:
         """Whether ||u + W x - (v + W' y)||^2 is at most ||u + W x - (v + W y)||^2 on held-out tokens, in some rows.

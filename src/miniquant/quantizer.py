@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from math import isnan
 from typing import Any, TypeVar
 
@@ -255,11 +256,14 @@ class Quantizer:
         first_held_out = self._first_held_out
         calibration = [given for given in visit.inputs if given.batch < first_held_out]
         held_out = [given for given in visit.inputs if given.batch >= first_held_out]
-        known, sample, errors = accumulated(calibration, columns, dtype, weighing, halves=True, ranks=self._ranks)
-        judged, _, held_out_errors = accumulated(held_out, columns, dtype, weighing, halves=False)
+        weight = cache(partial(self._weight, visit.site))
+        known, sample, errors = accumulated(
+            calibration, columns, dtype, weighing, halves=True, ranks=self._ranks, weight=weight
+        )
+        judged, _, held_out_errors = accumulated(held_out, columns, dtype, weighing, halves=False, weight=weight)
         hessians = LayerHessians(known, judged, sample, errors, held_out_errors)
         if self._ranks is not None:
-            hessians.sum_over(self._ranks, has_held_out=bool(held_out))
+            hessians.sum_over(self._ranks, weight, has_held_out=bool(held_out))
         self._seconds["hessians"] += time.perf_counter() - start
         self._last = hessians
         return hessians
@@ -401,7 +405,7 @@ class Quantizer:
         self, site: Site, options: LayerOptions, hessians: LayerHessians | None, notes: list[str], *, nearest: bool
     ) -> dict[str, Any]:
         """All that a :class:`LayerResult` says of the solver."""
-        weight = site.read() if self._weights is None else self._weights(site)
+        weight = self._weight(site)
         self._searched = False
         start = time.perf_counter()
         rounded = _rounded_to_nearest(weight, options, self._scale_dtype)
@@ -514,6 +518,10 @@ class Quantizer:
         target, not_corrected = hessians.corrected(weight, ridge, *parts, self._from_first)
         notes.extend(not_corrected)
         return target
+
+    def _weight(self, site: Site) -> Tensor:
+        """What is quantized of a layer, [N, K]."""
+        return site.read() if self._weights is None else self._weights(site)
 
     def _note(self, name: str, note: str) -> None:
         layer = self._result.layers[name]

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +23,8 @@ import small_models
 from format_layers import same
 from miniquant import LayerOptions, dequantize
 from miniquant.batches import share_of
+from miniquant.correction import Errors
+from miniquant.layer_hessians import LayerHessians
 from miniquant.ranks import Ranks
 from miniquant.state import kept_layers, state_folder
 from model_folder import QUICK, make_folder
@@ -320,3 +324,47 @@ def test_hosts_with_networks_of_their_own(source: Path, alone: dict[str, Quantiz
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     check_layers(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize("knows", [(True, True), (True, False), (False, False)])
+def test_ranks_that_do_not_know_the_same_of_a_stream_sum_the_same(knows: tuple[bool, bool]) -> None:
+    """A rank that knows the stream sums W E where that is smaller, one that does not sums E."""
+    rows, columns = 4, 12
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    barrier = threading.Barrier(2)
+    parts: list[tuple[torch.Tensor, ...]] = [(), ()]
+    tokens = [torch.randn(2, 30, columns, generator=torch.Generator().manual_seed(s)).double() for s in range(2)]
+    streams = [torch.randn(2, 30, rows, generator=torch.Generator().manual_seed(5 + s)).double() for s in range(2)]
+
+    def run(rank: int) -> LayerHessians:
+        def total(*tensors: torch.Tensor) -> None:
+            parts[rank] = tuple(one.clone() for one in tensors)
+            barrier.wait(30)
+            sums = [sum(of_ranks) for of_ranks in zip(*parts, strict=True)]
+            barrier.wait(30)
+            for one, added in zip(tensors, sums, strict=True):
+                one.copy_(added)
+
+        hessians = LayerHessians.empty(columns, torch.float64)
+        y, x = tokens[rank]
+        hessians.calibration.update(y)
+        hessians.errors = Errors.empty(columns, torch.float64, rows if knows[rank] else None)
+        hessians.errors.add_inputs(x, y, None, None, lambda: weight)
+        if hessians.errors.stream is not None:
+            u, v = streams[rank]
+            hessians.errors.stream.update(u, v, y, None, None)
+        ranks = cast("Ranks", SimpleNamespace(sum=total))
+        hessians.sum_over(ranks, lambda: weight, has_held_out=False)
+        return hessians
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [hessians.errors for hessians in pool.map(run, range(2))]
+    y, x = (torch.cat([of_rank[one] for of_rank in tokens]) for one in range(2))
+    for errors in found:
+        assert errors is not None
+        assert (errors.stream is not None) == all(knows)
+        expected = weight @ (x - y).T @ y / len(y)
+        torch.testing.assert_close(errors.wanted(weight, 1.0, 0.0), expected)
+        if errors.stream is not None:
+            u, v = (torch.cat([of_rank[one] for of_rank in streams]) for one in range(2))
+            torch.testing.assert_close(errors.wanted(weight, 1.0, 1.0), expected + (u - v).T @ y / len(y))
