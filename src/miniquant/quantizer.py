@@ -31,7 +31,7 @@ from miniquant.results import (
     Stopped,
     TooFewTokensError,
 )
-from miniquant.ridge import LinAlgError, choose_ridge, with_choice
+from miniquant.ridge import LinAlgError, ridge_by_halves, with_choice
 from miniquant.superblocks import gptq_superblocks, rtn_superblocks
 from miniquant.token_weights import GRADIENT, causal_sites
 from miniquant.walk import Visit, Walk
@@ -472,11 +472,8 @@ class Quantizer:
                 self._ridges[grid] = carried
                 return found
         choice = self._from_first(
-            lambda: choose_ridge(
-                weight,
-                hessians.calibration,
-                **grid._asdict(),
-                effective_tokens=hessians.sample.effective_tokens,
+            lambda: ridge_by_halves(
+                weight, hessians.calibration.half_sums(), hessians.sample.effective_tokens, **grid._asdict()
             )
         )
         target = self._target(weight, options, hessians, choice.ridge, notes)

@@ -17,7 +17,6 @@ from miniquant import (
     LayerOptions,
     Recipe,
     Rule,
-    choose_ridge,
     dequantize,
     gptq,
     gptq_auto,
@@ -33,7 +32,7 @@ from miniquant.modules import find_sites, siblings_of
 from miniquant.plan import as_recipe, plan_model
 from miniquant.quantize import quantize_model
 from miniquant.results import LayerResult, ModelResult, QuantizationError
-from miniquant.ridge import LinAlgError
+from miniquant.ridge import LinAlgError, ridge_by_halves
 from miniquant.token_weights import norm_weights, weigh
 
 if TYPE_CHECKING:
@@ -206,9 +205,9 @@ def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own(
 
     def counted(*arguments: Any, **options: Any) -> Any:
         searches.append(options)
-        return choose_ridge(*arguments, **options)
+        return ridge_by_halves(*arguments, **options)
 
-    monkeypatch.setattr(quantizer, "choose_ridge", counted)
+    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
     model = chain()
     weight = model.right.weight.detach().clone()
     result = quantize_model(model, BATCHES, Recipe(FAST, [Rule("right", {"bits": 2})]), held_out=0)
@@ -227,11 +226,11 @@ def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: 
     searched: list[float] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        choice = choose_ridge(*arguments, **options)
+        choice = ridge_by_halves(*arguments, **options)
         searched.append(choice.ridge)
         return choice
 
-    monkeypatch.setattr(quantizer, "choose_ridge", counted)
+    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
     result = quantize_model(model, 6 * small_models.text_batches(), FAST, held_out=0)
     firsts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     expected = 0
