@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -179,7 +179,7 @@ def quantize_folder(
             of which something else was asked; before the first forward pass.
         FileExistsError: where the output or an unfinished run is there.
         OSError: where a file cannot be read or written; what is done is kept.
-        miniquant.quantize.Stopped: where `stop` said so.
+        miniquant.results.Stopped: where `stop` said so.
         miniquant.ranks.RankError: where ranks differ in version, recipe, model or tokens, or cannot share this model.
         miniquant.QuantizationError, miniquant.walk.WalkError: as of :func:`miniquant.quantize_model`.
         ImportError: without the packages transformers, or gguf where it is needed.
@@ -778,6 +778,8 @@ def _saying_what_is_kept(state: RunState, planned: OutputPlan) -> Iterator[None]
     try:
         yield
     except (OSError, Stopped, TooFewTokensError, KeyboardInterrupt) as error:
+        with suppress(OSError):  # a layer that cannot be written is not counted
+            state.settle()
         said = f"{len(state)} of {len(planned.plan.layers)} layers are kept in {state.folder}: go on with resume=True"
         if isinstance(error, TooFewTokensError):
             raise TooFewTokensError(f"{error} ({said} and another unseen)", error.layers, error.result) from error
