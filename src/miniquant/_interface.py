@@ -20,8 +20,9 @@ from miniquant.loss import quantization_loss  # noqa: E402
 from miniquant.output import GgufOptions  # noqa: E402
 from miniquant.packing import pack, pack_int4, unpack, unpack_int4  # noqa: E402
 from miniquant.presets import preset  # noqa: E402
-from miniquant.quantize import LayerResult, ModelResult, QuantizationError, Stopped, quantize_model  # noqa: E402
+from miniquant.quantize import quantize_model  # noqa: E402
 from miniquant.recipe import LayerOptions, Recipe, Rule  # noqa: E402
+from miniquant.results import LayerResult, ModelResult, QuantizationError, Stopped  # noqa: E402
 from miniquant.ridge import AutoGptqResult, RidgeChoice, choose_ridge, gptq_auto  # noqa: E402
 from miniquant.rotation import rotate_model  # noqa: E402
 from miniquant.run import FolderResult, quantize_folder  # noqa: E402

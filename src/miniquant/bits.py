@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from miniquant.gptq import gptq
 from miniquant.gradients import each_gradient, has_gradient
 from miniquant.grid import dequantize
+from miniquant.layer_hessians import Weighing, accumulated
 from miniquant.modules import Site, find_sites
-from miniquant.quantize import Weighing, accumulated
 from miniquant.recipe import LayerOptions, Recipe, Rule
 from miniquant.token_weights import causal_sites
 from miniquant.walk import Walk

@@ -40,11 +40,11 @@ from miniquant.float_models import (
 from miniquant.layer_file import replacing
 from miniquant.modules import find_sites
 from miniquant.output import GgufOptions
-from miniquant.quantize import Stopped
 from miniquant.ranks import Ranks
 from miniquant.recipe import Recipe, Rule
 from miniquant.report import HTML_NAME, read_report
 from miniquant.report_plots import write_bits_plot
+from miniquant.results import Stopped
 from miniquant.rotation import rotate_model
 from miniquant.run import available_device, quantize_folder
 from miniquant.state import kept_layers, state_folder

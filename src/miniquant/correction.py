@@ -13,16 +13,18 @@ instead of the model: the ridge r of the layer, and factors a and b from 0 to 1:
 
     W' = W + (a W E + b D) (H + r I)^-1
 
-E and D are summed as such: the difference of two sums would lose what it is about. Sources: QEP (arXiv:2504.09629),
-which has E and its factor; GPTAQ (arXiv:2504.02692); Qronos (arXiv:2505.11695). D is our own.
+E and D are summed as such: the difference of two sums would lose what it is about. A layer with far more columns than
+rows, whose inputs no other layer has, sums W E = E[W (x - y) y^T] in place of E. Sources: QEP (arXiv:2504.09629), which
+has E and its factor; GPTAQ (arXiv:2504.02692); Qronos (arXiv:2505.11695). D is our own.
 
 Costs: the float model's forward pass beside the other one, T K^2 multiplications and additions for each set of inputs
-(twice those of H), T N K for a layer that writes to a stream, K^3 / 3 for a set of inputs, and 2 N K^2 for a layer, or
-K^3 and N K^2 where it has at least as many rows as columns; the K^3 are for all layers on the same inputs.
+(twice those of H) or 2 T N K for W E, T N K for a layer that writes to a stream, K^3 / 3 for a set of inputs, and
+2 N K^2 for a layer, or K^3 and N K^2 where it has at least as many rows as columns; the K^3 are for all layers on the
+same inputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +52,13 @@ class ErrorSum:
         return ErrorSum(rows, columns, self._sum.dtype)
 
     def update(
-        self, original: Tensor, now: Tensor, inputs: Tensor, mask: Tensor | None, weights: Tensor | None
+        self,
+        original: Tensor,
+        now: Tensor,
+        inputs: Tensor,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        through: Tensor | None = None,
     ) -> None:
         """Adds a batch.
 
@@ -60,6 +68,7 @@ class ErrorSum:
             inputs: y, [..., K]; may be v.
             mask: bool [...], True for tokens that count.
             weights: [...] of the tokens; None: 1 each.
+            through: W [M, L]: W (u - v) is summed in place of u - v, and u and v have L in place of M.
 
         Raises:
             ValueError: where shapes differ, and for values that are not finite.
@@ -78,24 +87,43 @@ class ErrorSum:
             self._weight += float(of_tokens.sum())
             errors *= of_tokens.unsqueeze(1).to(errors.dtype)
         try:
-            self._add(errors, y)
+            self._add(errors if through is None else self._times(errors, through, y), y)
         except ValueError as error:
             raise ValueError("expected inputs whose products are finite, but got others") from error
 
-    def _add(self, errors: Tensor, inputs: Tensor) -> None:
-        """Adds errors^T inputs.
+    def _kind(self, inputs: Tensor) -> torch.dtype | None:
+        """The dtype in which torch multiplies errors; None where our own kernels do.
 
         bfloat16 is multiplied as it is: its products are fast, and errors of errors matter little. float16 does not
         have the range for errors times weights.
         """
-        if inputs.dtype == torch.bfloat16 or inputs.device.type != "cpu":
-            kind = inputs.dtype if inputs.dtype == torch.bfloat16 else self._sum.dtype
+        if inputs.dtype == torch.bfloat16:
+            return inputs.dtype
+        return None if inputs.device.type == "cpu" else self._sum.dtype
+
+    def _times(self, errors: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
+        """Errors [T, L] as a weight [M, L] hands them on: [T, M], in the dtype of the sum."""
+        kind = self._kind(inputs)
+        if kind is None:
+            return _product(errors, weight.to(errors.dtype).T)
+        return (errors.to(kind) @ weight.to(errors.device, kind).T).to(self._sum.dtype)
+
+    def _add(self, errors: Tensor, inputs: Tensor) -> None:
+        """Adds errors^T inputs."""
+        kind = self._kind(inputs)
+        if kind is not None:
             product = (errors.to(kind).T @ inputs.to(kind)).to("cpu", self._sum.dtype)
             if not bool(product.isfinite().all()):
                 raise ValueError
             self._sum += product
         else:
             product_update_(self._sum, errors, inputs)
+
+    def times(self, weight: Tensor) -> "ErrorSum":
+        """Of W (u - v), for a weight W [L, M]."""
+        product = ErrorSum(0, 0, self._sum.dtype)
+        product._sum, product._weight = _product(weight, self._sum), self._weight
+        return product
 
     def merge_over(self, total: Callable[..., None]) -> None:
         """Adds the tokens of other processes.
@@ -117,16 +145,57 @@ class Errors:
     """What the layers before did to a layer's tokens.
 
     Attributes:
-        inputs: E, of its inputs.
+        inputs: E, of its inputs; or W E.
         stream: D, of the stream that it writes to; None where it writes to none.
+        multiplied: whether `inputs` is W E.
     """
 
     inputs: ErrorSum
     stream: ErrorSum | None = None
+    multiplied: bool = False
+
+    @classmethod
+    def empty(cls, columns: int, dtype: torch.dtype, stream_rows: int | None = None) -> "Errors":
+        """Of no tokens.
+
+        Args:
+            columns: K of the layer.
+            dtype: of the sums.
+            stream_rows: N of a layer that writes to a stream, which is taken to have its inputs to itself; None for any
+                other layer, and where the stream is not known.
+        """
+        if stream_rows is None:
+            return cls(ErrorSum(columns, columns, dtype))
+        multiplied = 2 * stream_rows < columns  # less to compute then, and less to keep
+        return cls(
+            ErrorSum(stream_rows if multiplied else columns, columns, dtype),
+            ErrorSum(stream_rows, columns, dtype),
+            multiplied,
+        )
 
     def like(self) -> "Errors":
         """Of no tokens, for the same layer."""
-        return Errors(self.inputs.like(), None if self.stream is None else self.stream.like())
+        stream = None if self.stream is None else self.stream.like()
+        return replace(self, inputs=self.inputs.like(), stream=stream)
+
+    def add_inputs(
+        self, original: Tensor, now: Tensor, mask: Tensor | None, weights: Tensor | None, weight: Callable[[], Tensor]
+    ) -> None:
+        """Adds a batch: inputs x in the float model and y now, as of :meth:`ErrorSum.update`.
+
+        Args:
+            original: x.
+            now: y.
+            mask: of tokens.
+            weights: of tokens.
+            weight: gives W.
+        """
+        self.inputs.update(original, now, now, mask, weights, weight() if self.multiplied else None)
+
+    def multiply(self, weight: Tensor) -> None:
+        """Makes W E of E, where it is not that already."""
+        if not self.multiplied:
+            self.inputs, self.multiplied = self.inputs.times(weight), True
 
     def merge_over(self, total: Callable[..., None]) -> None:
         """As of :class:`ErrorSum`."""
@@ -139,7 +208,8 @@ class Errors:
 
         In the dtype of the sums, which is as exact as they are.
         """
-        products = _product(weight[rows], self.inputs.mean()).mul_(part)
+        of_inputs = self.inputs.mean()
+        products = (of_inputs[rows] if self.multiplied else _product(weight[rows], of_inputs)).mul_(part)
         if self.stream is not None and stream_part:
             products.add_(self.stream.mean()[rows], alpha=stream_part)
         return products
@@ -151,6 +221,15 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return product_update_(sums, left.T, right)
 
 
+def _factored(hessian: Tensor, ridge: float) -> tuple[Tensor, bool]:
+    """Cholesky's factor of H + r I in the memory of H, and whether there is one."""
+    hessian.diagonal().add_(ridge * hessian.diagonal().double().mean().to(hessian.dtype))
+    failed = torch.zeros((), dtype=torch.int32)
+    # H is its transpose, and LAPACK's matrices are stored by columns: no copy is made.
+    torch.linalg.cholesky_ex(hessian.T, out=(hessian.T, failed))
+    return hessian.T, not bool(failed)
+
+
 class Correction:
     """Corrects weights that are given the same inputs.
 
@@ -159,18 +238,15 @@ class Correction:
 
     Args:
         errors: of the layers before.
-        hessian: E[y y^T], [K, K], in the dtype of the errors.
+        hessian: gives E[y y^T], [K, K], in the dtype of the errors: a new tensor each time, which becomes the factor.
         ridge: relative to the Hessian's mean diagonal.
     """
 
-    def __init__(self, errors: Errors, hessian: Tensor, ridge: float) -> None:
+    def __init__(self, errors: Errors, hessian: Callable[[], Tensor], ridge: float) -> None:
         self._errors = errors
-        damped = hessian.clone()
-        damped.diagonal().add_(ridge * hessian.diagonal().double().mean().to(hessian.dtype))
-        self._factor, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed) and damped.dtype != torch.float64:
-            self._factor, failed = torch.linalg.cholesky_ex(damped.double())
-        self._usable = not bool(failed)
+        self._factor, self._usable = _factored(hessian(), ridge)
+        if not self._usable and self._factor.dtype != torch.float64:
+            self._factor, self._usable = _factored(hessian().double(), ridge)
         self._of_inputs: Tensor | None = None  # E (H + r I)^-1
 
     def of(self, weight: Tensor, part: float, stream_part: float = 0.0) -> Tensor:

@@ -291,6 +291,18 @@ class HessianAccumulator:
         """
         return float(call("accumulator_tokens", *self._state)[1])
 
+    def half_sums(self) -> Tensor:
+        """The sums X diag(w) X^T of both halves, [2, K, K]: what updates add to, not a copy.
+
+        Raises:
+            ValueError: if the accumulator has no halves, or while one of them has no token.
+        """
+        if not all(self.half_tokens(half) for half in range(2)):
+            raise ValueError(
+                f"HessianAccumulator: expected at least one token in each half, but got {self.tokens} in total"
+            )
+        return self._state[0]
+
     def hessian(self) -> Tensor:
         """X diag(w) X^T / (sum of the weights w), a new tensor [K, K]; without token weights X X^T / tokens.
 

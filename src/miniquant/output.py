@@ -33,7 +33,7 @@ from miniquant.formats import Format, Gguf, LayerFormat, LayerGrid
 from miniquant.formats.gguf_file import GGUF_FILE, GgufPlan, OtherType, plan_gguf
 from miniquant.grid import QuantizedWeight
 from miniquant.modules import ExpertSite, LeftAlone, LinearSite, Site
-from miniquant.quantize import Plan
+from miniquant.plan import Plan
 from miniquant.recipe import LayerOptions, Recipe
 from miniquant.report import HTML_NAME, JSON_NAME
 

@@ -34,10 +34,10 @@ from miniquant.formats import Gguf, LayerGrid, Native, format_named
 from miniquant.layer_file import dtype_names
 from miniquant.modules import LeftAlone
 from miniquant.output import planned_grid
-from miniquant.quantize import LayerResult, ModelResult, Stopped
 from miniquant.recipe import LayerOptions
 from miniquant.report import as_dict, place_of
 from miniquant.report_page import write_report
+from miniquant.results import LayerResult, ModelResult, Stopped
 from miniquant.run import FolderPlan, peak_memory, plan_folder
 from miniquant.terminal import NARROW, each, group_text, table
 

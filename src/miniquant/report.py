@@ -22,8 +22,8 @@ from miniquant.calibration import Calibration
 from miniquant.formats.base import LayerGrid, grid_text
 from miniquant.formats.gguf_superblocks import NBYTES
 from miniquant.layer_file import dtype_names
-from miniquant.quantize import LayerResult, ModelResult
 from miniquant.recipe import Recipe
+from miniquant.results import LayerResult, ModelResult
 from miniquant.superblocks import SUPERBLOCK
 
 VERSION = 1

@@ -102,12 +102,36 @@ def choose_ridge(
         raise ValueError(
             f"choose_ridge: expected effective_tokens to be finite and at least 1, but got {effective_tokens}"
         )
+    return ridge_by_halves(
+        weight,
+        (accumulator.half(0), accumulator.half(1)),
+        accumulator.effective_tokens if effective_tokens is None else effective_tokens,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+    )
+
+
+def ridge_by_halves(
+    weight: Tensor,
+    halves: tuple[Tensor, Tensor] | Tensor,
+    effective_tokens: float,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+) -> RidgeChoice:
+    """:func:`choose_ridge` with the Hessians of both halves, or the sums that these are means of: [K, K] each.
+
+    Sums weigh a half by its tokens, and take no memory beside those of an accumulator.
+    """
+    first, second = halves
     ridge, ridges, losses, fallbacks = call(
         "choose_ridge",
         weight,
-        accumulator.half(0),
-        accumulator.half(1),
-        round(accumulator.effective_tokens if effective_tokens is None else effective_tokens),
+        first,
+        second,
+        round(effective_tokens),
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,

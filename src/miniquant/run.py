@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from miniquant import units
 from miniquant.architecture import transformers_package
+from miniquant.batches import HELD_OUT, held_out_of
 from miniquant.calibration import Calibration, load_calibration, needs_tokenizer
 from miniquant.calibration import Source as CalibrationSource
 from miniquant.checkpoint import (
@@ -66,21 +67,13 @@ from miniquant.output import (
     stored_weight,
     write_folder,
 )
-from miniquant.quantize import (
-    HELD_OUT,
-    LayerResult,
-    ModelResult,
-    Stopped,
-    TooFewTokensError,
-    as_recipe,
-    held_out_of,
-    plan_model,
-    quantize_planned,
-)
+from miniquant.plan import as_recipe, plan_model
+from miniquant.quantize import quantize_planned
 from miniquant.ranks import Ranks
 from miniquant.recipe import FormatName, LayerOptions, Recipe
 from miniquant.report import Report, as_dict
 from miniquant.report_page import write_report
+from miniquant.results import LayerResult, ModelResult, Stopped, TooFewTokensError
 from miniquant.rotated import RotatedCheckpoint, check_predictions
 from miniquant.state import (
     RUN,
@@ -186,7 +179,7 @@ def quantize_folder(
             of which something else was asked; before the first forward pass.
         FileExistsError: where the output or an unfinished run is there.
         OSError: where a file cannot be read or written; what is done is kept.
-        miniquant.quantize.Stopped: where `stop` said so.
+        miniquant.results.Stopped: where `stop` said so.
         miniquant.ranks.RankError: where ranks differ in version, recipe, model or tokens, or cannot share this model.
         miniquant.QuantizationError, miniquant.walk.WalkError: as of :func:`miniquant.quantize_model`.
         ImportError: without the packages transformers, or gguf where it is needed.
@@ -785,6 +778,8 @@ def _saying_what_is_kept(state: RunState, planned: OutputPlan) -> Iterator[None]
     try:
         yield
     except (OSError, Stopped, TooFewTokensError, KeyboardInterrupt) as error:
+        with suppress(OSError):  # a layer that cannot be written is not counted
+            state.settle()
         said = f"{len(state)} of {len(planned.plan.layers)} layers are kept in {state.folder}: go on with resume=True"
         if isinstance(error, TooFewTokensError):
             raise TooFewTokensError(f"{error} ({said} and another unseen)", error.layers, error.result) from error

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,9 @@ from miniquant.formats.gguf_file import GGUF_FILE
 from miniquant.grid import QuantizedWeight
 from miniquant.layer_file import replacing
 from miniquant.modules import Site
-from miniquant.quantize import FinishedLayer, LayerResult
 from miniquant.ranks import Ranks
 from miniquant.recipe import LayerOptions, Recipe
+from miniquant.results import FinishedLayer, LayerResult
 
 RUN = "run.json"
 _LAYERS = "layers"
@@ -117,7 +118,10 @@ def _shown(value: object) -> str:
 
 
 class RunState:
-    """The folder of a run: a :class:`miniquant.quantize.LayerStore`. While entered, no other process may use it.
+    """The folder of a run: a :class:`miniquant.results.LayerStore`. While entered, no other process may use it.
+
+    A layer is written, and its bytes waited for, while the run goes on with the next one: a thread does that for one
+    layer at a time.
 
     Args:
         folder: path of it; made where it is missing.
@@ -132,6 +136,8 @@ class RunState:
         self._files = {name: folder / _LAYERS / f"{number:05}.safetensors" for number, name in enumerate(names)}
         self._kept: set[str] = set()
         self._lock: int | None = None
+        self._writer = ThreadPoolExecutor(1, "miniquant-state")
+        self._writing: tuple[str, Future[None]] | None = None  # a layer's name, and when it is done
 
     def __enter__(self) -> "RunState":  # noqa: PYI034  (Self is of Python 3.11)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +157,7 @@ class RunState:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._writer.shutdown()
         if self._lock is not None and self.folder.exists() and not (self.folder / RUN).is_file():
             self._remove_all()  # nothing was begun
             with suppress(OSError):
@@ -182,8 +189,24 @@ class RunState:
             else:
                 path.unlink()
 
+    def settle(self) -> None:
+        """Waits until the last layer that was saved is on the disk.
+
+        Raises:
+            OSError: where it cannot be written; the message names the layer.
+        """
+        if self._writing is not None:
+            name, written = self._writing
+            self._writing = None
+            try:
+                written.result()
+            except BaseException:
+                self._kept.discard(name)
+                raise
+
     def finish(self) -> None:
         """Removes the folder: at one moment it is there, and whole, at the next it is not."""
+        self.settle()
         remove_finished(self.folder)
         self.folder.rename(_finished_folder(self.folder))
         remove_finished(self.folder)
@@ -200,6 +223,16 @@ class RunState:
         return set(self._kept)
 
     def save(self, layer: FinishedLayer) -> None:
+        """Begins to write a layer's file, when the one before is written.
+
+        Raises:
+            OSError: where that one cannot be written; the message names its layer.
+        """
+        self.settle()
+        self._writing = layer.result.name, self._writer.submit(self._write, layer)
+        self._kept.add(layer.result.name)
+
+    def _write(self, layer: FinishedLayer) -> None:
         """Writes a layer's file.
 
         Raises:
@@ -227,7 +260,6 @@ class RunState:
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as new:
                 new.write_bytes(content)
-        self._kept.add(done.name)
 
     def load(self, site: Site, options: LayerOptions) -> FinishedLayer:
         """A layer from its file.
@@ -265,6 +297,7 @@ class RunState:
         return self._read(name)[1]
 
     def _read(self, name: str) -> tuple[dict[str, Any], QuantizedWeight]:
+        self.settle()
         try:
             header = read_header(self._files[name])
             said = json.loads(header.metadata.get("layer", "null"))
@@ -317,7 +350,7 @@ class SharedState:
         return layer
 
     def save(self, layer: FinishedLayer) -> None:
-        """Keeps a layer on this rank's disk."""
+        """Keeps a layer on this rank's disk, as of :meth:`RunState.save`."""
         self._state.save(layer)
 
 

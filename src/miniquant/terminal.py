@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from miniquant import units
-from miniquant.quantize import LayerResult
 from miniquant.report import (
     Kind,
     Report,
@@ -28,6 +27,7 @@ from miniquant.report import (
     ratio,
     worst_layers,
 )
+from miniquant.results import LayerResult
 
 if TYPE_CHECKING:
     from miniquant.loading import Contents, LayerContents, TensorContents

@@ -26,7 +26,7 @@ from miniquant.checkpoint import CheckpointWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miniquant.quantize import FinishedLayer
+    from miniquant.results import FinishedLayer
 
 VOCABULARY = 512
 HEADS = 8

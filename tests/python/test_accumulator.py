@@ -443,6 +443,23 @@ def test_goes_on_from_sums() -> None:
         HessianAccumulator.from_sums([[1.0]], 1)  # type: ignore[arg-type]
 
 
+def test_sums_of_halves_are_the_memory_that_updates_add_to() -> None:
+    inputs = tokens_of(20, 4)
+    accumulator = HessianAccumulator(4, torch.float64, halves=True)
+    with pytest.raises(ValueError, match="at least one token in each half, but got 0 in total"):
+        accumulator.half_sums()
+    accumulator.update(inputs[:1])
+    with pytest.raises(ValueError, match="at least one token in each half, but got 1 in total"):
+        accumulator.half_sums()
+    accumulator.update(inputs[1:12])
+    sums = accumulator.half_sums()
+    accumulator.update(inputs[12:])
+    for half in range(2):
+        torch.testing.assert_close(sums[half] / accumulator.half_tokens(half), accumulator.half(half))
+    with pytest.raises(ValueError, match="halves that are kept apart"):
+        accumulated(inputs).half_sums()
+
+
 # Threads
 
 

@@ -410,8 +410,8 @@ def test_signals_keep_finished_layers(at: Path, number: signal.Signals, code: in
 # The lock of a mutex that is locked waits for ever, and signals do not interrupt it.
 BLOCKED = """
 import ctypes, sys
-from miniquant import cli, quantize
-solve, solved = quantize.choose_ridge, []
+from miniquant import cli, quantizer
+solve, solved = quantizer.ridge_by_halves, []
 def blocked(*arguments, **options):
     if len(solved) == 3:
         print("blocks", file=sys.stderr, flush=True)
@@ -420,7 +420,7 @@ def blocked(*arguments, **options):
         library.pthread_mutex_lock(mutex)
     solved.append(True)
     return solve(*arguments, **options)
-quantize.choose_ridge = blocked
+quantizer.ridge_by_halves = blocked
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -30,6 +30,10 @@ def summed(y: Tensor, x: Tensor, stream: tuple[Tensor, Tensor] | None = None) ->
     return errors
 
 
+def correction(errors: Errors, hessian: Tensor, ridge: float) -> Correction:
+    return Correction(errors, hessian.clone, ridge)
+
+
 # The equation
 
 
@@ -52,7 +56,7 @@ def test_sums_are_weighted_means_over_tokens_that_count(weighted: bool, masked: 
 def test_the_corrected_weight_is_the_least_squares_solution() -> None:
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
     x = y + 0.3 * drawn(50, COLUMNS, seed=1)
-    corrected = Correction(summed(y, x), y.T @ y / 50, ridge=0.0).of(weight, 1.0)
+    corrected = correction(summed(y, x), y.T @ y / 50, ridge=0.0).of(weight, 1.0)
     torch.testing.assert_close(corrected, torch.linalg.lstsq(y, x @ weight.T).solution.T)
 
 
@@ -60,11 +64,11 @@ def test_a_layer_that_writes_to_a_stream_brings_it_to_that_of_the_float_model() 
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
     x, u = y + 0.3 * drawn(50, COLUMNS, seed=1), drawn(50, 5, seed=4)
     v = u + 0.2 * y[:, :5] + 0.1 * drawn(50, 5, seed=5)
-    correction = Correction(summed(y, x, (u, v)), y.T @ y / 50, ridge=0.0)
+    made = correction(summed(y, x, (u, v)), y.T @ y / 50, ridge=0.0)
     wanted = u + x @ weight.T - v
-    torch.testing.assert_close(correction.of(weight, 1.0, 1.0), torch.linalg.lstsq(y, wanted).solution.T)
-    one, other = correction.of(weight, 0.5), correction.of(weight, 0.0, 0.3)
-    torch.testing.assert_close(correction.of(weight, 0.5, 0.3), one + other - weight)
+    torch.testing.assert_close(made.of(weight, 1.0, 1.0), torch.linalg.lstsq(y, wanted).solution.T)
+    one, other = made.of(weight, 0.5), made.of(weight, 0.0, 0.3)
+    torch.testing.assert_close(made.of(weight, 0.5, 0.3), one + other - weight)
 
 
 def test_a_ridge_and_a_part_keep_the_weight_nearer_to_what_it_was() -> None:
@@ -74,34 +78,34 @@ def test_a_ridge_and_a_part_keep_the_weight_nearer_to_what_it_was() -> None:
     ridge = 0.2
     damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
     expected = weight + 0.5 * weight @ errors.inputs.mean() @ damped.inverse()
-    torch.testing.assert_close(Correction(errors, hessian, ridge).of(weight, 0.5), expected)
-    assert torch.equal(Correction(errors, hessian, ridge).of(weight, 0.0), weight)
-    changes = [(Correction(errors, hessian, one).of(weight, 1.0) - weight).norm() for one in (0.0, 0.1, 1.0, 10.0)]
+    torch.testing.assert_close(correction(errors, hessian, ridge).of(weight, 0.5), expected)
+    assert torch.equal(correction(errors, hessian, ridge).of(weight, 0.0), weight)
+    changes = [(correction(errors, hessian, one).of(weight, 1.0) - weight).norm() for one in (0.0, 0.1, 1.0, 10.0)]
     assert changes == sorted(changes, reverse=True)
 
 
 def test_inputs_without_errors_leave_the_weight() -> None:
     y, weight = drawn(50, COLUMNS), drawn(5, COLUMNS, seed=3)
-    assert torch.equal(Correction(summed(y, y.clone()), y.T @ y / 50, 0.01).of(weight, 1.0), weight)
+    assert torch.equal(correction(summed(y, y.clone()), y.T @ y / 50, 0.01).of(weight, 1.0), weight)
 
 
 def test_a_hessian_without_an_inverse_leaves_the_weight() -> None:
     y, weight = drawn(3, COLUMNS), drawn(5, COLUMNS, seed=3)
     y[:, 4] = 0
-    correction = Correction(summed(y, y + 1), y.T @ y / 3, ridge=0.0)
-    assert torch.equal(correction.of(weight, 1.0), weight)
+    made = correction(summed(y, y + 1), y.T @ y / 3, ridge=0.0)
+    assert torch.equal(made.of(weight, 1.0), weight)
 
 
 def test_layers_of_any_number_of_rows_get_the_same_correction() -> None:
     """More rows than columns are multiplied with what fewer are solved for; bits do not depend on what came before."""
     y, weight = drawn(50, COLUMNS), drawn(3 * COLUMNS, COLUMNS, seed=3)
     errors, hessian = summed(y, y + 0.3 * drawn(50, COLUMNS, seed=1)), y.T @ y / 50
-    correction = Correction(errors, hessian, ridge=0.1)
+    made = correction(errors, hessian, ridge=0.1)
     torch.testing.assert_close(
-        correction.of(weight, 0.5),
-        torch.cat([Correction(errors, hessian, ridge=0.1).of(part, 0.5) for part in weight.split(5)]),
+        made.of(weight, 0.5),
+        torch.cat([correction(errors, hessian, ridge=0.1).of(part, 0.5) for part in weight.split(5)]),
     )
-    assert torch.equal(correction.of(weight[:5], 0.5), Correction(errors, hessian, ridge=0.1).of(weight[:5], 0.5))
+    assert torch.equal(made.of(weight[:5], 0.5), correction(errors, hessian, ridge=0.1).of(weight[:5], 0.5))
 
 
 @pytest.mark.parametrize("fails_in_float32", [False, True])
@@ -114,18 +118,46 @@ def test_sums_in_float32_are_solved_as_well_as_they_can_be(
     errors = Errors(ErrorSum(COLUMNS, COLUMNS, torch.float32))
     errors.inputs.update(x.float(), y.float(), y.float(), None, None)
     hessian = y.T @ y / 50
-    exact = Correction(summed(y, x), hessian, ridge=0.1).of(weight.double(), 1.0)
+    exact = correction(summed(y, x), hessian, ridge=0.1).of(weight.double(), 1.0)
     factor, dtypes = torch.linalg.cholesky_ex, []
 
-    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def failing(matrix: Tensor, out: tuple[Tensor, Tensor]) -> None:
         dtypes.append(matrix.dtype)
-        lower, info = factor(matrix)
-        return lower, torch.tensor(1) if fails_in_float32 and matrix.dtype == torch.float32 else info
+        factor(matrix, out=out)
+        if fails_in_float32 and matrix.dtype == torch.float32:
+            out[1].fill_(1)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
-    corrected = Correction(errors, hessian.float(), ridge=0.1).of(weight, 1.0)
+    corrected = correction(errors, hessian.float(), ridge=0.1).of(weight, 1.0)
     assert dtypes == ([torch.float32, torch.float64] if fails_in_float32 else [torch.float32])
     torch.testing.assert_close(corrected, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_errors_of_inputs_can_be_summed_as_the_weight_hands_them_on(dtype: torch.dtype) -> None:
+    """A layer with few rows sums W E; the same as W times the sum, and less to keep."""
+    weight = drawn(5, COLUMNS, seed=3).to(dtype)
+    y = drawn(200, COLUMNS).to(dtype)
+    x = (y.double() + 0.1 * drawn(200, COLUMNS, seed=1)).to(dtype)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    errors, usual = Errors.empty(COLUMNS, sums, 5), Errors.empty(COLUMNS, sums)
+    assert [one.multiplied for one in (errors, usual)] == [True, False]
+    for part in (slice(0, 130), slice(130, 200)):
+        weights = torch.rand(len(y[part]), generator=torch.Generator().manual_seed(part.start))
+        for one in (errors, usual):
+            one.add_inputs(x[part], y[part], None, weights, lambda: weight)
+    assert errors.inputs.mean().shape == (5, COLUMNS)
+    expected = usual.wanted(weight.to(sums), 0.5, 0.0)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5 if sums == torch.float32 else 1e-14
+    for rows in (slice(None), torch.tensor([0, 3])):
+        found = errors.wanted(weight.to(sums), 0.5, 0.0, rows)
+        assert (found - expected[rows]).norm() <= tolerance * expected[rows].norm()
+    usual.multiply(weight.to(sums))
+    assert usual.multiplied
+    torch.testing.assert_close(usual.wanted(weight.to(sums), 0.5, 0.0), expected)
+    with pytest.raises(ValueError, match="products are finite"):
+        errors.add_inputs(torch.full_like(x, torch.inf), y, None, None, lambda: weight)
+    assert not Errors.empty(COLUMNS, sums, 6).multiplied
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -187,7 +219,7 @@ def test_each_layer_approaches_the_weight_that_makes_up_for_the_layers_before(pa
         hessian = HessianAccumulator(weight.shape[1])
         hessian.update(y)
         exactly = hessian.hessian().double()
-        target = Correction(summed(y.double(), x.double()), exactly, 0.05).of(weight, part)
+        target = correction(summed(y.double(), x.double()), exactly, 0.05).of(weight, part)
         expected = gptq(target, hessian.hessian(), bits=3, group_size=16, ridge=0.05, **preset("plain"))
         layer = result.layers[name]
         differ = layer.quantized.codes.ne(expected.codes).sum()
@@ -206,10 +238,10 @@ class Stream(nn.Module):
     """Blocks h + second(tanh(first(h)))."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, width: int) -> None:
             super().__init__()
-            self.first = nn.Linear(32, 48, bias=False)
-            self.second = nn.Linear(48, 32, bias=False)
+            self.first = nn.Linear(32, width, bias=False)
+            self.second = nn.Linear(width, 32, bias=False)
 
         def inner(self, h: Tensor) -> Tensor:
             return torch.tanh(self.first(h))
@@ -217,9 +249,9 @@ class Stream(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return h + self.second(self.inner(h))  # type: ignore[no-any-return]
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Stream.Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Stream.Block(width) for _ in range(3))
 
     def forward(self, h: Tensor) -> Tensor:
         for block in self.blocks:
@@ -227,15 +259,16 @@ class Stream(nn.Module):
         return h
 
 
-def stream() -> Stream:
+def stream(width: int = 48) -> Stream:
     torch.manual_seed(4)
-    return Stream().eval()
+    return Stream(width).eval()
 
 
+@pytest.mark.parametrize("width", [48, 80])  # with more than twice as many columns as rows W E is summed
 @pytest.mark.parametrize("scheme", ["uniform", "norm"])
-def test_layers_that_write_to_a_stream_make_up_for_its_errors(scheme: Any) -> None:
+def test_layers_that_write_to_a_stream_make_up_for_its_errors(scheme: Any, width: int) -> None:
     """Step by step by hand; weights by norm are those of the stream."""
-    model, original, by_hand = stream(), stream(), stream()
+    model, original, by_hand = stream(width), stream(width), stream(width)
     options: Any = {"bits": 3, "group_size": 16, "ridge": 0.05, "token_weights": scheme, "preset": "plain"}
     part, stream_part = 0.5, 0.25
     given = LayerOptions(**options, correction=part, stream_correction=stream_part)
@@ -251,7 +284,7 @@ def test_layers_that_write_to_a_stream_make_up_for_its_errors(scheme: Any) -> No
         weighted = [roots[:, None].double() * one.double() for one in (y, x, *(of_stream or ()))]
         errors = summed(weighted[0], weighted[1], (weighted[2], weighted[3]) if of_stream else None)
         # E and H are both relative to the mean weight, which the sums by hand are not
-        target = Correction(errors, hessian.hessian(), 0.05).of(weight, part, stream_part)
+        target = correction(errors, hessian.hessian(), 0.05).of(weight, part, stream_part)
         expected = gptq(
             target, (hessian.hessian() / mean).float(), bits=3, group_size=16, ridge=0.05, **preset("plain")
         )

@@ -13,7 +13,7 @@ from miniquant import LayerOptions, load_calibration, quantize_model
 from miniquant.gradients import each_gradient, has_gradient, squared_gradients
 from miniquant.lazy import LazyModel
 from miniquant.modules import find_sites
-from miniquant.quantize import Stopped
+from miniquant.results import Stopped
 from miniquant.run import quantize_folder
 from miniquant.token_weights import GRADIENT
 

@@ -17,29 +17,22 @@ from miniquant import (
     LayerOptions,
     Recipe,
     Rule,
-    choose_ridge,
     dequantize,
     gptq,
     gptq_auto,
     load_calibration,
     preset,
     quantization_loss,
-    quantize,
+    quantizer,
     rtn,
 )
+from miniquant.batches import _held_out_batches, _size
+from miniquant.layer_hessians import _DeviceSums
 from miniquant.modules import find_sites, siblings_of
-from miniquant.quantize import (
-    LayerResult,
-    ModelResult,
-    QuantizationError,
-    _DeviceSums,
-    _held_out_batches,
-    _size,
-    as_recipe,
-    plan_model,
-    quantize_model,
-)
-from miniquant.ridge import LinAlgError
+from miniquant.plan import as_recipe, plan_model
+from miniquant.quantize import quantize_model
+from miniquant.results import LayerResult, ModelResult, QuantizationError
+from miniquant.ridge import LinAlgError, ridge_by_halves
 from miniquant.token_weights import norm_weights, weigh
 
 if TYPE_CHECKING:
@@ -212,9 +205,9 @@ def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own(
 
     def counted(*arguments: Any, **options: Any) -> Any:
         searches.append(options)
-        return choose_ridge(*arguments, **options)
+        return ridge_by_halves(*arguments, **options)
 
-    monkeypatch.setattr(quantize, "choose_ridge", counted)
+    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
     model = chain()
     weight = model.right.weight.detach().clone()
     result = quantize_model(model, BATCHES, Recipe(FAST, [Rule("right", {"bits": 2})]), held_out=0)
@@ -233,11 +226,11 @@ def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: 
     searched: list[float] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        choice = choose_ridge(*arguments, **options)
+        choice = ridge_by_halves(*arguments, **options)
         searched.append(choice.ridge)
         return choice
 
-    monkeypatch.setattr(quantize, "choose_ridge", counted)
+    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
     result = quantize_model(model, 6 * small_models.text_batches(), FAST, held_out=0)
     firsts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     expected = 0
@@ -270,8 +263,8 @@ def test_a_carried_ridge_that_does_not_serve_is_searched_for_anew(monkeypatch: p
             raise LinAlgError("not positive definite")
         return gptq(weight, hessian, **options)
 
-    monkeypatch.setattr(quantize._CarriedRidges, "take", lambda *_: 1e-9)
-    monkeypatch.setattr(quantize, "gptq", failing)
+    monkeypatch.setattr(quantizer._CarriedRidges, "take", lambda *_: 1e-9)
+    monkeypatch.setattr(quantizer, "gptq", failing)
     result = quantize_model(chain(), BATCHES, LayerOptions(preset="fast", group_size=16, bits=3), held_out=0.1)
     assert failed == [(24, 32), (8, 24)]  # not "right", which takes the ridge of "left"
     assert all(layer.ridge is not None and layer.ridge > 1e-3 for layer in result.layers.values())

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +22,9 @@ import ranked_run
 import small_models
 from format_layers import same
 from miniquant import LayerOptions, dequantize
-from miniquant.quantize import _share_of
+from miniquant.batches import share_of
+from miniquant.correction import Errors
+from miniquant.layer_hessians import LayerHessians
 from miniquant.ranks import Ranks
 from miniquant.state import kept_layers, state_folder
 from model_folder import QUICK, make_folder
@@ -198,7 +202,7 @@ def test_batches_are_shared_evenly_with_those_held_out_last(calibration: int, he
     batches = list(range(calibration + held_out))
     shares = []
     for rank in range(count):
-        mine, kept, masks = _share_of(rank_of(rank, count), batches, held_out, None)
+        mine, kept, masks = share_of(rank_of(rank, count), batches, held_out, None)
         assert masks is None
         assert [number >= calibration for number in mine] == [False] * (len(mine) - kept) + [True] * kept
         shares.append(mine)
@@ -214,7 +218,7 @@ def test_what_is_left_of_held_out_batches_is_cut(has_masks: bool) -> None:
     given = [one % 3 for one in ids] if has_masks else None
     found: list[list[torch.Tensor]] = []
     for rank in range(4):
-        mine, kept, masks = _share_of(rank_of(rank, 4), batches, 2, given)
+        mine, kept, masks = share_of(rank_of(rank, 4), batches, 2, given)
         assert kept == (2 if rank < 3 else 0)  # rank 3 has none of three sequences
         for number, batch in enumerate(mine):
             assert torch.equal(batch["attention_mask"], batch["input_ids"] % 2)
@@ -239,7 +243,7 @@ def test_batches_of_anything_else_stay_whole() -> None:
         (ids,),
     ]
     for other in others:
-        shares = [_share_of(rank_of(rank, 2), [ids, ids, other], 1, None) for rank in range(2)]
+        shares = [share_of(rank_of(rank, 2), [ids, ids, other], 1, None) for rank in range(2)]
         assert [(len(mine), kept) for mine, kept, _ in shares] == [(2, 1), (1, 0)]
         assert shares[0][0][1] is other
 
@@ -320,3 +324,47 @@ def test_hosts_with_networks_of_their_own(source: Path, alone: dict[str, Quantiz
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     check_layers(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize("knows", [(True, True), (True, False), (False, False)])
+def test_ranks_that_do_not_know_the_same_of_a_stream_sum_the_same(knows: tuple[bool, bool]) -> None:
+    """A rank that knows the stream sums W E where that is smaller, one that does not sums E."""
+    rows, columns = 4, 12
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    barrier = threading.Barrier(2)
+    parts: list[tuple[torch.Tensor, ...]] = [(), ()]
+    tokens = [torch.randn(2, 30, columns, generator=torch.Generator().manual_seed(s)).double() for s in range(2)]
+    streams = [torch.randn(2, 30, rows, generator=torch.Generator().manual_seed(5 + s)).double() for s in range(2)]
+
+    def run(rank: int) -> LayerHessians:
+        def total(*tensors: torch.Tensor) -> None:
+            parts[rank] = tuple(one.clone() for one in tensors)
+            barrier.wait(30)
+            sums = [sum(of_ranks) for of_ranks in zip(*parts, strict=True)]
+            barrier.wait(30)
+            for one, added in zip(tensors, sums, strict=True):
+                one.copy_(added)
+
+        hessians = LayerHessians.empty(columns, torch.float64)
+        y, x = tokens[rank]
+        hessians.calibration.update(y)
+        hessians.errors = Errors.empty(columns, torch.float64, rows if knows[rank] else None)
+        hessians.errors.add_inputs(x, y, None, None, lambda: weight)
+        if hessians.errors.stream is not None:
+            u, v = streams[rank]
+            hessians.errors.stream.update(u, v, y, None, None)
+        ranks = cast("Ranks", SimpleNamespace(sum=total))
+        hessians.sum_over(ranks, lambda: weight, has_held_out=False)
+        return hessians
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [hessians.errors for hessians in pool.map(run, range(2))]
+    y, x = (torch.cat([of_rank[one] for of_rank in tokens]) for one in range(2))
+    for errors in found:
+        assert errors is not None
+        assert (errors.stream is not None) == all(knows)
+        expected = weight @ (x - y).T @ y / len(y)
+        torch.testing.assert_close(errors.wanted(weight, 1.0, 0.0), expected)
+        if errors.stream is not None:
+            u, v = (torch.cat([of_rank[one] for of_rank in streams]) for one in range(2))
+            torch.testing.assert_close(errors.wanted(weight, 1.0, 1.0), expected + (u - v).T @ y / len(y))

@@ -24,9 +24,9 @@ import small_models
 from miniquant import LayerOptions, QuantizedWeight, Recipe, Rule, dequantize, load_calibration, quantize_model
 from miniquant.grid import SuperblockKind
 from miniquant.modules import find_sites
-from miniquant.quantize import FinishedLayer, LayerResult, Stopped, TooFewTokensError
+from miniquant.results import FinishedLayer, LayerResult, Stopped, TooFewTokensError
 from miniquant.run import _Done, plan_folder, quantize_folder
-from miniquant.state import state_folder
+from miniquant.state import RunState, kept_layers, state_folder
 from test_quantize_model import BATCHES, ROUTED, Experts, Listed, chain, mixture
 from test_run import gguf_model
 
@@ -396,6 +396,39 @@ def test_no_space_left_in_the_middle_of_a_run(
     monkeypatch.undo()
     resumable_run.run(source, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_layer_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run does not wait for the disk until the next layer is done, or until it reads the layer again."""
+    may_write, fails = threading.Event(), threading.Event()
+
+    def write_bytes(self: Path, data: bytes) -> int:
+        assert may_write.wait(60)
+        if fails.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, data)
+
+    original = Path.write_bytes
+    finished = Kept()
+    quantize_model(chain(), BATCHES, FAST, store=finished)
+    layers = list(finished.layers.values())
+    names = [layer.result.name for layer in layers]
+    with RunState(tmp_path, names) as state:
+        state.begin({})
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        state.save(layers[0])
+        assert names[0] in state
+        assert not kept_layers(tmp_path)
+        may_write.set()
+        assert bytes_of(state.quantized(names[0])) == bytes_of(layers[0].result.quantized)
+        fails.set()
+        state.save(layers[1])
+        with pytest.raises(OSError, match=f"cannot keep layer '{names[1]}': No space left on device"):
+            state.save(layers[2])
+        assert state.kept() == {names[0]}
+        fails.clear()
+        state.save(layers[1])
+    assert len(kept_layers(tmp_path)) == 2
 
 
 def test_another_run_is_refused_saying_what_differs(source: Path, whole: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import miniquant
 from miniquant import HessianAccumulator
+from miniquant.ridge import ridge_by_halves
 
 Tensor = torch.Tensor
 COLUMNS = 96
@@ -177,6 +178,14 @@ def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = miniquant.RidgeChoice(1e-5, (1e-5,), (1.0,), (1e-4, 1e-3, 1e-2))
     with pytest.raises(torch.linalg.LinAlgError, match=r"ridge=0\.01 "):  # type: ignore[attr-defined]
         miniquant.gptq_auto(weight, accumulator)
+
+
+def test_sums_of_halves_give_the_ridge_of_their_means() -> None:
+    weight, accumulator = weight_of(), accumulate(correlated(300, 1))
+    usual = miniquant.choose_ridge(weight, accumulator)
+    of_sums = ridge_by_halves(weight, accumulator.half_sums(), 300, bits=4, group_size=64, symmetric=True)
+    assert (of_sums.ridge, of_sums.ridges) == (usual.ridge, usual.ridges)
+    assert of_sums.held_out == pytest.approx(usual.held_out, rel=1e-6)
 
 
 def test_few_tokens_are_not_trusted_below_the_usual_ridge() -> None:
