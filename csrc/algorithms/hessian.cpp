@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
-#include "algorithms/hessian_bf16.h"
+#include "algorithms/sums_bf16.h"
 #include "algorithms/parallel.h"
 #include "algorithms/tile_runs.h"
 #include "kernels/bf16.h"
@@ -67,7 +67,7 @@ void hessian_update(at::Tensor& hessian, const at::Tensor& inputs, const at::Ten
   const at::Tensor all_tokens = (inputs.is_alias_of(hessian) ? inputs.clone() : inputs).reshape({-1, columns});
   at::Tensor sum = hessian.contiguous();
   if (prefers_bf16(kernels::bf16_kernels(), sum, all_tokens, token_weights, precision)) {
-    add_bf16_products(*kernels::bf16_kernels(), sum, all_tokens, token_weights);
+    add_bf16_squares(*kernels::bf16_kernels(), sum, all_tokens, token_weights);
   } else {
     dispatch_compute(sum.scalar_type(), [&]<typename T> { add_in_type_of<T>(sum, all_tokens, token_weights); });
   }

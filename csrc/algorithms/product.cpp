@@ -7,7 +7,9 @@
 
 #include "algorithms/dispatch.h"
 #include "algorithms/parallel.h"
+#include "algorithms/sums_bf16.h"
 #include "algorithms/tile_runs.h"
+#include "kernels/bf16.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -52,7 +54,10 @@ void add_with_kernels(at::Tensor& sum, const at::Tensor& left, const at::Tensor&
 
 }  // namespace
 
-Multiplier fastest_multiplier() {
+Multiplier fastest_multiplier(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  if (prefers_bf16(kernels::bf16_kernels(), sum, left, right)) {
+    return Multiplier::kBf16;
+  }
 #if defined(__x86_64__)
   return at::hasMKL() && __builtin_cpu_is("intel") != 0 ? Multiplier::kAten : Multiplier::kKernels;
 #else
@@ -69,10 +74,18 @@ void product_update(at::Tensor& sum, const at::Tensor& left, const at::Tensor& r
     return;
   }
   at::Tensor whole = sum.contiguous();
-  dispatch_compute(whole.scalar_type(), [&]<typename T> { add_with_kernels<T>(whole, left, right); });
+  if (multiplier == Multiplier::kBf16) {
+    add_bf16_products(*kernels::bf16_kernels(), whole, left, right);
+  } else {
+    dispatch_compute(whole.scalar_type(), [&]<typename T> { add_with_kernels<T>(whole, left, right); });
+  }
   if (!whole.is_same(sum)) {
     sum.copy_(whole);
   }
+}
+
+void product_update(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  product_update(sum, left, right, fastest_multiplier(sum, left, right));
 }
 
 }  // namespace miniquant::algorithms

@@ -5,14 +5,14 @@
 #include "kernels/arithmetic.h"
 #include "kernels/instruction_set.h"
 
-// The kernels of H += X^T X for inputs of 16 bits, with instructions that multiply bfloat16 values exactly and sum in
-// float32. Values with more bits are sums of parts, which are bfloat16 values:
+// The kernels of H += X^T X, and of S += X^T Y, for inputs of 16 bits, with instructions that multiply bfloat16 values
+// exactly and sum in float32. Values with more bits are sums of parts, which are bfloat16 values:
 //
-//   H += sum over products (l, r) of left_l^T right_r     left_l, right_r [tokens, K]
+//   S += sum over products (l, r) of left_l^T right_r     left_l [tokens, M], right_r [tokens, K]
 //
 // bfloat16 inputs are one part, so one product. float16 inputs are two, so four products. Weighted tokens are on the
-// right, as many parts as without weights where these are powers of two. The sum must be symmetric: only its lower
-// triangle is computed.
+// right, as many parts as without weights where these are powers of two. Of a symmetric sum only the lower triangle is
+// computed.
 //
 // Every entry is a sum in an order that depends on the tokens and products only, not on how the caller splits the work.
 
@@ -33,7 +33,7 @@ inline constexpr std::int64_t kBf16RunBlocks = 16;
 /// A run is kBf16RunBlocks blocks, the last what is left: what a square reads at a time lies together, so it does not
 /// evict itself from the caches. The number of panels is even. Tokens and columns past the last are 0.
 struct Bf16Layout {
-  std::int64_t columns;  ///< K
+  std::int64_t columns;  ///< M on the left, K on the right
   std::int64_t tokens;
 
   [[nodiscard]] [[gnu::always_inline]] constexpr std::int64_t panels() const {
@@ -65,19 +65,20 @@ struct Bf16Product {
   std::int64_t right;
 };
 
-/// Elements of the sums of a square of H, of so many panels.
+/// Elements of the sums of a square of S, of so many panels.
 constexpr std::int64_t bf16_square_elements(std::int64_t panels) {
   return panels * panels * kBf16Columns * kBf16Columns;
 }
 
 struct Bf16Problem {
-  Bf16Layout layout;
+  Bf16Layout left_layout;
+  Bf16Layout right_layout;    ///< of as many tokens
   const std::uint16_t* left;  ///< parts as in Bf16Parts
   const std::uint16_t* right;
   const Bf16Product* products;  ///< best in an order in which adjacent ones share a part
   std::int64_t product_count;
-  std::int64_t square_panels;  ///< panels of a square of H; even, at most most_square_panels of the kernels
-  float* hessian;              ///< [K, K]
+  std::int64_t square_panels;  ///< panels of a square of S; even, at most most_square_panels of the kernels
+  float* sum;                  ///< [M, K]
 };
 
 struct Bf16Kernels {
@@ -86,24 +87,26 @@ struct Bf16Kernels {
   /// The number of products up to which these kernels are faster than those for float32.
   std::int64_t most_products;
 
-  /// Bytes of packed tiles at most. The faster the products, the more a pass over the Hessian costs beside them.
+  /// Bytes of packed tiles at most. The faster the products, the more a pass over the sum costs beside them.
   std::int64_t most_packed_bytes;
 
-  /// Panels of a square of H at most, so that its sums and what is multiplied at a time fit the second-level cache.
+  /// Panels of a square of S at most, so that its sums and what is multiplied at a time fit the second-level cache.
   std::int64_t most_square_panels;
 
   /// Splits the tokens of a block, rows [up to kBf16Tokens, K], and packs the parts, the first with the leading bits.
   /// The last part is cut off: a bfloat16 value is one part, float16 values two, float32 values three. On the right are
-  /// the tokens times weights [tokens], in float32; `weights` may be null.
+  /// the tokens times weights [tokens], in float32; `weights` may be null. One side may have no parts, without weights.
   void (*pack_bf16)(const std::uint16_t* rows, const float* weights, Bf16Layout layout, std::int64_t block,
                     Bf16Parts left, Bf16Parts right);
   void (*pack_f32)(const float* rows, const float* weights, Bf16Layout layout, std::int64_t block, Bf16Parts left,
                    Bf16Parts right);
 
-  /// Adds the products to a square of H and to its mirror image: rows from panel j * square_panels on, columns from
-  /// panel i * square_panels on, i <= j. `workspace` has
-  /// bf16_square_elements(square_panels) elements and is aligned to 64 bytes.
+  /// Adds the products to a square of S: rows from panel j * square_panels on, columns from panel i * square_panels on.
+  /// `workspace` has bf16_square_elements(square_panels) elements and is aligned to 64 bytes.
   void (*add_square)(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace);
+
+  /// The same of a symmetric sum, i <= j, and to the mirror image of the square.
+  void (*add_mirrored)(const Bf16Problem& problem, std::int64_t j, std::int64_t i, float* workspace);
 };
 
 /// The kernels of one unit, which this CPU must support and which is not kNone.

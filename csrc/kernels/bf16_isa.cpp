@@ -23,6 +23,7 @@ const Bf16Kernels MINIQUANT_JOIN(bf16_kernels_, MINIQUANT_KERNEL_ISA) = {
     .pack_bf16 = MINIQUANT_KERNEL_ISA::pack_tokens<std::uint16_t>,
     .pack_f32 = MINIQUANT_KERNEL_ISA::pack_tokens<float>,
     .add_square = MINIQUANT_KERNEL_ISA::add_square,
+    .add_mirrored = MINIQUANT_KERNEL_ISA::add_mirrored,
 };
 
 }  // namespace miniquant::kernels

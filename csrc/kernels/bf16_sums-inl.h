@@ -22,24 +22,25 @@ struct Bf16Sums {
   }
 };
 
-/// Packed tiles [2][blocks] of the parts of each side; a panel begins `panel_stride` after the one before, a part
-/// `part_stride`.
+/// Packed tiles [2][blocks] of the parts of each side; a panel begins `panel_stride` after the one before, a part its
+/// side's stride.
 struct Bf16Operands {
   const std::uint16_t* left;
   const std::uint16_t* right;
   const std::uint16_t* next_left;  ///< what `left` will be in the next call, to fetch it early
   std::int64_t panel_stride;
-  std::int64_t part_stride;
+  std::int64_t left_part_stride;
+  std::int64_t right_part_stride;
   std::int64_t blocks;
 };
 
 /// The same operands of one product alone.
 MINIQUANT_INLINE Bf16Operands operands_of(const Bf16Operands& operands, Bf16Product product) {
-  const std::int64_t left = product.left * operands.part_stride;
+  const std::int64_t left = product.left * operands.left_part_stride;
   Bf16Operands of_product = operands;
   of_product.left += left;
   of_product.next_left += left;
-  of_product.right += product.right * operands.part_stride;
+  of_product.right += product.right * operands.right_part_stride;
   return of_product;
 }
 

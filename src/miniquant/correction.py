@@ -79,45 +79,42 @@ class ErrorSum:
                 f"but got shape {list(original.shape)}"
             )
         u, v, y = (tokens.flatten(0, -2) if mask is None else tokens[mask] for tokens in (original, now, inputs))
-        errors = u.to(self._sum.dtype) - v.to(self._sum.dtype)
+        kind = self._kind(y)
+        errors = u - v if u.dtype == v.dtype == kind else (u.to(self._sum.dtype) - v.to(self._sum.dtype)).to(kind)
         if weights is None:
             self._weight += len(errors)
         else:
             of_tokens = weights.flatten() if mask is None else weights[mask]
             self._weight += float(of_tokens.sum())
-            errors *= of_tokens.unsqueeze(1).to(errors.dtype)
+            errors *= of_tokens.unsqueeze(1)
         try:
-            self._add(errors if through is None else self._times(errors, through, y), y)
+            self._add(errors if through is None else self._times(errors, through), y)
         except ValueError as error:
             raise ValueError("expected inputs whose products are finite, but got others") from error
 
-    def _kind(self, inputs: Tensor) -> torch.dtype | None:
-        """The dtype in which torch multiplies errors; None where our own kernels do.
+    def _kind(self, inputs: Tensor) -> torch.dtype:
+        """The dtype in which errors are multiplied with inputs.
 
-        bfloat16 is multiplied as it is: its products are fast, and errors of errors matter little. float16 does not
-        have the range for errors times weights.
+        Beside bfloat16 they are rounded to that: its products are fast, and errors of errors matter little. float16
+        does not have the range for errors times weights.
         """
-        if inputs.dtype == torch.bfloat16:
-            return inputs.dtype
-        return None if inputs.device.type == "cpu" else self._sum.dtype
+        return inputs.dtype if inputs.dtype == torch.bfloat16 else self._sum.dtype
 
-    def _times(self, errors: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
-        """Errors [T, L] as a weight [M, L] hands them on: [T, M], in the dtype of the sum."""
-        kind = self._kind(inputs)
-        if kind is None:
+    def _times(self, errors: Tensor, weight: Tensor) -> Tensor:
+        """Errors [T, L] as a weight [M, L] hands them on: [T, M], in their dtype."""
+        if errors.dtype == self._sum.dtype and errors.device.type == "cpu":
             return _product(errors, weight.to(errors.dtype).T)
-        return (errors.to(kind) @ weight.to(errors.device, kind).T).to(self._sum.dtype)
+        return errors @ weight.to(errors.device, errors.dtype).T
 
     def _add(self, errors: Tensor, inputs: Tensor) -> None:
         """Adds errors^T inputs."""
-        kind = self._kind(inputs)
-        if kind is not None:
-            product = (errors.to(kind).T @ inputs.to(kind)).to("cpu", self._sum.dtype)
-            if not bool(product.isfinite().all()):
-                raise ValueError
-            self._sum += product
-        else:
+        if inputs.device.type == "cpu":
             product_update_(self._sum, errors, inputs)
+            return
+        product = (errors.T @ inputs.to(errors.dtype)).to("cpu", self._sum.dtype)
+        if not bool(product.isfinite().all()):
+            raise ValueError
+        self._sum += product
 
     def times(self, weight: Tensor) -> "ErrorSum":
         """Of W (u - v), for a weight W [L, M]."""

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "algorithms/product.h"
+#include "kernels/bf16.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
@@ -78,6 +79,22 @@ TEST(Product, CastsToTheDtypeOfTheSum) {
     product_update(of_cast, left.to(at::kFloat), right.to(at::kFloat), Multiplier::kKernels);
     EXPECT_TRUE(at::equal(sum, of_cast)) << dtype;
   }
+}
+
+TEST(Product, OfValuesOf16BitsTakesTheirKernelsWhereThereAreSome) {
+  const at::Tensor left = testing::normal({600, 40}, 1, at::kBFloat16);
+  const at::Tensor right = testing::normal({600, 70}, 2, at::kBFloat16);
+  at::Tensor sum = at::zeros({40, 70}, at::kFloat);
+  const Multiplier fastest = fastest_multiplier(sum, left, right);
+  EXPECT_EQ(fastest == Multiplier::kBf16, kernels::bf16_kernels() != nullptr);
+  EXPECT_NE(fastest_multiplier(sum, left.to(at::kFloat), right), Multiplier::kBf16);
+  at::Tensor expected = sum.clone();
+  at::Tensor strided = at::zeros({70, 40}, at::kFloat).mT();
+  product_update(sum, left, right);
+  product_update(expected, left, right, fastest);
+  EXPECT_TRUE(at::equal(sum, expected));
+  product_update(strided, left, right);
+  EXPECT_TRUE(at::equal(strided, expected));
 }
 
 TEST(Product, OfNothingChangesNothing) {

@@ -185,18 +185,19 @@ TEST_P(Bf16, TwoPartsHoldFloat16) {
 /// hessian += products of packed tiles, all squares.
 void add_all(const Bf16Kernels& kernels, const Packed& packed, const std::vector<Bf16Product>& products,
              std::int64_t square_panels, float* hessian) {
-  const Bf16Problem problem{.layout = packed.layout,
+  const Bf16Problem problem{.left_layout = packed.layout,
+                            .right_layout = packed.layout,
                             .left = packed.left.data(),
                             .right = packed.right.data(),
                             .products = products.data(),
                             .product_count = static_cast<std::int64_t>(products.size()),
                             .square_panels = square_panels,
-                            .hessian = hessian};
+                            .sum = hessian};
   GuardedBuffer<float> workspace(bf16_square_elements(square_panels), 64);
   const std::int64_t squares = ceil_div(packed.layout.panels(), square_panels);
   for (std::int64_t j = 0; j < squares; ++j) {
     for (std::int64_t i = 0; i <= j; ++i) {
-      kernels.add_square(problem, j, i, workspace.data());
+      kernels.add_mirrored(problem, j, i, workspace.data());
     }
   }
 }
@@ -263,6 +264,62 @@ TEST_P(Bf16, AddsEveryProductOfTheList) {
       }
       ASSERT_EQ(hessian[j * layout.columns + i], expected);
       ASSERT_EQ(hessian[i * layout.columns + j], expected);
+    }
+  }
+}
+
+// Small integers again. Each side is packed alone; one has more panels than a square, and more parts.
+TEST_P(Bf16, AddsTheProductsOfTwoBatches) {
+  std::mt19937_64 generator(7);
+  std::uniform_int_distribution<int> integer(-3, 3);
+  const auto integers = [&](std::int64_t count) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    for (float& value : values) {
+      value = static_cast<float>(integer(generator)) * (1.0F + 0x1p-8F);  // two parts
+    }
+    return GuardedBuffer<float>(values);
+  };
+  for (const auto& [rows, columns] : {std::pair<std::int64_t, std::int64_t>{1, 70}, {70, 1}, {33, 47}, {130, 20}}) {
+    for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{33}, std::int64_t{547}}) {
+      SCOPED_TRACE(::testing::Message() << rows << " x " << columns << ", " << tokens << " tokens");
+      const Bf16Layout left_layout{rows, tokens};
+      const Bf16Layout right_layout{columns, tokens};
+      const GuardedBuffer<float> left_rows = integers(tokens * rows);
+      const GuardedBuffer<float> right_rows = integers(tokens * columns);
+      GuardedBuffer<std::uint16_t> left(2 * left_layout.size(), 64);
+      GuardedBuffer<std::uint16_t> right(2 * right_layout.size(), 64);
+      for (std::int64_t block = 0; block < left_layout.blocks(); ++block) {
+        const std::int64_t first = block * kBf16Tokens;
+        kernels().pack_f32(left_rows.data() + first * rows, nullptr, left_layout, block, {left.data(), 2}, {});
+        kernels().pack_f32(right_rows.data() + first * columns, nullptr, right_layout, block, {}, {right.data(), 2});
+      }
+      GuardedBuffer<float> sum(std::vector<float>(static_cast<std::size_t>(rows * columns), 1.0F));
+      const std::vector<Bf16Product> products = {{0, 0}, {0, 1}, {1, 1}, {1, 0}};
+      const Bf16Problem problem{.left_layout = left_layout,
+                                .right_layout = right_layout,
+                                .left = left.data(),
+                                .right = right.data(),
+                                .products = products.data(),
+                                .product_count = 4,
+                                .square_panels = 4,
+                                .sum = sum.data()};
+      GuardedBuffer<float> workspace(bf16_square_elements(4), 64);
+      for (std::int64_t j = 0; j < ceil_div(left_layout.panels(), std::int64_t{4}); ++j) {
+        for (std::int64_t i = 0; i < ceil_div(right_layout.panels(), std::int64_t{4}); ++i) {
+          kernels().add_square(problem, j, i, workspace.data());
+        }
+      }
+      for (std::int64_t j = 0; j < rows; ++j) {
+        for (std::int64_t i = 0; i < columns; ++i) {
+          double expected = 1.0;
+          for (std::int64_t token = 0; token < tokens; ++token) {
+            expected +=
+                static_cast<double>(left_rows[token * rows + j]) * static_cast<double>(right_rows[token * columns + i]);
+          }
+          // the products have 2 x 8 bits past those of the integers
+          ASSERT_NEAR(sum[j * columns + i], expected, static_cast<double>(tokens) * 9 * 0x1p-18) << j << ", " << i;
+        }
+      }
     }
   }
 }

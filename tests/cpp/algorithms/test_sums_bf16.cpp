@@ -10,7 +10,7 @@
 #include <string>
 
 #include "algorithms/hessian.h"
-#include "algorithms/hessian_bf16.h"
+#include "algorithms/sums_bf16.h"
 #include "kernels/bf16.h"
 #include "kernels/instruction_set.h"
 #include "tensor_testing.h"
@@ -21,7 +21,7 @@ namespace {
 using kernels::Bf16Unit;
 
 /// kNone stands for the emulation.
-class HessianBf16 : public ::testing::TestWithParam<Bf16Unit> {
+class SumsBf16 : public ::testing::TestWithParam<Bf16Unit> {
  protected:
   void SetUp() override {
     if (!kernels::is_supported(GetParam())) {
@@ -33,11 +33,16 @@ class HessianBf16 : public ::testing::TestWithParam<Bf16Unit> {
   }
   static at::Tensor sum_of(const at::Tensor& inputs, const at::Tensor& token_weights = {}) {
     at::Tensor hessian = at::zeros({inputs.size(1), inputs.size(1)}, at::kFloat);
-    add_bf16_products(bf16_kernels(), hessian, inputs, token_weights);
+    add_bf16_squares(bf16_kernels(), hessian, inputs, token_weights);
     return hessian;
   }
+  static at::Tensor product_of(const at::Tensor& left, const at::Tensor& right) {
+    at::Tensor sum = at::zeros({left.size(1), right.size(1)}, at::kFloat);
+    add_bf16_products(bf16_kernels(), sum, left, right);
+    return sum;
+  }
 };
-INSTANTIATE_TEST_SUITE_P(Units, HessianBf16, ::testing::ValuesIn(kernels::kBf16Units), [](const auto& unit) {
+INSTANTIATE_TEST_SUITE_P(Units, SumsBf16, ::testing::ValuesIn(kernels::kBf16Units), [](const auto& unit) {
   return unit.param == Bf16Unit::kNone ? "emulated" : kernels::name(unit.param);
 });
 
@@ -64,7 +69,7 @@ at::Tensor bound(const at::Tensor& inputs, const at::Tensor& token_weights) {
   return oracle(inputs, token_weights, true) * (terms * std::numeric_limits<float>::epsilon());
 }
 
-TEST_P(HessianBf16, IsTheProductOfTheInputsInFloat64) {
+TEST_P(SumsBf16, IsTheProductOfTheInputsInFloat64) {
   // one token, one column; odd sizes; the tokens of one run of sums, and one more; several runs; several passes of
   // float16
   for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {512, 13}, {513, 70}, {2000, 37}, {1100, 330}}) {
@@ -83,7 +88,7 @@ TEST_P(HessianBf16, IsTheProductOfTheInputsInFloat64) {
 }
 
 // Each value loses what is past its leading 16 bits, and each product that of both remainders.
-TEST_P(HessianBf16, OfFloat32InputsHasThreeProductsForEach) {
+TEST_P(SumsBf16, OfFloat32InputsHasThreeProductsForEach) {
   constexpr double kLost = 0x1p-13;
   for (const auto& [tokens, columns] : {std::pair{1, 1}, {5, 30}, {513, 70}, {2000, 37}, {1100, 330}}) {
     const at::Tensor inputs = testing::normal({tokens, columns}, 1, at::kFloat);
@@ -100,20 +105,70 @@ TEST_P(HessianBf16, OfFloat32InputsHasThreeProductsForEach) {
   }
 }
 
-TEST_P(HessianBf16, OfFloat32InputsThatAreBfloat16ValuesIsThatOfThese) {
+TEST_P(SumsBf16, OfFloat32InputsThatAreBfloat16ValuesIsThatOfThese) {
   const at::Tensor inputs = testing::normal({600, 70}, 2, at::kBFloat16);
   EXPECT_TRUE(at::allclose(sum_of(inputs.to(at::kFloat)), sum_of(inputs), 1e-6, 1e-5));
 }
 
-TEST_P(HessianBf16, AddsToBothTrianglesOfWhatIsThere) {
+TEST_P(SumsBf16, AddsToBothTrianglesOfWhatIsThere) {
   const at::Tensor inputs = testing::normal({3, 40}, 3, at::kBFloat16);
   at::Tensor hessian = testing::normal({40, 40}, 4, at::kFloat);
   const at::Tensor before = hessian.clone();
-  add_bf16_products(bf16_kernels(), hessian, inputs, {});
+  add_bf16_squares(bf16_kernels(), hessian, inputs, {});
   EXPECT_TRUE(at::equal(hessian, before + sum_of(inputs)));
 }
 
-TEST_P(HessianBf16, ThreadsDoNotChangeABit) {
+TEST_P(SumsBf16, OfTwoBatchesIsTheirProductInFloat64) {
+  // one token, one row, one column; odd sizes; one side of several squares; several runs; several passes
+  struct Size {
+    int64_t tokens;
+    int64_t rows;
+    int64_t columns;
+  };
+  constexpr Size kSizes[] = {{1, 1, 1}, {5, 30, 3}, {33, 1, 600}, {513, 600, 17}, {2000, 37, 70}, {3000, 330, 290}};
+  constexpr double kTokensPerSum = 64;
+  for (const auto& [tokens, rows, columns] : kSizes) {
+    for (const at::ScalarType left_dtype : {at::kBFloat16, at::kHalf}) {
+      for (const at::ScalarType right_dtype : {at::kBFloat16, at::kHalf}) {
+        SCOPED_TRACE(::testing::Message()
+                     << tokens << " tokens, " << rows << " x " << columns << ", " << left_dtype << ", " << right_dtype);
+        const at::Tensor left = testing::normal({tokens, rows}, 1, left_dtype);
+        const at::Tensor right = testing::normal({tokens, columns}, 2, right_dtype);
+        const at::Tensor wide_left = left.to(at::kDouble);
+        const at::Tensor wide_right = right.to(at::kDouble);
+        const at::Tensor magnitude = wide_left.abs().mT().matmul(wide_right.abs());
+        const double terms = kTokensPerSum + static_cast<double>(tokens) / kTokensPerSum + 2;
+        const at::Tensor error = product_of(left, right).to(at::kDouble) - wide_left.mT().matmul(wide_right);
+        EXPECT_TRUE(error.abs().le(magnitude * (terms * std::numeric_limits<float>::epsilon())).all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_P(SumsBf16, OfTwoBatchesAddsToWhatIsThere) {
+  const at::Tensor left = testing::normal({40, 20}, 3, at::kBFloat16);
+  const at::Tensor right = testing::normal({40, 50}, 4, at::kBFloat16);
+  at::Tensor sum = testing::normal({20, 50}, 5, at::kFloat);
+  const at::Tensor before = sum.clone();
+  add_bf16_products(bf16_kernels(), sum, left, right);
+  EXPECT_TRUE(at::equal(sum, before + product_of(left, right)));
+  EXPECT_TRUE(at::equal(product_of(left.mT().contiguous().mT(), right.mT().contiguous().mT()), product_of(left, right)))
+      << "strides";
+}
+
+TEST_P(SumsBf16, ThreadsDoNotChangeABitOfAProduct) {
+  const at::Tensor left = testing::normal({600, 300}, 7, at::kBFloat16);
+  const at::Tensor right = testing::normal({600, 700}, 8, at::kBFloat16);
+  const auto product_with = [&](int threads) {
+    const testing::ScopedThreads scoped(threads);
+    return product_of(left, right);
+  };
+  const at::Tensor one = product_with(1);
+  EXPECT_TRUE(at::equal(product_with(2), one));
+  EXPECT_TRUE(at::equal(product_with(3), one));
+}
+
+TEST_P(SumsBf16, ThreadsDoNotChangeABit) {
   const at::Tensor inputs = testing::normal({600, 300}, 7, at::kBFloat16);
   const at::Tensor weights = weights_of(600);
   const auto sums_with = [&](int threads) {
@@ -129,7 +184,7 @@ TEST_P(HessianBf16, ThreadsDoNotChangeABit) {
 }
 
 // torch's own products configure the same tiles, on the same threads.
-TEST_P(HessianBf16, TakesTurnsWithProductsOfTorch) {
+TEST_P(SumsBf16, TakesTurnsWithProductsOfTorch) {
   const testing::ScopedThreads threads(2);
   const at::Tensor inputs = testing::normal({256, 256}, 8, at::kBFloat16);
   const at::Tensor product = at::mm(inputs.mT(), inputs);
@@ -140,7 +195,7 @@ TEST_P(HessianBf16, TakesTurnsWithProductsOfTorch) {
   }
 }
 
-TEST_P(HessianBf16, StridesDoNotMatter) {
+TEST_P(SumsBf16, StridesDoNotMatter) {
   const at::Tensor inputs = testing::normal({40, 70}, 5, at::kBFloat16);
   EXPECT_TRUE(at::equal(sum_of(inputs.mT()), sum_of(inputs.mT().contiguous())));
 }
@@ -177,6 +232,22 @@ TEST(PrefersBf16, WhereTheKernelsAreFasterAndAsAccurate) {
   EXPECT_TRUE(prefers(&kernels, single, inputs(at::kHalf), powers));
   EXPECT_FALSE(prefers(&kernels, single, inputs(at::kHalf), weights)) << "six products";
   EXPECT_TRUE(prefers(&kernels, single, inputs(at::kHalf), {}));
+}
+
+TEST(PrefersBf16, OfTwoBatchesWhereBothHave16Bits) {
+  kernels::Bf16Kernels kernels = kernels::bf16_kernels_emulated;
+  kernels.most_products = 2;
+  const auto prefers = [&](at::ScalarType sum, at::ScalarType left, at::ScalarType right) {
+    return prefers_bf16(&kernels, at::zeros({4, 3}, sum), at::zeros({2, 4}, left), at::zeros({2, 3}, right));
+  };
+  EXPECT_TRUE(prefers(at::kFloat, at::kBFloat16, at::kBFloat16));
+  EXPECT_TRUE(prefers(at::kFloat, at::kHalf, at::kBFloat16));
+  EXPECT_FALSE(prefers(at::kFloat, at::kHalf, at::kHalf)) << "four products";
+  EXPECT_FALSE(prefers(at::kFloat, at::kFloat, at::kBFloat16));
+  EXPECT_FALSE(prefers(at::kFloat, at::kBFloat16, at::kFloat));
+  EXPECT_FALSE(prefers(at::kDouble, at::kBFloat16, at::kBFloat16));
+  EXPECT_FALSE(prefers_bf16(nullptr, at::zeros({4, 3}, at::kFloat), at::zeros({2, 4}, at::kBFloat16),
+                            at::zeros({2, 3}, at::kBFloat16)));
 }
 
 }  // namespace
