@@ -43,9 +43,9 @@ def product_update_(sum: Tensor, left: Tensor, right: Tensor) -> Tensor:  # noqa
     """``sum += X^T Y`` for two batches of the same tokens, in place.
 
     Where a Hessian says what a layer's inputs have in common with themselves, such a sum says what they have in common
-    with something else, as with errors. On Intel's CPUs, where MKL is fast, the products are PyTorch's, but for those of
-    bfloat16 and float16 values into a float32 sum on a CPU with AMX; elsewhere the order of the sums does not depend on
-    the number of threads.
+    with something else, as with errors. Values of 16 bits on both sides are multiplied as those of a Hessian are, where
+    the CPU has a unit for that and the sum is float32. Other products are PyTorch's on Intel's CPUs, where MKL is fast.
+    But for these, the order of the sums does not depend on the number of threads.
 
     Args:
         sum: [M, K], float32 or float64; changed and returned.

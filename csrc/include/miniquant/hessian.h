@@ -26,8 +26,9 @@ MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor&
 /// layer's inputs have in common with themselves, such a sum says what they have in common with errors.
 ///
 /// sum: [M, K], float32 or float64, any strides. left: X [..., M]; right: Y [..., K]; dtypes and errors as of the
-/// inputs of hessian_update_(), leading dimensions equal. The products come from ATen on Intel's CPUs, where MKL is
-/// fast; elsewhere from kernels in which the order of the sums does not depend on the number of threads.
+/// inputs of hessian_update_(), leading dimensions equal. Values of 16 bits on both sides are multiplied as those of a
+/// Hessian are, where the CPU has a unit for that and `sum` is float32. Other products come from ATen on Intel's CPUs,
+/// where MKL is fast. But for these, the order of the sums does not depend on the number of threads.
 MINIQUANT_API at::Tensor& product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right);
 
 /// Whether an accumulator keeps one sum, or one for each half of the tokens.
