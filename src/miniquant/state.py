@@ -228,16 +228,14 @@ class RunState:
         Raises:
             OSError: where that one cannot be written; the message names its layer.
         """
+        content = self._content(layer)
         self.settle()
-        self._writing = layer.result.name, self._writer.submit(self._write, layer)
-        self._kept.add(layer.result.name)
+        name = layer.result.name
+        self._writing = name, self._writer.submit(self._write, name, content)
+        self._kept.add(name)
 
-    def _write(self, layer: FinishedLayer) -> None:
-        """Writes a layer's file.
-
-        Raises:
-            OSError: where it cannot be written; the message names the layer.
-        """
+    def _content(self, layer: FinishedLayer) -> bytes:
+        """Of a layer's file."""
         from safetensors.torch import save  # noqa: PLC0415  (not for whoever saves no layers)
 
         done, form = layer.result, Native()
@@ -254,9 +252,12 @@ class RunState:
             "waited": layer.waited,
         }
         metadata = {"format": _FORMAT, "version": _VERSION, "layer": json.dumps(said)}
-        content = save(form.tensors(done.name, done.quantized), metadata=metadata)
-        file = self._files[done.name]
-        with _naming(f"layer {done.name!r}", file):
+        content: bytes = save(form.tensors(done.name, done.quantized), metadata=metadata)
+        return content
+
+    def _write(self, name: str, content: bytes) -> None:
+        file = self._files[name]
+        with _naming(f"layer {name!r}", file):
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as new:
                 new.write_bytes(content)
