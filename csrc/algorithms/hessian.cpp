@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "algorithms/dispatch.h"
-#include "algorithms/sums_bf16.h"
 #include "algorithms/parallel.h"
+#include "algorithms/sums_bf16.h"
 #include "algorithms/tile_runs.h"
 #include "kernels/bf16.h"
 
