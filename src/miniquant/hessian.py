@@ -292,8 +292,10 @@ class HessianAccumulator:
         """
         return float(call("accumulator_tokens", *self._state)[1])
 
-    def half_sums(self) -> Tensor:
-        """The sums X diag(w) X^T of both halves, [2, K, K]: what updates add to, not a copy.
+    def proportional_halves(self) -> tuple[Tensor, Tensor]:
+        """The Hessians of both halves times the same number, [K, K] each, with less memory than :meth:`half` takes.
+
+        The first is what updates add to, not a copy; so is the second where the weights of both halves have one sum.
 
         Raises:
             ValueError: if the accumulator has no halves, or while one of them has no token.
@@ -302,7 +304,12 @@ class HessianAccumulator:
             raise ValueError(
                 f"HessianAccumulator: expected at least one token in each half, but got {self.tokens} in total"
             )
-        return self._state[0]
+        sums, _, weights = self._state
+        of_first, of_second = weights[0].tolist()
+        if of_first == of_second:
+            return sums[0], sums[1]
+        second = large_pages.zeros(*sums[1].shape, dtype=sums.dtype)
+        return sums[0], torch.mul(sums[1], of_first / of_second, out=second)
 
     def hessian(self) -> Tensor:
         """X diag(w) X^T / (sum of the weights w), a new tensor [K, K]; without token weights X X^T / tokens.

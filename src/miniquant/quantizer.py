@@ -473,7 +473,7 @@ class Quantizer:
                 return found
         choice = self._from_first(
             lambda: ridge_by_halves(
-                weight, hessians.calibration.half_sums(), hessians.sample.effective_tokens, **grid._asdict()
+                weight, hessians.calibration.proportional_halves(), hessians.sample.effective_tokens, **grid._asdict()
             )
         )
         target = self._target(weight, options, hessians, choice.ridge, notes)

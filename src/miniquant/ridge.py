@@ -114,17 +114,14 @@ def choose_ridge(
 
 def ridge_by_halves(
     weight: Tensor,
-    halves: tuple[Tensor, Tensor] | Tensor,
+    halves: tuple[Tensor, Tensor],
     effective_tokens: float,
     *,
     bits: int,
     group_size: int,
     symmetric: bool,
 ) -> RidgeChoice:
-    """:func:`choose_ridge` with the Hessians of both halves, or the sums that these are means of: [K, K] each.
-
-    Sums weigh a half by its tokens, and take no memory beside those of an accumulator.
-    """
+    """:func:`choose_ridge` with the Hessians of both halves, [K, K] each, times any number."""
     first, second = halves
     ridge, ridges, losses, fallbacks = call(
         "choose_ridge",

@@ -443,21 +443,29 @@ def test_goes_on_from_sums() -> None:
         HessianAccumulator.from_sums([[1.0]], 1)  # type: ignore[arg-type]
 
 
-def test_sums_of_halves_are_the_memory_that_updates_add_to() -> None:
-    inputs = tokens_of(20, 4)
+def test_halves_in_proportion_take_less_memory() -> None:
+    inputs, weights = tokens_of(20, 4), torch.ones(20)
     accumulator = HessianAccumulator(4, torch.float64, halves=True)
     with pytest.raises(ValueError, match="at least one token in each half, but got 0 in total"):
-        accumulator.half_sums()
+        accumulator.proportional_halves()
     accumulator.update(inputs[:1])
     with pytest.raises(ValueError, match="at least one token in each half, but got 1 in total"):
-        accumulator.half_sums()
-    accumulator.update(inputs[1:12])
-    sums = accumulator.half_sums()
-    accumulator.update(inputs[12:])
-    for half in range(2):
-        torch.testing.assert_close(sums[half] / accumulator.half_tokens(half), accumulator.half(half))
+        accumulator.proportional_halves()
+    accumulator.update(inputs[1:2])
+    first, second = accumulator.proportional_halves()
+    accumulator.update(inputs[2:3])
+    accumulator.update(inputs[3:4])
+    torch.testing.assert_close(first, 2 * accumulator.half(0))  # they are what updates add to
+    torch.testing.assert_close(second, 2 * accumulator.half(1))
+    weights[4:] = 3.0
+    accumulator.update(inputs[4:9], token_weights=weights[4:9])
+    first, second = accumulator.proportional_halves()
+    total = [accumulator.state_dict()["weights"][0, half] for half in range(2)]
+    assert total[0] != total[1]
+    for one, half in ((first, 0), (second, 1)):
+        torch.testing.assert_close(one, total[0] * accumulator.half(half))
     with pytest.raises(ValueError, match="halves that are kept apart"):
-        accumulated(inputs).half_sums()
+        accumulated(inputs).proportional_halves()
 
 
 # Threads

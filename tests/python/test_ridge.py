@@ -180,12 +180,18 @@ def test_retries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         miniquant.gptq_auto(weight, accumulator)
 
 
-def test_sums_of_halves_give_the_ridge_of_their_means() -> None:
-    weight, accumulator = weight_of(), accumulate(correlated(300, 1))
+@pytest.mark.parametrize("heavier", [1.0, 7.0])
+def test_halves_times_a_number_give_the_same_ridge(heavier: float) -> None:
+    """Whatever the tokens of a half weigh, both halves count alike."""
+    weight, inputs = weight_of(), correlated(300, 1)
+    accumulator = HessianAccumulator(COLUMNS, dtype=torch.float64, halves=True)
+    for half, tokens in zip((1.0, heavier), inputs.split(150), strict=True):
+        accumulator.update(tokens, token_weights=torch.full((150,), half))
     usual = miniquant.choose_ridge(weight, accumulator)
-    of_sums = ridge_by_halves(weight, accumulator.half_sums(), 300, bits=4, group_size=64, symmetric=True)
-    assert (of_sums.ridge, of_sums.ridges) == (usual.ridge, usual.ridges)
-    assert of_sums.held_out == pytest.approx(usual.held_out, rel=1e-6)
+    halves = accumulator.proportional_halves()
+    other = ridge_by_halves(weight, halves, accumulator.effective_tokens, bits=4, group_size=64, symmetric=True)
+    assert (other.ridge, other.ridges) == (usual.ridge, usual.ridges)
+    assert other.held_out == pytest.approx(usual.held_out, rel=1e-9)
 
 
 def test_few_tokens_are_not_trusted_below_the_usual_ridge() -> None:
