@@ -61,6 +61,8 @@ bool are_powers_of_two(const at::Tensor& token_weights) {
   return std::ranges::all_of(values, is_power_of_two);
 }
 
+bool has_16_bits(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
 /// The number of parts that hold every bit of a 16-bit dtype.
 int64_t parts_of(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 1 : 2; }
 
@@ -178,6 +180,18 @@ int64_t tokens_per_pass(const Bf16Kernels& kernels, int64_t entries, int64_t run
   return std::min(std::max<int64_t>(packed_bytes(kernels, entries) / run_bytes, 1) * kTokensPerRun, tokens);
 }
 
+kernels::Bf16Problem problem_of(Bf16Layout left, Bf16Layout right, const PackedRoom& packed,
+                                const std::vector<Bf16Product>& products, int64_t square_panels, float* sum) {
+  return {.left_layout = left,
+          .right_layout = right,
+          .left = packed.left().values,
+          .right = packed.right().values,
+          .products = products.data(),
+          .product_count = static_cast<int64_t>(products.size()),
+          .square_panels = square_panels,
+          .sum = sum};
+}
+
 /// Packs the tokens in `blocks` pieces, and then adds the products to the squares, with Bf16Kernels::add_square or
 /// add_mirrored.
 template <typename PackBlock>
@@ -202,16 +216,7 @@ void add_pass_of_squares(const Bf16Kernels& kernels, float* hessian, const Token
   const int64_t panels = layout.panels();
   const int64_t side =
       square_panels(kernels, [&](int64_t of_panels) { return panels * panels / (2 * of_panels * of_panels); });
-  const kernels::Bf16Problem problem{
-      .left_layout = layout,
-      .right_layout = layout,
-      .left = packed.left().values,
-      .right = packed.right().values,
-      .products = products.data(),
-      .product_count = static_cast<int64_t>(products.size()),
-      .square_panels = side,
-      .sum = hessian,
-  };
+  const kernels::Bf16Problem problem = problem_of(layout, layout, packed, products, side, hessian);
   add_pass(
       problem, layout.blocks(), [&](int64_t block) { pack(kernels, tokens, block, packed.left(), packed.right()); },
       lower_squares(kernels::ceil_div(panels, side)), kernels.add_mirrored,
@@ -227,16 +232,7 @@ void add_pass_of_products(const Bf16Kernels& kernels, float* sum, const Tokens& 
   };
   const int64_t side =
       square_panels(kernels, [&](int64_t of) { return squares_along(rows, of) * squares_along(columns, of); });
-  const kernels::Bf16Problem problem{
-      .left_layout = rows,
-      .right_layout = columns,
-      .left = packed.left().values,
-      .right = packed.right().values,
-      .products = products.data(),
-      .product_count = static_cast<int64_t>(products.size()),
-      .square_panels = side,
-      .sum = sum,
-  };
+  const kernels::Bf16Problem problem = problem_of(rows, columns, packed, products, side, sum);
   const int64_t blocks = rows.blocks();
   add_pass(
       problem, 2 * blocks,
@@ -264,8 +260,7 @@ bool moderate(const at::Tensor& token_weights) {
 bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& hessian, const at::Tensor& inputs,
                   const at::Tensor& token_weights, HessianPrecision precision) {
   const at::ScalarType dtype = inputs.scalar_type();
-  const bool splits =
-      dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && precision == HessianPrecision::kBf16x3);
+  const bool splits = has_16_bits(dtype) || (dtype == at::kFloat && precision == HessianPrecision::kBf16x3);
   return kernels != nullptr && hessian.scalar_type() == at::kFloat && splits &&
          std::ssize(products_of(split_of(dtype, token_weights))) <= kernels->most_products &&
          (!token_weights.defined() || moderate(token_weights));
@@ -296,14 +291,11 @@ Split split_of_factors(const at::Tensor& left, const at::Tensor& right) {
   return {parts_of(left.scalar_type()), parts_of(right.scalar_type())};
 }
 
-bool has_16_bits(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
-}
-
 }  // namespace
 
 bool prefers_bf16(const Bf16Kernels* kernels, const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
-  return kernels != nullptr && sum.scalar_type() == at::kFloat && has_16_bits(left) && has_16_bits(right) &&
+  return kernels != nullptr && sum.scalar_type() == at::kFloat && has_16_bits(left.scalar_type()) &&
+         has_16_bits(right.scalar_type()) &&
          std::ssize(products_of(split_of_factors(left, right))) <= kernels->most_products;
 }
 

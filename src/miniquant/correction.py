@@ -116,11 +116,9 @@ class ErrorSum:
             raise ValueError
         self._sum += product
 
-    def times(self, weight: Tensor) -> "ErrorSum":
-        """Of W (u - v), for a weight W [L, M]."""
-        product = ErrorSum(0, 0, self._sum.dtype)
-        product._sum, product._weight = _product(weight, self._sum), self._weight
-        return product
+    def multiply(self, weight: Tensor) -> None:
+        """Makes it the sum of W (u - v), for a weight W [L, M]."""
+        self._sum = _product(weight, self._sum)
 
     def merge_over(self, total: Callable[..., None]) -> None:
         """Adds the tokens of other processes.
@@ -192,7 +190,8 @@ class Errors:
     def multiply(self, weight: Tensor) -> None:
         """Makes W E of E, where it is not that already."""
         if not self.multiplied:
-            self.inputs, self.multiplied = self.inputs.times(weight), True
+            self.inputs.multiply(weight)
+            self.multiplied = True
 
     def merge_over(self, total: Callable[..., None]) -> None:
         """As of :class:`ErrorSum`."""
