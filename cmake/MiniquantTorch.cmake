@@ -84,7 +84,7 @@ function(miniquant_import_torch error_variable)
 
   get_filename_component(prefix "${Torch_DIR}/../../.." ABSOLUTE)
   foreach(name torch_cpu c10 torch)
-    find_library(lib${name} ${name} NO_CACHE NO_DEFAULT_PATH
+    find_library(lib${name} ${name} NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH
       PATHS "${prefix}" "${prefix}/.."
       PATH_SUFFIXES lib lib64 "lib/${CMAKE_LIBRARY_ARCHITECTURE}" "${CMAKE_LIBRARY_ARCHITECTURE}")
     if(NOT lib${name})
@@ -92,7 +92,7 @@ function(miniquant_import_torch error_variable)
       return()
     endif()
   endforeach()
-  find_path(include ATen/ATen.h NO_CACHE NO_DEFAULT_PATH PATHS "${prefix}" "${prefix}/.." PATH_SUFFIXES include)
+  find_path(include ATen/ATen.h NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH PATHS "${prefix}" "${prefix}/.." PATH_SUFFIXES include)
   if(NOT include)
     set(${error_variable} "Torch_DIR is ${Torch_DIR}, and there are no headers in ${prefix}/include" PARENT_SCOPE)
     return()

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <c10/util/TypeCast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -58,9 +59,10 @@ bool is_finite(Arithmetic<Stored> scale, int32_t levels) {
   return scale * static_cast<Arithmetic<Stored>>(levels) <= kLargestFinite<Stored>;
 }
 
+// c10::convert: on ARM a float becomes a Half by way of __fp16, of which g++ warns outside torch's headers.
 template <typename Stored>
 Stored largest_scale_of(int32_t levels) {
-  auto scale = static_cast<Stored>(kLargestFinite<Stored> / static_cast<Arithmetic<Stored>>(levels));
+  auto scale = c10::convert<Stored>(kLargestFinite<Stored> / static_cast<Arithmetic<Stored>>(levels));
   while (!is_finite<Stored>(static_cast<Arithmetic<Stored>>(scale), levels)) {
     scale = next_below(scale);
   }
@@ -70,7 +72,7 @@ Stored largest_scale_of(int32_t levels) {
 template <typename T, typename Stored>
 T round_scale(T scale, int32_t levels) {
   constexpr T smallest = static_cast<T>(kSmallestScale<Stored>);
-  const auto stored = static_cast<Stored>(static_cast<Arithmetic<Stored>>(scale));
+  const auto stored = c10::convert<Stored>(static_cast<Arithmetic<Stored>>(scale));
   return is_finite<Stored>(static_cast<Arithmetic<Stored>>(stored), levels)
              ? std::max(static_cast<T>(stored), smallest)
              : static_cast<T>(largest_scale_of<Stored>(levels));

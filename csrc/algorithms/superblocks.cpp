@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Half.h>
+#include <c10/util/TypeCast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -49,7 +50,7 @@ Multiples multiples_of_scales(SuperblockType type) {
 double stored_step(double step) {
   constexpr double kLargest = 65504;
   const double magnitude = std::clamp(std::abs(step), smallest_scale(at::kHalf), kLargest);
-  const auto rounded = static_cast<double>(static_cast<float>(c10::Half(static_cast<float>(magnitude))));
+  const auto rounded = static_cast<double>(static_cast<float>(c10::convert<c10::Half>(static_cast<float>(magnitude))));
   return step < 0 ? -rounded : rounded;
 }
 
@@ -122,7 +123,7 @@ void round_to_steps(GroupValues<T> of, Multiples range, bool may_be_zero, int64_
       const int64_t first = row * groups + block * groups_per_block;
       const double step =
           step_of_superblock(of.values + first, of.importance + first, groups_per_block, unit, range, may_be_zero);
-      stored[row * blocks + block] = c10::Half(static_cast<float>(step));
+      stored[row * blocks + block] = c10::convert<c10::Half>(static_cast<float>(step));
       for (int64_t at = first; at < first + groups_per_block; ++at) {
         steps[at] = static_cast<T>(step / unit);
         const bool is_held = of.held != nullptr && (of.held[2 * at] != 0 || of.held[2 * at + 1] != 0);

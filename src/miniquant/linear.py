@@ -60,7 +60,14 @@ class _Layout(NamedTuple):
 
 
 # Of the instruction sets AVX-512 and AVX2, and of others. A weight that was packed otherwise is kept in rows.
-_LAYOUTS = (_Layout(64, pairs=False), _Layout(32, pairs=False), _Layout(64, pairs=True), _Layout(32, pairs=True))
+# Of AVX-512, AVX2, their portable forms, and ARM.
+_LAYOUTS = (
+    _Layout(64, pairs=False),
+    _Layout(32, pairs=False),
+    _Layout(64, pairs=True),
+    _Layout(32, pairs=True),
+    _Layout(16, pairs=True),
+)
 
 
 class QuantizedLinear(nn.Module):

@@ -21,7 +21,7 @@ TEST(Build, VersionIsThatOfTheOperatorAndHasThreeNumbers) {
 TEST(Build, InstructionSetIsThatOfTheOperatorAndKeepsItsName) {
   const std::string before(instruction_set());
   EXPECT_EQ(before, ask_operator("miniquant::instruction_set"));
-  EXPECT_THAT(before, ::testing::AnyOf("baseline", "avx2", "avx512"));
+  EXPECT_THAT(before, ::testing::AnyOf("baseline", "avx2", "avx512", "neon"));
   // The kernels are chosen once: the environment changes nothing now.
   const char* const forced = std::getenv("MINIQUANT_ISA");
   const std::string restored = forced == nullptr ? "" : forced;
@@ -32,7 +32,7 @@ TEST(Build, InstructionSetIsThatOfTheOperatorAndKeepsItsName) {
 
 TEST(Build, UnitIsThatOfTheOperator) {
   EXPECT_EQ(bfloat16_unit(), ask_operator("miniquant::bfloat16_unit"));
-  EXPECT_THAT(std::string(bfloat16_unit()), ::testing::AnyOf("none", "avx512_bf16", "amx_bf16"));
+  EXPECT_THAT(std::string(bfloat16_unit()), ::testing::AnyOf("none", "avx512_bf16", "amx_bf16", "neon_bf16"));
 }
 
 }  // namespace

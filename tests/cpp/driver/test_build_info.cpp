@@ -12,7 +12,7 @@ using testing::MatchesRegex;
 TEST(BuildInfo, SaysWhatItWasBuiltFrom) {
   const BuildInfo& info = build_info();
   EXPECT_THAT(info.miniquant, MatchesRegex("[0-9]+\\.[0-9]+\\.[0-9]+"));
-  EXPECT_THAT(info.torch, MatchesRegex("2\\.13\\..*"));
+  EXPECT_THAT(info.torch, MatchesRegex("2\\.[0-9]+\\..*"));
   EXPECT_THAT(info.compiler, MatchesRegex("[A-Za-z]+ [0-9]+\\..*"));
   EXPECT_EQ(info.cxx_standard, "C++20");
   EXPECT_THAT(info.git_revision, AnyOf("", MatchesRegex("[0-9a-f]+")));

@@ -297,8 +297,9 @@ TEST(Options, HelpAndVersion) {
     EXPECT_THAT(help, HasSubstr(option));
   }
   EXPECT_THAT(help, testing::Not(HasSubstr("{false}")));
-  EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,
-              testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\..*, instruction set (baseline|avx2|avx512)\\)\n"));
+  EXPECT_THAT(
+      std::get<Information>(parse_options({"--version"})).text,
+      testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\..*, instruction set (baseline|avx2|avx512|neon)\\)\n"));
 }
 
 }  // namespace
