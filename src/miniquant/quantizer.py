@@ -236,7 +236,7 @@ class Quantizer:
         inputs = visit.inputs_id, _sum_dtype(visit.site), weighing.scheme, weighing.causal, of_layer
         same = self._inputs == inputs
         if self._ranks is not None:  # where no batch of this one came, the others know
-            same = all(self._ranks.gathered(same or not visit.inputs))
+            same = self._ranks.on_all(holds=same or not visit.inputs)
         self._inputs = inputs
         if not same:
             self._last = None

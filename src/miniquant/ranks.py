@@ -17,7 +17,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -104,6 +104,12 @@ class Ranks:
                 dist.all_reduce(tensor, group=self._group)
             self.bytes_sent += 2 * tensor.nbytes * (self.count - 1) // self.count
 
+    def on_all(self, *, holds: bool) -> bool:
+        """Whether something holds on every rank."""
+        failing = torch.tensor([not holds], dtype=torch.int32)
+        self.sum(failing)
+        return not int(failing)
+
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, on all ranks; or the error that it meets."""
         made: list[bytes] = [b""]
@@ -136,30 +142,43 @@ class Ranks:
             mine = make(slice(begin, min(begin + share, rows)))
         except Exception as error:  # noqa: BLE001  (it is raised below, on all ranks)
             failed = error
-        errors = self.gathered(failed)
-        first = next((one for one in errors if one is not None), None)
-        if first is not None:
-            raise first
+        self._raise_any(failed)
         assert mine is not None  # noqa: S101  (there was no error)
-        return cast("Weight", mine.map(lambda tensor: self._joined(tensor, rows, share)))
+        tensors: list[Tensor] = []
+
+        def noted(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        mine.map(noted)
+        whole = iter(self._joined(tensors, rows, share))
+        return cast("Weight", mine.map(lambda _: next(whole)))
 
     def wait(self) -> None:
         """Until all ranks are here."""
         with self._answered():
             dist.barrier(group=self._group)
 
-    def _joined(self, mine: Tensor, rows: int, share: int) -> Tensor:
-        """Rows of all ranks one after the other."""
-        stored = mine.contiguous().flatten(1) if mine.dim() > 1 else mine.contiguous()[:, None]
-        width = stored.shape[1]
-        sent = torch.zeros(share, width * stored.element_size(), dtype=torch.uint8)
-        sent[: len(stored)] = stored.view(torch.uint8).view(len(stored), sent.shape[1])
+    def _raise_any(self, failed: Exception | None) -> None:
+        """Raises the error of the first rank that has one, on all ranks."""
+        if not self.on_all(holds=failed is None):
+            raise next(one for one in self.gathered(failed) if one is not None)
+
+    def _joined(self, mine: Sequence[Tensor], rows: int, share: int) -> list[Tensor]:
+        """Rows of all ranks one after the other, of each of some tensors: one message for all of them."""
+        stored = [tensor.unsqueeze(-1).flatten(1).contiguous().view(torch.uint8) for tensor in mine]
+        widths = [tensor.shape[1] for tensor in stored]
+        sent = torch.zeros(share, sum(widths), dtype=torch.uint8)
+        sent[: len(stored[0])] = torch.cat(stored, dim=1)
         parts = [torch.empty_like(sent) for _ in range(self.count)]
         with self._answered():
             dist.all_gather(parts, sent, group=self._group)
         self.bytes_sent += sent.nbytes * (self.count - 1)
-        whole = torch.cat(parts)[:rows].view(mine.dtype)
-        return whole.view(rows, *mine.shape[1:])
+        whole = torch.cat(parts)[:rows].split(widths, dim=1)
+        return [
+            joined.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(rows, *tensor.shape[1:])
+            for joined, tensor in zip(whole, mine, strict=True)
+        ]
 
     def gathered(self, value: Value) -> list[Value]:
         """A value of each rank, in their order, on all of them."""
