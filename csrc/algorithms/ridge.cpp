@@ -13,6 +13,7 @@
 #include <limits>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "algorithms/gptq.h"
 #include "algorithms/grid.h"
@@ -38,19 +39,28 @@ constexpr double kPowerOfTokens = 0.7;
 /// A ridge to start from: the best one for the layers of an encoder (docs/algorithm.md, "The ridge from the data").
 double usual_ridge(int64_t tokens) { return std::pow(128.0 / static_cast<double>(tokens), kPowerOfTokens); }
 
-/// Quantizes with the Hessian of one half of the tokens and measures with that of the other, both ways round. Only one
-/// of them is kept converted for measurements; a second one would take the memory of another float32 Hessian.
+/// Layers of at least so many columns are judged one way round: so many columns and the tokens that they need average
+/// what the other way round would, and it would take as long again.
+constexpr int64_t kColumnsOfOneWay = 4096;
+
+/// Quantizes with the Hessian of one half of the tokens and measures with that of the other, both ways round, or for
+/// large layers the first way only. Only one of them is kept converted for measurements; a second one would take the
+/// memory of another float32 Hessian.
 class Halves {
  public:
   Halves(at::Tensor weight, at::Tensor first, at::Tensor second)
-      : weight_(std::move(weight)), hessians_{std::move(first), std::move(second)} {}
+      : weight_(std::move(weight)),
+        hessians_{std::move(first), std::move(second)},
+        ways_(weight_.size(1) < kColumnsOfOneWay ? 2 : 1) {}
 
-  /// The sum of both losses of GPTQ; infinity where a Hessian is not positive definite with this ridge.
+  /// The sum of the losses of GPTQ; infinity where a Hessian is not positive definite with this ridge.
   [[nodiscard]] double loss(const GptqOptions& options) {
     try {
-      const GptqResult of_first = algorithms::gptq(weight_, hessians_[0], options);
-      const GptqResult of_second = algorithms::gptq(weight_, hessians_[1], options);
-      return loss_of(of_first, of_second);
+      std::vector<QuantizedWeight> of_halves;
+      for (size_t half = 0; half < ways_; ++half) {
+        of_halves.push_back(algorithms::gptq(weight_, hessians_.at(half), options));
+      }
+      return loss_of(of_halves);
     } catch (const c10::LinAlgError&) {
       return std::numeric_limits<double>::infinity();
     }
@@ -58,16 +68,17 @@ class Halves {
 
   /// The same of rounding to nearest.
   [[nodiscard]] double loss_of_nearest(const GridOptions& grid) {
-    const QuantizedWeight nearest = algorithms::rtn(weight_, grid);
-    return loss_of(nearest, nearest);
+    return loss_of(std::vector<QuantizedWeight>(ways_, algorithms::rtn(weight_, grid)));
   }
 
  private:
   /// The loss of what was quantized with each half, measured with the other; the half that is converted goes first.
-  [[nodiscard]] double loss_of(const QuantizedWeight& of_first, const QuantizedWeight& of_second) {
+  [[nodiscard]] double loss_of(const std::vector<QuantizedWeight>& of_halves) {
     double loss = 0;
-    for (const size_t half : {converted_, 1 - converted_}) {
-      loss += loss_with(half, half == 0 ? of_second : of_first);
+    for (const size_t measured : {converted_, 1 - converted_}) {
+      if (const size_t half = 1 - measured; half < of_halves.size()) {
+        loss += loss_with(measured, of_halves[half]);
+      }
     }
     return loss;
   }
@@ -85,6 +96,7 @@ class Halves {
 
   at::Tensor weight_;
   std::array<at::Tensor, 2> hessians_;
+  size_t ways_;
   std::unique_ptr<LossMeasure> measure_;  ///< with the Hessian of the half `converted_`
   size_t converted_ = 1;
 };

@@ -22,10 +22,11 @@ struct JudgedRidges {
 JudgedRidges judged_ridges(int64_t tokens, int64_t columns);
 
 /// float64 [kJudgedRidges]: the held-out loss of each ridge. Some rows of the weight are quantized with the Hessian of
-/// one half of the tokens and measured with that of the other; the losses of both ways round are added. Each ridge is
-/// first raised to its equivalent for half the tokens. From the usual ridge upward, or if that is no better downward,
-/// ridges are tried until the loss no longer falls, and the last one always. kNotTried for the others, infinity
-/// where a Hessian could not be factored. Arguments as miniquant::choose_ridge, already checked.
+/// one half of the tokens and measured with that of the other; the losses of both ways round are added, but for weights
+/// of 4096 columns or more, which are judged one way round. Each ridge is first raised to its equivalent for half the
+/// tokens. From the usual ridge upward, or if that is no better downward, ridges are tried until the loss no longer
+/// falls, and the last one always. kNotTried for the others, infinity where a Hessian could not be factored. Arguments
+/// as miniquant::choose_ridge, already checked.
 at::Tensor judge_ridges(const at::Tensor& weight, const at::Tensor& first, const at::Tensor& second,
                         const JudgedRidges& judged, const GridOptions& grid);
 

@@ -88,7 +88,8 @@ json definitions() {
       {"ridge_choice",
        "null unless setup.ridge is auto; ridges: those judged, with the last GPTQ rounds to nearest; held_out: for "
        "each the loss of some rows of W with the codes of one half of the tokens and H of the other half, both ways "
-       "round, relative to that of the last, null where H was not positive definite; half_tokens: tokens of either "
+       "round for fewer than 4096 columns, relative to that of the last, null where H was not positive definite; "
+       "half_tokens: tokens of either "
        "half; chosen: the ridge of least held_out, and reason says whether it gains on rounding to nearest; failed: "
        "the ridges with which H of all tokens was not positive definite, each followed by one ten times larger"},
       {"ridge_added", "ridge * mean(diag(X X^T / n)), what the ridge adds to every diagonal element"},

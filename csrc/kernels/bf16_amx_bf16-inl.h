@@ -39,7 +39,7 @@ class Bf16Multiplier {
  public:
   static constexpr std::int64_t kMostProducts = 4;
   static constexpr std::int64_t kMostSquarePanels = 32;
-  static constexpr std::int64_t kMostPackedBytes = std::int64_t{64} * 1024 * 1024;
+  static constexpr std::int64_t kMostPackedBytes = std::int64_t{128} * 1024 * 1024;
 
   MINIQUANT_INLINE Bf16Multiplier() { _tile_loadconfig(&kTileConfiguration); }
   MINIQUANT_INLINE ~Bf16Multiplier() {

@@ -80,10 +80,11 @@ def choose_ridge(
     """Chooses the ridge by cross-validation on the calibration tokens.
 
     Some rows of the weight are quantized with the Hessian of one half of the tokens, and their loss is measured with
-    the Hessian of the other half; then the other way round. The ridge of least loss is chosen. If a half has fewer
-    tokens than columns, ridges below (128 / tokens)^0.7 are not tried: docs/algorithm.md, "The ridge from the data",
-    says why. With token weights the effective number of tokens is used, or what `effective_tokens` says. The choice
-    costs four to ten factorizations of H, and as many sweeps over at most 128 rows.
+    the Hessian of the other half; for fewer than 4096 columns also the other way round. The ridge of least loss is
+    chosen. If a half has fewer tokens than columns, ridges below (128 / tokens)^0.7 are not tried: docs/algorithm.md,
+    "The ridge from the data", says why. With token weights the effective number of tokens is used, or what
+    `effective_tokens` says. The choice costs two to five factorizations of H for each way round, and as many
+    sweeps over at most 128 rows.
 
     Args:
         weight: [N, K].

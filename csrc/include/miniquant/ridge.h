@@ -18,14 +18,15 @@ struct RidgeChoice {
 };
 
 /// Chooses a ridge by its held-out loss: some rows of the weight are quantized with the Hessian of one half of the
-/// tokens and measured with that of the other, both ways round, and the ridge with the least loss is taken. If a half
-/// has fewer tokens than the weight has columns, ridges below (128 / tokens)^0.7 are not tried: see docs/algorithm.md,
-/// "The ridge from the data". If tokens have weights, the effective number of tokens replaces their number.
+/// tokens and measured with that of the other, both ways round for fewer than 4096 columns, and the ridge with
+/// the least loss is taken. If a half has fewer tokens than the weight has columns, ridges below (128 / tokens)^0.7 are
+/// not tried: see docs/algorithm.md, "The ridge from the data". If tokens have weights, the effective number of tokens
+/// replaces their number.
 ///
 /// accumulator: with Halves::kApart and at least one token in each half.
 /// grid: only bits, group_size and symmetric are used, as the trials use the plain grid; given scales are rejected.
-/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs four to ten factorizations of H, and as many sweeps
-/// over at most 128 rows.
+/// Throws c10::ValueError / c10::TypeError on bad arguments. Costs two to five factorizations of H for each way
+/// round, and as many sweeps over at most 128 rows.
 MINIQUANT_API RidgeChoice choose_ridge(const at::Tensor& weight, const HessianAccumulator& accumulator,
                                        const GridOptions& grid = {});
 

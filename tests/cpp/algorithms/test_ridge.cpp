@@ -142,5 +142,22 @@ TEST(JudgeRidges, AFailureIsAnInfiniteLoss) {
   EXPECT_TRUE(losses[kJudgedRidges - 1].isfinite().item<bool>()) << "rounding to nearest needs no factor";
 }
 
+TEST(JudgeRidges, LargeLayersAreJudgedOneWayRound) {
+  for (const int64_t columns : {4095, 4096}) {
+    // Without correlations GPTQ rounds to nearest, with whatever half.
+    const at::Tensor weight = testing::normal({1, columns}, 1).to(at::kFloat);
+    const at::Tensor first = at::eye(columns, at::kFloat);
+    const at::Tensor second = 2 * first;
+    const QuantizedWeight nearest = algorithms::rtn(weight, {});
+    const double of_first = loss_of(nearest, weight, first, 64);
+    const JudgedRidges ridges{judged_ridges(100, columns).ridges, kJudgedRidges - 2};  // few are tried
+    const at::Tensor losses = judge_ridges(weight, first, second, ridges, {});
+    for (const int64_t i : {ridges.usual, kJudgedRidges - 1}) {
+      EXPECT_NEAR(losses[i].item<double>(), (columns < 4096 ? 3 : 2) * of_first, 1e-6 * of_first)
+          << columns << " " << i;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace miniquant::algorithms
