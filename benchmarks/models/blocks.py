@@ -10,6 +10,7 @@ many times the seconds of a block as it has blocks: computed, not measured. Writ
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -98,7 +99,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = earlier_rows(arguments) if arguments.add else []
 
     def measure(self, name: str, sizes: dict[str, int]) -> None:
         """All rows of a model's block."""
@@ -148,6 +149,14 @@ class Benchmark:
         write(self)
 
 
+def earlier_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those of the results that are there, but for the models that are measured again."""
+    rows = json.loads((arguments.output / "blocks.json").read_text())["rows"]
+    if any(row["tokens"] != arguments.tokens for row in rows):
+        raise ValueError(f"--add: expected the rows in {arguments.output} to be of {arguments.tokens} tokens, too")
+    return [row for row in rows if row["model"] not in arguments.models]
+
+
 def line_of(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     seconds = row["seconds"]
@@ -193,6 +202,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="Python of the environment of the peers; without it only ours")
     parser.add_argument("--work", type=Path, default=SCRATCH / "blocks", help="folder for models")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other models")
     parser.add_argument("--quick", action="store_true", help="a small block and few tokens; below build/")
     arguments = parser.parse_args()
     sizes = {name: SHAPES[name][1] for name in arguments.models}

@@ -302,7 +302,9 @@ void check_merge_values(const HessianSums& state, const HessianSums& other) {
     TORCH_CHECK_VALUE(!bad.any().item<bool>(), kAccumulator, ": expected other ", argument, " to be ", requirement,
                       ", but got ", first_value(tensor, bad));
   };
-  refuse("sums", "finite", other.sums, at::isfinite(other.sums).logical_not());
+  if (!algorithms::all_finite(other.sums)) {
+    refuse("sums", "finite", other.sums, at::isfinite(other.sums).logical_not());
+  }
   refuse("tokens", "not negative", other.tokens, other.tokens < 0);
   refuse("weights", "finite, and positive where there are tokens", other.weights,
          at::isfinite(other.weights).logical_and(other.weights.gt(0).eq(other.tokens.gt(0))).logical_not());

@@ -248,8 +248,9 @@ class LayerHessians:
 
     def merge(self, other: "LayerHessians") -> None:
         """Adds the tokens of another layer with as many columns; not their errors."""
-        self.calibration.merge(other.calibration)
-        self.held_out.merge(other.held_out)
+        for mine, others in ((self.calibration, other.calibration), (self.held_out, other.held_out)):
+            if others.tokens:
+                mine.merge(others)
         self.sample.merge(other.sample)
 
     def sum_over(self, ranks: Ranks, weight: Callable[[], Tensor], *, has_held_out: bool) -> None:

@@ -31,7 +31,7 @@ from miniquant.results import (
     Stopped,
     TooFewTokensError,
 )
-from miniquant.ridge import LinAlgError, ridge_by_halves, with_choice
+from miniquant.ridge import POWER_OF_TOKENS, LinAlgError, ridge_by_halves, with_choice
 from miniquant.superblocks import gptq_superblocks, rtn_superblocks
 from miniquant.token_weights import GRADIENT, causal_sites
 from miniquant.walk import Visit, Walk
@@ -387,9 +387,9 @@ class Quantizer:
         if finished.found_ridge is not None:
             grid = done.options.grid
             if finished.searched:
-                self._carried.found(_kind(done.site, done.options), finished.found_ridge)
+                self._carried.found(_kind(done.site, done.options, done.tokens), finished.found_ridge, done.tokens)
             elif grid not in self._ridges:
-                self._carried.take(_kind(done.site, done.options))
+                self._carried.take(_kind(done.site, done.options, done.tokens), done.tokens)
             self._ridges[grid] = finished.found_ridge
         self._add(replace(done, restored=True))
 
@@ -465,7 +465,9 @@ class Quantizer:
             return self._with_ridge(weight, options, hessians, float(options.ridge), notes)
         if shared and grid in self._ridges:
             return self._with_ridge(weight, options, hessians, self._ridges[grid], notes)
-        carried = self._carried.take(_kind(site, options)) if shared and siblings_of(site) is None else None
+        tokens = hessians.calibration.tokens
+        kind = _kind(site, options, tokens)
+        carried = self._carried.take(kind, tokens) if shared else None
         if carried is not None:
             with suppress(LinAlgError):  # then its own is searched for
                 found = self._with_ridge(weight, options, hessians, carried, notes)
@@ -482,8 +484,7 @@ class Quantizer:
         if shared:
             self._ridges[grid] = ridge
             self._searched = True
-            if siblings_of(site) is None:
-                self._carried.found(_kind(site, options), ridge)
+            self._carried.found(kind, ridge, tokens)
         if failed:
             tried = ", ".join(f"{one:.2g}" for one in failed)
             notes.append(f"the Hessian was not positive definite with ridge {tried}, so it is {ridge:.2g}")
@@ -526,29 +527,36 @@ class Quantizer:
 
 
 class _CarriedRidges:
-    """The ridges of layers of one kind, block after block.
+    """The ridges of layers of one kind, block after block and expert after expert.
 
-    They hardly change: where two in a row are about the same, the next ones take the ridge without a search, which
-    takes several times as long as the solver.
+    They hardly change, but with the number of tokens, as the usual ridge does. Where two in a row are about the same
+    but for that, the next ones take the ridge without a search, which takes several times as long as the solver.
     """
 
     def __init__(self) -> None:
-        self._ridges: dict[Hashable, float] = {}
+        self._found: dict[Hashable, tuple[float, int]] = {}  # ridge and tokens
         self._left: dict[Hashable, int] = {}
 
-    def take(self, kind: Hashable) -> float | None:
-        """The ridge for the next layer of a kind; None where it is to be searched for."""
+    def take(self, kind: Hashable, tokens: int) -> float | None:
+        """The ridge for the next layer of a kind, with so many tokens; None where it is to be searched for."""
         if not self._left.get(kind):
             return None
         self._left[kind] -= 1
-        return self._ridges[kind]
+        return self._expected(kind, tokens)
 
-    def found(self, kind: Hashable, ridge: float) -> None:
+    def found(self, kind: Hashable, ridge: float, tokens: int) -> None:
         """Notes the ridge that was found for a layer of a kind."""
-        before = self._ridges.get(kind)
+        before = self._expected(kind, tokens)
         is_same = before is not None and max(before, ridge) < NEARBY * min(before, ridge)
-        self._ridges[kind] = ridge
+        self._found[kind] = ridge, tokens
         self._left[kind] = CARRIED if is_same and ridge < LARGEST_CARRIED else 0
+
+    def _expected(self, kind: Hashable, tokens: int) -> float | None:
+        """The last one that was found, for another number of tokens."""
+        if kind not in self._found:
+            return None
+        ridge, of_tokens = self._found[kind]
+        return ridge * float((of_tokens / tokens) ** POWER_OF_TOKENS)
 
 
 def _rounded_to_nearest(weight: Tensor, options: LayerOptions, scale_dtype: torch.dtype | None) -> QuantizedWeight:
@@ -573,9 +581,12 @@ def _sum_dtype(site: Site) -> torch.dtype:
     return torch.float64 if site.dtype == torch.float64 else torch.float32
 
 
-def _kind(site: Site, options: LayerOptions) -> Hashable:
-    """Equal for the same layer of different blocks, to which the same is done."""
-    return re.sub(r"\d+", "#", site.name), site.rows, site.columns, options
+def _kind(site: Site, options: LayerOptions, tokens: int) -> Hashable:
+    """Equal for the same layer of different blocks and of different experts, to which the same is done.
+
+    Those with too few tokens for small ridges to be tried (:func:`miniquant.choose_ridge`) are apart.
+    """
+    return re.sub(r"\d+", "#", site.name), site.rows, site.columns, options, tokens // 2 < site.columns
 
 
 def _summed_losses(

@@ -18,6 +18,10 @@ Result = TypeVar("Result")
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 
+# The best ridge falls with the number of tokens to this power, as choose_ridge takes it.
+POWER_OF_TOKENS = 0.7
+
+
 class RidgeChoice(NamedTuple):
     """The ridge chosen from the data, and the held-out losses that it was chosen by.
 

@@ -35,6 +35,8 @@ SQUARED_ATTENTION = 0.25
 LEAST_NORM = 1e-4
 # Norms whose squares float32 holds with all its digits, for as many columns as there are.
 IN_RANGE_OF_FLOAT32 = (1e-15, 1e15)
+# Of 16 bits, that are converted to float32 together.
+TOKENS_AT_ONCE = 128
 
 
 def causal_sites(model: nn.Module, sites: list[Site]) -> set[int]:
@@ -65,13 +67,27 @@ def _modules_around(name: str) -> Iterator[str]:
         yield name
 
 
+def _norms_in_float32(inputs: Tensor) -> Tensor:
+    """|x| of tokens [..., K], float32 [...]."""
+
+    def of(tokens: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
+        return norms
+
+    if inputs.device.type != "cpu" or inputs.element_size() != 2 or not inputs.numel():
+        return of(inputs)
+    # A conversion to float32 of a few tokens at a time takes memory that is used again, not new memory.
+    chunks = inputs.reshape(-1, inputs.shape[-1]).split(TOKENS_AT_ONCE)
+    return torch.cat([of(chunk) for chunk in chunks]).view(inputs.shape[:-1])
+
+
 def _norms(inputs: Tensor) -> Tensor:
     """|x| of tokens [..., K], float64 [...].
 
     Summed in float32 where no square leaves its range: float64 takes several times as long.
     """
     if inputs.dtype != torch.float64:
-        norms: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float32)
+        norms = _norms_in_float32(inputs)
         if bool(norms.clamp(*IN_RANGE_OF_FLOAT32).eq(norms).all()):
             return norms.double()
     wide: Tensor = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float64)

@@ -254,6 +254,46 @@ def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: 
             assert layer.ridge == result.layers[layer.name.replace(kind, others[kind])].ridge
 
 
+def test_ridges_are_carried_over_to_experts_as_their_tokens_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.decoder("Mixtral", num_hidden_layers=1, num_local_experts=12, num_experts_per_tok=2)
+    searched: list[float] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        choice = ridge_by_halves(*arguments, **options)
+        searched.append(choice.ridge)
+        return choice
+
+    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
+    options = LayerOptions(preset="fast", group_size=16, bits=3, min_tokens=1)
+    result = quantize_model(model, 12 * small_models.text_batches(), options, held_out=0)
+    experts = [layer for layer in result.layers.values() if "experts" in layer.name]
+    assert len(experts) == 2 * 12
+    carried = [layer for layer in experts if layer.ridge not in searched]
+    assert len(carried) >= 3
+    assert len({layer.tokens for layer in experts}) > 3
+    for one in carried:
+        of_kind = [other for other in experts if other.site.columns == one.site.columns and other.ridge in searched]
+        scaled = [other.ridge * (other.tokens / one.tokens) ** 0.7 for other in of_kind if other.ridge is not None]
+        assert any(ridge == pytest.approx(one.ridge) for ridge in scaled)
+
+
+def test_a_ridge_is_carried_three_times_once_two_agree() -> None:
+    carried = quantizer._CarriedRidges()
+    assert carried.take("kind", 100) is None
+    carried.found("kind", 1.0, 100)
+    assert carried.take("kind", 100) is None
+    carried.found("kind", 1.9 * 4**-0.7, 400)
+    assert carried.take("another", 100) is None
+    assert [carried.take("kind", tokens) for tokens in (400, 100, 50, 400)] == [
+        1.9 * 4**-0.7,
+        pytest.approx(1.9),
+        pytest.approx(1.9 * 2**0.7),
+        None,
+    ]
+    carried.found("kind", 4.0 * 4**-0.7, 400)  # more than twice the last
+    assert carried.take("kind", 400) is None
+
+
 def test_a_carried_ridge_that_does_not_serve_is_searched_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = []
 

@@ -9,7 +9,7 @@ import torch
 
 import miniquant
 from miniquant import HessianAccumulator
-from miniquant.ridge import ridge_by_halves
+from miniquant.ridge import POWER_OF_TOKENS, ridge_by_halves
 
 Tensor = torch.Tensor
 COLUMNS = 96
@@ -205,6 +205,15 @@ def test_opcheck() -> None:
     hessian = hessian_of(white(50, 1))
     arguments = (weight_of(3), hessian, hessian + torch.eye(COLUMNS, dtype=torch.float64), 50)
     torch.library.opcheck(torch.ops.miniquant.choose_ridge.default, arguments, {"group_size": 32})
+
+
+def test_usual_ridges_fall_with_the_power_of_the_tokens() -> None:
+    halves = (hessian_of(white(200, 1)), hessian_of(white(200, 2)))
+    usual = [
+        ridge_by_halves(weight_of(), halves, tokens, bits=4, group_size=64, symmetric=True).ridges[0]
+        for tokens in (50, 150)  # fewer than columns in a half: the usual ridge comes first
+    ]
+    assert usual[0] / usual[1] == pytest.approx(3**POWER_OF_TOKENS)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (1, 1), (130, 3)])
