@@ -11,7 +11,15 @@ from torch import Tensor, nn
 import small_models
 from miniquant import HessianAccumulator, LayerOptions, choose_ridge, gptq_auto, preset, quantize_model
 from miniquant.modules import find_sites
-from miniquant.token_weights import GRADIENT, SCHEMES, causal_sites, norm_weights, position_weights, weigh
+from miniquant.token_weights import (
+    GRADIENT,
+    SCHEMES,
+    TOKENS_AT_ONCE,
+    causal_sites,
+    norm_weights,
+    position_weights,
+    weigh,
+)
 
 INPUTS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 # Padding on the right of the first sequence, on the left of the second.
@@ -25,6 +33,14 @@ def test_norm_weights_make_every_token_as_long() -> None:
     torch.testing.assert_close(scaled.square().sum(-1), torch.ones(2, 5, dtype=torch.float64))
     for factor in (2.0**100, 2.0**-100):  # squares leave the range of float32
         torch.testing.assert_close(norm_weights(INPUTS * factor) * factor**2, weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_many_tokens_of_16_bits(dtype: torch.dtype) -> None:
+    """They are converted some at a time."""
+    inputs = torch.randn(TOKENS_AT_ONCE + 3, 2, 8, dtype=dtype).transpose(0, 1)
+    expected = torch.linalg.vector_norm(inputs.double(), dim=-1) ** -2
+    torch.testing.assert_close(norm_weights(inputs), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
