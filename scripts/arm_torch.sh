@@ -11,6 +11,10 @@ arm_python=(env "PYTHONPATH=$arm_site" QEMU_CPU=max,sve=off qemu-aarch64 -L "$ar
 # unpack_arm_root: Python and the libraries of the driver, with what they need, from where apt is set up to look.
 unpack_arm_root() {
   local state="$arm_build/apt" apt package
+  if ! command -v apt-get dpkg >/dev/null; then
+    printf 'expected apt-get and dpkg, which unpack Debian packages for ARM\n' >&2
+    return 1
+  fi
   mkdir -p "$state"/{lists,archives}/partial
   : >"$state/status" # nothing is installed yet
   apt=(apt-get -q -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o "APT::Sandbox::User=$(id -un)"

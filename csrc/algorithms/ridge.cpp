@@ -57,6 +57,7 @@ class Halves {
   [[nodiscard]] double loss(const GptqOptions& options) {
     try {
       std::vector<QuantizedWeight> of_halves;
+      of_halves.reserve(ways_);
       for (size_t half = 0; half < ways_; ++half) {
         of_halves.push_back(algorithms::gptq(weight_, hessians_.at(half), options));
       }
