@@ -192,6 +192,7 @@ def test_a_block_is_measured_beside_a_forward_pass(tmp_path: Path) -> None:
     asked = argparse.Namespace(
         work=tmp_path, output=tmp_path / "out", presets=["fast"], tokens=2 * blocks.LENGTH, dtype="float32", peers=None
     )
+    asked.add, asked.models = False, ["Llama-2-7B"]
     blocks.Benchmark(asked).measure("Llama-2-7B", {**blocks.QUICK, "hidden_size": 128, "intermediate_size": 256})
     (row,) = json.loads((tmp_path / "out" / "blocks.json").read_text())["rows"]
     assert row["seconds"]["total"] >= sum(row["seconds"][part] for part in blocks.PARTS)
@@ -199,6 +200,13 @@ def test_a_block_is_measured_beside_a_forward_pass(tmp_path: Path) -> None:
     line = blocks.line_of(row)
     assert line[:3] == ["Llama-2-7B", "miniquant, fast", "float32"]
     assert float(line[-1]) == pytest.approx(row["seconds"]["total"] * 32 / 3600, abs=0.05)
+    asked.add = True
+    assert blocks.Benchmark(asked).rows == []  # it is measured again
+    asked.models = ["Llama-3-8B"]
+    assert blocks.Benchmark(asked).rows == [row]
+    asked.tokens = blocks.LENGTH
+    with pytest.raises(ValueError, match=f"expected the rows in .* to be of {blocks.LENGTH} tokens"):
+        blocks.Benchmark(asked)
 
 
 def test_gguf_files_have_the_types_of_others(tmp_path: Path) -> None:
