@@ -60,6 +60,6 @@ build_arm_torch() {
 test_arm_python() {
   (cd "$root/tests/python" && OMP_NUM_THREADS=2 "${arm_python[@]}" -m pytest -p no:cacheprovider \
     test_ops_*.py test_errors.py test_accumulator.py test_correction.py test_ridge.py test_superblocks.py test_linear.py \
-    --deselect test_linear.py::test_other_instruction_sets --deselect test_linear.py::test_inductor \
-    --deselect "test_linear.py::test_products[48 rows, one group-64]" "$@")
+    --deselect tests/python/test_linear.py::test_other_instruction_sets --deselect tests/python/test_linear.py::test_inductor \
+    --deselect "tests/python/test_linear.py::test_products[48 rows, one group-64]" "$@")
 }
