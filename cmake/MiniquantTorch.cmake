@@ -92,7 +92,9 @@ function(miniquant_import_torch error_variable)
       return()
     endif()
   endforeach()
-  find_path(include ATen/ATen.h NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH PATHS "${prefix}" "${prefix}/.." PATH_SUFFIXES include)
+  find_path(include ATen/ATen.h NO_CACHE NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH
+    PATHS "${prefix}" "${prefix}/.."
+    PATH_SUFFIXES include)
   if(NOT include)
     set(${error_variable} "Torch_DIR is ${Torch_DIR}, and there are no headers in ${prefix}/include" PARENT_SCOPE)
     return()

@@ -39,9 +39,9 @@ install_arm_site() {
 prepare_arm_torch() {
   local hash
   hash="$(digest "$root/scripts/arm_torch.sh" "$root/scripts/requirements.txt")"
-  [[ "$(cat "$arm_build/stamp" 2>/dev/null)" == "$hash" ]] && return
+  [[ -d "$arm_site" ]] && up_to_date arm-torch "$hash" && return
   rm -rf "$arm_root" "$arm_site"
-  unpack_arm_root && install_arm_site && printf '%s\n' "$hash" >"$arm_build/stamp"
+  unpack_arm_root && install_arm_site && completed arm-torch "$hash"
 }
 
 build_arm_torch() {

@@ -221,16 +221,22 @@ def test_layers_on_the_same_inputs_with_another_grid_find_a_ridge_of_their_own(
     assert torch.equal(result.layers["right"].quantized.codes, expected.codes)
 
 
-def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_models.decoder("Llama", num_hidden_layers=9)
-    searched: list[float] = []
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The ridges that are searched for in the test."""
+    found: list[float] = []
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def noted(*arguments: Any, **options: Any) -> Any:
         choice = ridge_by_halves(*arguments, **options)
-        searched.append(choice.ridge)
+        found.append(choice.ridge)
         return choice
 
-    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
+    monkeypatch.setattr(quantizer, "ridge_by_halves", noted)
+    return found
+
+
+def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(searched: list[float]) -> None:
+    model = small_models.decoder("Llama", num_hidden_layers=9)
     result = quantize_model(model, 6 * small_models.text_batches(), FAST, held_out=0)
     firsts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     expected = 0
@@ -254,16 +260,8 @@ def test_ridges_are_carried_over_to_the_same_layer_of_later_blocks(monkeypatch: 
             assert layer.ridge == result.layers[layer.name.replace(kind, others[kind])].ridge
 
 
-def test_ridges_are_carried_over_to_experts_as_their_tokens_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ridges_are_carried_over_to_experts_as_their_tokens_have_it(searched: list[float]) -> None:
     model = small_models.decoder("Mixtral", num_hidden_layers=1, num_local_experts=12, num_experts_per_tok=2)
-    searched: list[float] = []
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        choice = ridge_by_halves(*arguments, **options)
-        searched.append(choice.ridge)
-        return choice
-
-    monkeypatch.setattr(quantizer, "ridge_by_halves", counted)
     options = LayerOptions(preset="fast", group_size=16, bits=3, min_tokens=1)
     result = quantize_model(model, 12 * small_models.text_batches(), options, held_out=0)
     experts = [layer for layer in result.layers.values() if "experts" in layer.name]

@@ -1,5 +1,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <miniquant/build.h>
 
 #include "driver/error.h"
 #include "driver/options.h"
@@ -297,9 +298,9 @@ TEST(Options, HelpAndVersion) {
     EXPECT_THAT(help, HasSubstr(option));
   }
   EXPECT_THAT(help, testing::Not(HasSubstr("{false}")));
-  EXPECT_THAT(
-      std::get<Information>(parse_options({"--version"})).text,
-      testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\..*, instruction set (baseline|avx2|avx512|neon)\\)\n"));
+  EXPECT_THAT(std::get<Information>(parse_options({"--version"})).text,
+              testing::MatchesRegex("gptq_toy [0-9.]+ \\(torch 2\\..*, instruction set " +
+                                    std::string(instruction_set()) + "\\)\n"));
 }
 
 }  // namespace
