@@ -41,7 +41,7 @@ Bits largest_bits(const at::Tensor& tensor) {
   const int64_t count = tensor.numel();
   const auto* const values = static_cast<const Bits*>(tensor.const_data_ptr());
   std::vector<Bits> of_piece(kernels::ceil_div(count, kPiece));
-  for_pieces(std::ssize(of_piece), count, [&](int64_t piece) {
+  for_pieces(std::ssize(of_piece), kOperationsPerEntryRead * count, [&](int64_t piece) {
     const int64_t begin = piece * kPiece;
     of_piece[piece] = kernel(values + begin, std::min(kPiece, count - begin));
   });

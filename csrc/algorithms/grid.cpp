@@ -151,7 +151,7 @@ at::Tensor exponents_of_units(const at::Tensor& values, const at::Tensor& scales
   int64_t* const to = exponents.mutable_data_ptr<int64_t>();
   const at::Tensor largest = at::empty({rows}, values.options());
   T* const weight = largest.mutable_data_ptr<T>();
-  for_row_tiles(rows, 1, columns, [&](int64_t row_begin, int64_t row_end) {
+  for_row_tiles(rows, 1, kOperationsPerEntryRead * columns, [&](int64_t row_begin, int64_t row_end) {
     typed_kernels<T>().largest_magnitudes(value, columns, row_begin, row_end, weight);
     for (int64_t row = row_begin; row < row_end; ++row) {
       to[row] = exponent_of_unit(weight[row], groups == 0 ? Magnitudes<T>{} : magnitudes(scale + row * groups, groups));

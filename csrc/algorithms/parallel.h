@@ -15,6 +15,9 @@ namespace miniquant::algorithms {
 /// Multiply-adds below which a second thread costs more than it saves.
 inline constexpr int64_t kSerialOperations = 500'000;
 
+/// The cost of a pass over memory for each entry, in multiply-adds: high, because it waits for memory.
+inline constexpr int64_t kOperationsPerEntryRead = 8;
+
 /// Number of threads for `pieces` pieces of work with `operations` multiply-adds in all: at least 1, at most
 /// at::get_num_threads(), and 1 inside another parallel region.
 int64_t team_size(int64_t pieces, int64_t operations);

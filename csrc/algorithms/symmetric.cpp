@@ -223,7 +223,7 @@ SymmetrySurvey survey_symmetry(const at::Tensor& hessian) {
   SymmetrySurvey survey;
   dispatch_compute(h.scalar_type(), [&]<typename T> {
     std::vector<kernels::SymmetryFigures<T>> rows(kernels::ceil_div(columns, kSide));
-    for_triangle(static_cast<int64_t>(rows.size()), columns * columns, [&](int64_t row) {
+    for_triangle(static_cast<int64_t>(rows.size()), kOperationsPerEntryRead * columns * columns, [&](int64_t row) {
       rows[row] = typed_kernels<T>().survey_symmetry(h.const_data_ptr<T>(), columns, row * kSide);
     });
     for (const kernels::SymmetryFigures<T>& row : rows) {
