@@ -1,21 +1,157 @@
 #include "algorithms/packing.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_left_shift.h>
 #include <ATen/ops/bitwise_or.h>
 #include <ATen/ops/bitwise_right_shift.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
-// The layout of a row repeats after the fewest codes that fill whole bytes: 8 codes of 3 bits fill 3 bytes, 2 codes of
-// 4 bits fill 1. In every such period, the byte at one place is made of the codes at the same places with the same
-// shifts.
+#include "algorithms/dispatch.h"
+#include "algorithms/parallel.h"
+#include "kernels/arithmetic.h"
 
 namespace miniquant::algorithms {
 namespace {
+
+// On the CPU a word of 64 bits holds eight codes, one per byte, and three steps move them together or apart: two bytes'
+// fields to one field of 16 bits, two of these to one of 32, two of these to one of 64. The first code has the lowest
+// bits.
+
+/// Codes in one word.
+constexpr int64_t kCodes = 8;
+constexpr unsigned kWordBits = 64;
+
+/// The lowest `width` bits of every field of `field` bits.
+constexpr uint64_t lowest_of_fields(unsigned width, unsigned field) {
+  uint64_t all = 0;
+  for (unsigned at = 0; at < kWordBits; at += field) {
+    all |= ((uint64_t{1} << width) - 1) << at;
+  }
+  return all;
+}
+
+/// The lowest `bits` bits of eight bytes, without gaps.
+template <unsigned bits>
+uint64_t moved_together(uint64_t bytes) {
+  uint64_t word = bytes & lowest_of_fields(bits, 8);
+  for (unsigned step = 1; step < kCodes; step *= 2) {
+    const unsigned width = bits * step;
+    const uint64_t even = lowest_of_fields(width, 16 * step);
+    word = (word & even) | ((word >> (8 * step - width)) & (even << width));
+  }
+  return word;
+}
+
+/// The inverse: bytes whose higher bits are copies of a field's highest one.
+template <unsigned bits>
+uint64_t moved_apart(uint64_t word) {
+  for (unsigned step = kCodes / 2; step > 0; step /= 2) {
+    const unsigned width = bits * step;
+    const uint64_t even = lowest_of_fields(width, 16 * step);
+    word = (word & even) | ((word & (even << width)) << (8 * step - width));
+  }
+  // A sign bit times this sets the bits above it, all within its byte.
+  constexpr uint64_t kAbove = (uint64_t{1} << (9 - bits)) - 2;
+  const uint64_t signs = word & (lowest_of_fields(1, 8) << (bits - 1));
+  return word | (signs * kAbove);
+}
+
+template <unsigned bits>
+void pack_row(const int8_t* codes, int64_t columns, uint8_t* packed) {
+  const int64_t whole = columns / kCodes;
+  const auto rest = static_cast<size_t>(columns % kCodes);
+  uint64_t word = 0;
+  for (int64_t i = 0; i < whole; ++i) {
+    std::memcpy(&word, codes + i * kCodes, sizeof(word));
+    word = moved_together<bits>(word);
+    std::memcpy(packed + i * bits, &word, bits);
+  }
+  if (rest > 0) {
+    word = 0;
+    std::memcpy(&word, codes + whole * kCodes, rest);
+    word = moved_together<bits>(word);
+    std::memcpy(packed + whole * bits, &word, (rest * bits + 7) / 8);
+  }
+}
+
+template <unsigned bits>
+void unpack_row(const uint8_t* packed, int64_t columns, int8_t* codes) {
+  const int64_t whole = columns / kCodes;
+  const auto rest = static_cast<size_t>(columns % kCodes);
+  uint64_t word = 0;
+  for (int64_t i = 0; i < whole; ++i) {
+    std::memcpy(&word, packed + i * bits, bits);
+    const uint64_t bytes = moved_apart<bits>(word);
+    std::memcpy(codes + i * kCodes, &bytes, sizeof(bytes));
+  }
+  if (rest > 0) {
+    word = 0;
+    std::memcpy(&word, packed + whole * bits, (rest * bits + 7) / 8);
+    const uint64_t bytes = moved_apart<bits>(word);
+    std::memcpy(codes + whole * kCodes, &bytes, rest);
+  }
+}
+
+/// body.operator()<bits>().
+template <typename Body>
+void for_width(int64_t bits, const Body& body) {
+  switch (bits) {
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    case 4:
+      return body.template operator()<4>();
+    case 5:
+      return body.template operator()<5>();
+    case 6:
+      return body.template operator()<6>();
+    case 7:
+      return body.template operator()<7>();
+    default:
+      TORCH_INTERNAL_ASSERT(bits == 8, "not a width of codes: ", bits);
+      return body.template operator()<8>();
+  }
+}
+
+/// body(row) for all rows, in parallel.
+template <typename Body>
+void for_rows(int64_t rows, int64_t columns, const Body& body) {
+  for_row_tiles(rows, 1, kOperationsPerEntryRead * columns, [&](int64_t row_begin, int64_t row_end) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      body(row);
+    }
+  });
+}
+
+/// Codes in one piece of work.
+constexpr int64_t kPiece = 65'536;
+
+/// The bits of all codes that lie above the lowest `bits`, once the smallest code is moved to 0.
+uint8_t bits_above(const int8_t* codes, int64_t count, int64_t bits) {
+  const auto half = static_cast<uint8_t>(1U << static_cast<unsigned>(bits - 1));
+  uint8_t all = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    all |= static_cast<uint8_t>(static_cast<uint8_t>(codes[i]) + half);
+  }
+  return static_cast<uint8_t>(all >> static_cast<unsigned>(bits));
+}
+
+int64_t packed_columns(int64_t columns, int64_t bits) { return kernels::ceil_div(columns * bits, 8); }
+
+// In PyTorch's operations: the layout of a row repeats after the fewest codes that fill whole bytes: 8 codes of 3 bits
+// fill 3 bytes, 2 codes of 4 bits fill 1. In every such period, the byte at one place is made of the codes at the same
+// places with the same shifts.
 
 struct Period {
   int64_t codes;
@@ -42,7 +178,58 @@ at::Tensor rows_of(const std::vector<at::Tensor>& parts, int64_t width) {
 
 }  // namespace
 
-at::Tensor pack(const at::Tensor& codes, int64_t bits) {
+at::Tensor pack(const at::Tensor& given, int64_t bits) {
+  if (!given.is_cpu()) {
+    return pack_by_operations(given, bits);
+  }
+  const at::Tensor codes = given.contiguous();
+  const int64_t columns = codes.size(1);
+  const int64_t width = packed_columns(columns, bits);
+  const at::Tensor packed = at::empty({codes.size(0), width}, codes.options().dtype(at::kByte));
+  const auto* const from = codes.const_data_ptr<int8_t>();
+  auto* const to = packed.mutable_data_ptr<uint8_t>();
+  for_width(bits, [&]<unsigned kBits> {
+    for_rows(codes.size(0), columns,
+             [&](int64_t row) { pack_row<kBits>(from + row * columns, columns, to + row * width); });
+  });
+  return packed;
+}
+
+at::Tensor unpack(const at::Tensor& given, int64_t bits, int64_t columns) {
+  if (!given.is_cpu()) {
+    return unpack_by_operations(given, bits, columns);
+  }
+  const at::Tensor packed = given.contiguous();
+  const int64_t width = packed_columns(columns, bits);
+  const at::Tensor codes = at::empty({packed.size(0), columns}, packed.options().dtype(at::kChar));
+  const auto* const from = packed.const_data_ptr<uint8_t>();
+  auto* const to = codes.mutable_data_ptr<int8_t>();
+  for_width(bits, [&]<unsigned kBits> {
+    for_rows(packed.size(0), columns,
+             [&](int64_t row) { unpack_row<kBits>(from + row * width, columns, to + row * columns); });
+  });
+  return codes;
+}
+
+bool fit_in(const at::Tensor& given, int64_t bits) {
+  if (!given.is_cpu()) {
+    const auto half = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits - 1));
+    return !(given < -half).logical_or(given >= half).any().item<bool>();
+  }
+  const at::Tensor codes = given.contiguous();
+  const int64_t count = codes.numel();
+  const auto* const values = codes.const_data_ptr<int8_t>();
+  std::atomic<bool> fit = true;
+  for_pieces(kernels::ceil_div(count, kPiece), kOperationsPerEntryRead * count, [&](int64_t piece) {
+    const int64_t begin = piece * kPiece;
+    if (bits_above(values + begin, std::min(kPiece, count - begin), bits) != 0) {
+      fit.store(false, std::memory_order_relaxed);
+    }
+  });
+  return fit.load(std::memory_order_relaxed);
+}
+
+at::Tensor pack_by_operations(const at::Tensor& codes, int64_t bits) {
   const Period period = period_of(bits);
   const auto mask = static_cast<int64_t>((1U << static_cast<unsigned>(bits)) - 1);
   const at::Tensor fields = at::bitwise_and(in_periods(codes, period.codes).view(at::kByte), mask);
@@ -60,10 +247,10 @@ at::Tensor pack(const at::Tensor& codes, int64_t bits) {
       whole = whole.defined() ? at::bitwise_or(whole, part) : part;
     }
   }
-  return rows_of(bytes, (codes.size(1) * bits + 7) / 8);
+  return rows_of(bytes, packed_columns(codes.size(1), bits));
 }
 
-at::Tensor unpack(const at::Tensor& packed, int64_t bits, int64_t columns) {
+at::Tensor unpack_by_operations(const at::Tensor& packed, int64_t bits, int64_t columns) {
   const Period period = period_of(bits);
   const at::Tensor bytes = in_periods(packed, period.bytes);
   std::vector<at::Tensor> codes(static_cast<size_t>(period.codes));

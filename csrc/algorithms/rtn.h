@@ -17,4 +17,8 @@ QuantizedWeight rtn(const at::Tensor& weight, const GridOptions& options);
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
                       int64_t group_size, std::optional<at::ScalarType> dtype = std::nullopt);
 
+/// The same made of PyTorch's operations, which dequantize() takes on other devices than the CPU.
+at::Tensor dequantize_by_operations(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points,
+                                    int64_t group_size, std::optional<at::ScalarType> dtype = std::nullopt);
+
 }  // namespace miniquant::algorithms

@@ -125,6 +125,17 @@ struct RefineProblem {
   T* row_loss;           ///< [N], e H e^T before and after
 };
 
+/// The codes of a weight and what gives their values.
+template <typename T>
+struct CodesView {
+  std::int64_t columns;            ///< K
+  std::int64_t group_size;         ///< at most K
+  std::int64_t groups;             ///< per row
+  const std::int8_t* codes;        ///< [N, K]
+  const T* scales;                 ///< [N, groups]
+  const std::int8_t* zero_points;  ///< [N, groups]
+};
+
 /// What decides whether a part of a matrix counts as finite and symmetric.
 template <typename T>
 struct SymmetryFigures {
@@ -153,6 +164,9 @@ struct TypedKernels {
   /// codes = round(weight / scale) + zero_point, clamped, for rows [row_begin, row_end).
   void (*round_to_nearest)(const GridView<T>& grid, const T* weight, std::int64_t columns, std::int64_t row_begin,
                            std::int64_t row_end);
+
+  /// values [N, K] = (code - zero point) * scale, for rows [row_begin, row_end).
+  void (*dequantize)(const CodesView<T>& codes, std::int64_t row_begin, std::int64_t row_end, T* values);
 
   /// Elements of workspace that `sweep` needs for that number of rows.
   std::int64_t (*sweep_workspace)(const SweepProblem<T>& problem, std::int64_t rows);
@@ -229,6 +243,10 @@ struct KernelTable {
   InstructionSet instruction_set;
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+
+  /// As f32.dequantize; values are rounded to the nearest bfloat16 value, whose bits are stored.
+  void (*dequantize_to_bf16)(const CodesView<float>& codes, std::int64_t row_begin, std::int64_t row_end,
+                             std::uint16_t* values);
 
   /// max of `count` magnitudes of 2, 4 or 8 byte floating-point values as bits, which compare like integers; those of
   /// infinities and NaN are above all others. 0 where there are no values.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/cholesky-inl.h"
+#include "kernels/dequantize-inl.h"
 #include "kernels/descent-inl.h"
 #include "kernels/finite-inl.h"
 #include "kernels/instruction_set.h"
@@ -30,6 +31,7 @@ constexpr TypedKernels<T> kTypedKernels = {
     .compute_grid = compute_grid<T>,
     .search_grid = search_grid<T>,
     .round_to_nearest = round_to_nearest<T>,
+    .dequantize = dequantize<T, T>,
     .sweep_workspace = sweep_workspace<T>,
     .sweep = sweep<T>,
     .descent_workspace = descent_workspace<T>,
@@ -73,6 +75,7 @@ const KernelTable MINIQUANT_JOIN(kernel_table_, MINIQUANT_KERNEL_ISA) = {
     named::MINIQUANT_KERNEL_ISA,
     MINIQUANT_KERNEL_ISA::kTypedKernels<float>,
     MINIQUANT_KERNEL_ISA::kTypedKernels<double>,
+    MINIQUANT_KERNEL_ISA::dequantize<float, std::uint16_t>,
     MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int16_t>,
     MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int32_t>,
     MINIQUANT_KERNEL_ISA::largest_magnitude_bits<std::int64_t>,

@@ -15,6 +15,7 @@
 #include "algorithms/damping.h"
 #include "algorithms/finite.h"
 #include "algorithms/grid.h"
+#include "algorithms/packing.h"
 #include "algorithms/superblocks.h"
 #include "algorithms/symmetric.h"
 #include "ops/names.h"
@@ -466,13 +467,13 @@ void check_pack_arguments(const char* op, const at::Tensor& codes, int64_t bits)
 }
 
 void check_pack_values(const char* op, const at::Tensor& codes, int64_t bits) {
-  if (bits == 8) {
+  if (bits == 8 || algorithms::fit_in(codes, bits)) {
     return;
   }
   const auto half = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits - 1));
   const at::Tensor bad = (codes < -half).logical_or(codes >= half);
-  TORCH_CHECK_VALUE(!bad.any().item<bool>(), op, ": expected codes to be in [", -half, ", ", half - 1, "] for ", bits,
-                    " bits, but got ", first_value(codes, bad));
+  TORCH_CHECK_VALUE(false, op, ": expected codes to be in [", -half, ", ", half - 1, "] for ", bits, " bits, but got ",
+                    first_value(codes, bad));
 }
 
 void check_unpack_arguments(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& columns) {

@@ -2,9 +2,15 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+
+#include <limits>
 
 #include "algorithms/rtn.h"
 #include "tensor_testing.h"
@@ -43,6 +49,35 @@ TEST(Dequantize, IsCodeMinusZeroPointTimesTheScaleOfTheColumnsGroup) {
       }
     }
   }
+}
+
+TEST(Dequantize, IsWhatOperationsGive) {
+  const at::Tensor codes = integers(-128, 128, {300, 130}, 7);
+  for (const int64_t group_size : {1, 32, 130}) {
+    const int64_t groups = (130 + group_size - 1) / group_size;
+    const at::Tensor zero_points = integers(-128, 128, {300, groups}, 8);
+    for (const at::ScalarType stored : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+      const at::Tensor scales = testing::normal({300, groups}, 9).to(stored);
+      for (const at::ScalarType result : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+        const at::Tensor values = dequantize(codes, scales, zero_points, group_size, result);
+        EXPECT_EQ(values.scalar_type(), result);
+        EXPECT_TRUE(at::equal(values, dequantize_by_operations(codes, scales, zero_points, group_size, result)))
+            << group_size << ", " << stored << ", " << result;
+      }
+    }
+  }
+}
+
+TEST(Dequantize, RoundsToBFloat16AsPyTorchDoes) {
+  // Halfway between two values, next to that, beyond the largest one, subnormal, and not finite.
+  const at::Tensor scales =
+      at::tensor({1.00390625, 1.01171875, 1.0039063, 3.3961775e38, 3.4e38, 1e-40, -1.00390625, 0.0}, at::kFloat)
+          .unsqueeze(1);
+  const at::Tensor codes = at::ones({8, 1}, at::kChar);
+  const at::Tensor zero_points = at::zeros({8, 1}, at::kChar);
+  EXPECT_TRUE(at::equal(dequantize(codes, scales, zero_points, 1, at::kBFloat16), scales.to(at::kBFloat16)));
+  const at::Tensor nan = at::full({8, 1}, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_TRUE(dequantize(codes, nan, zero_points, 1, at::kBFloat16).isnan().all().item<bool>());
 }
 
 TEST(Dequantize, TakesStridedArguments) {

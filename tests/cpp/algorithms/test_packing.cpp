@@ -82,8 +82,42 @@ TEST(Packing, ARowIsAStreamOfBitsOfAnyWidth) {
       }
       EXPECT_TRUE(at::equal(unpack(packed, bits, columns), codes));
       EXPECT_TRUE(at::equal(pack(codes.mT().contiguous().mT(), bits), packed));
+      EXPECT_TRUE(at::equal(pack_by_operations(codes, bits), packed));
+      EXPECT_TRUE(at::equal(unpack_by_operations(packed, bits, columns), codes));
     }
   }
+}
+
+TEST(Packing, LeavesOutWhatACodeHasAboveItsBits) {
+  for (int64_t bits = 2; bits < 8; ++bits) {
+    const at::Tensor bytes = at::arange(-128, 128, at::kChar).view({4, 64});
+    const at::Tensor codes = unpack(pack(bytes, bits), bits, 64);
+    const auto levels = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits));
+    const at::Tensor lowest = bytes.to(at::kLong).remainder(levels);
+    EXPECT_TRUE(at::equal(codes.to(at::kLong), lowest.sub(lowest.ge(levels / 2).mul(levels)))) << bits;
+  }
+}
+
+TEST(Packing, RowsInParallelAreThoseOfOneThread) {
+  const at::Tensor codes =
+      at::arange(0, 1000 * 77, at::kLong).mul(37).remainder(8).sub(4).to(at::kChar).view({1000, 77});
+  const at::Tensor packed = pack(codes, 3);
+  EXPECT_TRUE(at::equal(packed, pack_by_operations(codes, 3)));
+  EXPECT_TRUE(at::equal(unpack(packed, 3, 77), codes));
+}
+
+TEST(Packing, KnowsWhichCodesFit) {
+  for (int64_t bits = 2; bits <= 8; ++bits) {
+    const auto half = static_cast<int64_t>(uint64_t{1} << static_cast<unsigned>(bits - 1));
+    at::Tensor codes = at::arange(0, 700 * 300, at::kLong).remainder(2 * half).sub(half).to(at::kChar).view({700, 300});
+    EXPECT_TRUE(fit_in(codes, bits)) << bits;
+    EXPECT_TRUE(fit_in(codes.mT(), bits)) << bits;
+    for (int64_t code = -128; code < 128; ++code) {
+      codes[699][299] = code;
+      EXPECT_EQ(fit_in(codes, bits), code >= -half && code < half) << bits << ", " << code;
+    }
+  }
+  EXPECT_TRUE(fit_in(at::empty({0, 5}, at::kChar), 4));
 }
 
 TEST(Packing, KeepsEmptyShapes) {
