@@ -1,6 +1,7 @@
 """What the tokens that batches give to a layer say: Hessians, errors of layers before, and how large the sample is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from miniquant.walk import Given
 FEWEST_HELD_OUT = 16
 # Layers are judged by so many of their rows: with all, judging would take longer than quantizing.
 JUDGED_ROWS = 256
+# Where the CPU has a unit for 16 bits, a pass over a Hessian takes as long as the products of a thousand such tokens.
+# So smaller batches, as those of an expert, are added so many tokens at a time.
+TOKENS_TOGETHER = 1024
 
 
 def judged_rows(rows: int) -> Tensor:
@@ -111,6 +115,7 @@ def accumulated(
     """
     on_device: _DeviceSums | None = None
     accumulator = HessianAccumulator(columns, dtype, halves=halves)
+    batches = _Batches(accumulator)
     parts = None
     if ranks is not None and halves:
         parts = _parts_of_ranks(ranks, inputs)
@@ -122,27 +127,34 @@ def accumulated(
             raise ValueError(f"expected inputs of {columns} columns, but got shape {list(tokens.shape)}")
         if not tokens.numel():
             continue
-        try:
+        of_batch = None if parts is None else parts[number]
+        with _naming(given.batch):
             weights, sampled = weighing.of(given, tokens)
-            of_batch = None if parts is None else parts[number]
+        if tokens.device.type == "cpu":
+            batches.add(given.batch, tokens, given.mask, weights, of_batch)
+        with _naming(given.batch):
             if tokens.device.type != "cpu":
                 on_device = on_device or _DeviceSums(columns, dtype, tokens.device, halves=halves)
                 on_device.update(tokens, given.mask, weights, of_batch)
-            elif of_batch is None:
-                accumulator.update(tokens, mask=given.mask, token_weights=weights)
-            else:
-                _add_to_halves(accumulator, tokens, given.mask, weights, of_batch)
             sample.add(tokens, given.mask, sampled)
             if errors is not None and weight is not None:
                 _add_errors(errors, given, tokens, weights, weight)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"batch {given.batch}: {error}") from error
+    batches.finish()
     if on_device is None:
         return accumulator, sample, errors
     elsewhere = on_device.accumulator()
     if accumulator.tokens:
         elsewhere.merge(accumulator)
     return elsewhere, sample, errors
+
+
+@contextmanager
+def _naming(batch: int) -> Iterator[None]:
+    """What is wrong with a batch names it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"batch {batch}: {error}") from error
 
 
 def _no_errors(inputs: Sequence[Given], columns: int, dtype: torch.dtype) -> Errors | None:
@@ -164,18 +176,86 @@ def _add_errors(
         errors.stream.update(given.original_stream, given.stream, tokens, given.mask, weights)
 
 
-def _add_to_halves(
-    accumulator: HessianAccumulator,
-    tokens: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    parts: Sequence[tuple[int, slice]],
-) -> None:
-    """Adds parts of a batch on the CPU to the halves that they are for."""
-    rows = tokens.flatten(0, -2) if mask is None else tokens[mask]
-    of_rows = None if weights is None else weights.flatten() if mask is None else weights[mask]
-    for half, part in parts:
-        accumulator.update_half(half, rows[part], token_weights=None if of_rows is None else of_rows[part])
+class _Part(NamedTuple):
+    """Tokens of a batch that one half of a Hessian is given."""
+
+    batch: int
+    rows: Tensor  # [T, K]
+    weights: Tensor | None  # [T]
+
+
+class _Batches:
+    """Adds batches on the CPU to an accumulator, small ones of 16 bits several at a time."""
+
+    def __init__(self, accumulator: HessianAccumulator) -> None:
+        self._accumulator = accumulator
+        self._tokens = [0] * (2 if accumulator.halves else 1)
+        self._waiting: list[list[_Part]] = [[] for _ in self._tokens]
+
+    def add(
+        self,
+        batch: int,
+        tokens: Tensor,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        parts: Sequence[tuple[int, slice]] | None = None,
+    ) -> None:
+        """Adds a batch; `parts` says which half is given what, without it they are as of the accumulator."""
+        rows = tokens.flatten(0, -2) if mask is None else tokens[mask]
+        of_rows = None if weights is None else weights.flatten() if mask is None else weights[mask]
+        for half, cut in _parts_in_halves(len(rows), self._tokens) if parts is None else parts:
+            part = _Part(batch, rows[cut], None if of_rows is None else of_rows[cut])
+            waiting = self._waiting[half]
+            if waiting and not _go_together(waiting[0], part):
+                self._update(half)
+            self._tokens[half] += len(part.rows)
+            self._waiting[half].append(part)
+            tokens_that_wait = sum(len(one.rows) for one in self._waiting[half])
+            if part.rows.element_size() > 2 or tokens_that_wait >= TOKENS_TOGETHER:
+                self._update(half)
+
+    def finish(self) -> None:
+        """Adds what waits yet."""
+        for half in range(len(self._waiting)):
+            self._update(half)
+
+    def _update(self, half: int) -> None:
+        """Adds what waits for one half.
+
+        Raises:
+            ValueError, TypeError: that of the accumulator, with the batch.
+        """
+        waiting, self._waiting[half] = self._waiting[half], []
+        if not waiting:
+            return
+        try:
+            _add_to_half(self._accumulator, half, waiting)
+        except (ValueError, TypeError):
+            for part in waiting:
+                with _naming(part.batch):
+                    _add_to_half(self._empty(), 0, [part])
+            with _naming(waiting[-1].batch):
+                raise
+
+    def _empty(self) -> HessianAccumulator:
+        """One without tokens."""
+        return HessianAccumulator(self._accumulator.in_features, self._accumulator.dtype)
+
+
+def _go_together(one: _Part, other: _Part) -> bool:
+    """Whether two parts can be added as one."""
+    return one.rows.dtype == other.rows.dtype and (one.weights is None) == (other.weights is None)
+
+
+def _add_to_half(accumulator: HessianAccumulator, half: int, parts: Sequence[_Part]) -> None:
+    """Adds tokens of one or more batches to a half of an accumulator, or to one without halves."""
+    rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
+    given = [part.weights for part in parts if part.weights is not None]
+    weights = None if not given else given[0] if len(given) == 1 else torch.cat(given)
+    if accumulator.halves:
+        accumulator.update_half(half, rows, token_weights=weights)
+    else:
+        accumulator.update(rows, token_weights=weights)
 
 
 class Weighing(NamedTuple):

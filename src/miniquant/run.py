@@ -245,6 +245,7 @@ def plan_folder(
     if before is None and is_first:
         check_output(output, form, overwrite=overwrite)
     place = available_device(device)
+    software = _software()  # imports what building the model needs, before ranks wait for the first one
 
     def choose() -> torch.dtype:
         return _dtype(dtype, checkpoint, place, before)
@@ -270,7 +271,7 @@ def plan_folder(
         "device": place.type,
         "source": _fingerprint(checkpoint),
         "calibration": _identity(calibration, held_out),
-        "software": _software(),
+        "software": software,
     }
     if ranks is not None:
         _check_ranks(ranks, asked)

@@ -27,7 +27,7 @@ from miniquant import (
     rtn,
 )
 from miniquant.batches import _held_out_batches, _size
-from miniquant.layer_hessians import _DeviceSums
+from miniquant.layer_hessians import _Batches, _DeviceSums
 from miniquant.modules import find_sites, siblings_of
 from miniquant.plan import as_recipe, plan_model
 from miniquant.quantize import quantize_model
@@ -725,20 +725,101 @@ def test_what_progress_raises_ends_the_run() -> None:
     assert not [hook for module in model.modules() for hook in module._forward_pre_hooks]
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 2, 40), (5, 3, 20, 64, 7, 200), (64, 65)], ids=str)
-def test_halves_on_a_device_are_those_of_the_accumulator(lengths: tuple[int, ...]) -> None:
-    on_device = _DeviceSums(8, torch.float64, torch.device("cpu"), halves=True)
-    expected = HessianAccumulator(8, torch.float64, halves=True)
+LENGTHS = [(1,), (1, 2, 40), (5, 3, 20, 64, 7, 200), (64, 65), (3, 2000, 5, 1500, 40, 700)]
+
+
+def tokens_of_batches(lengths: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+    """Tokens [T, 8] of each batch, and their weights, which the second one has none of."""
+    batches = []
     for number, length in enumerate(lengths):
-        batch = torch.randn(length, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-        weights = None if number == 1 else torch.rand(length, generator=torch.Generator().manual_seed(number))
-        on_device.update(batch, None, weights)
-        expected.update(batch, token_weights=weights)
-    found = on_device.accumulator()
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randn(length, 8, generator=generator, dtype=torch.float64)
+        batches.append((tokens.to(dtype), None if number == 1 else torch.rand(length, generator=generator)))
+    return batches
+
+
+def assert_same_halves(found: HessianAccumulator, expected: HessianAccumulator) -> None:
     assert [found.half_tokens(half) for half in range(2)] == [expected.half_tokens(half) for half in range(2)]
     for half in range(2):
         if expected.half_tokens(half):
             torch.testing.assert_close(found.half(half), expected.half(half))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_halves_on_a_device_are_those_of_the_accumulator(lengths: tuple[int, ...]) -> None:
+    on_device = _DeviceSums(8, torch.float64, torch.device("cpu"), halves=True)
+    expected = HessianAccumulator(8, torch.float64, halves=True)
+    for batch, weights in tokens_of_batches(lengths, torch.float64):
+        on_device.update(batch, None, weights)
+        expected.update(batch, token_weights=weights)
+    assert_same_halves(on_device.accumulator(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("halves", [True, False], ids=["halves", "whole"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_batches_together_are_those_of_the_accumulator(
+    lengths: tuple[int, ...], halves: bool, dtype: torch.dtype
+) -> None:
+    found = HessianAccumulator(8, torch.float64, halves=halves)
+    expected = HessianAccumulator(8, torch.float64, halves=halves)
+    batches = _Batches(found)
+    for number, (tokens, weights) in enumerate(tokens_of_batches(lengths, dtype)):
+        mask = torch.arange(len(tokens)) % 3 > 0 if number == 2 else None
+        batches.add(number, tokens, mask, weights)
+        expected.update(tokens, mask=mask, token_weights=weights)
+    batches.finish()
+    assert (found.tokens, found.effective_tokens) == pytest.approx((expected.tokens, expected.effective_tokens))
+    torch.testing.assert_close(found.hessian(), expected.hessian())
+    if halves:
+        assert_same_halves(found, expected)
+
+
+def test_small_batches_are_added_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    update = HessianAccumulator.update
+
+    def noted(self: HessianAccumulator, inputs: Tensor, **options: Any) -> None:
+        added.append(len(inputs))
+        update(self, inputs, **options)
+
+    monkeypatch.setattr(HessianAccumulator, "update", noted)
+    batches = _Batches(HessianAccumulator(4))
+    for number in range(20):
+        batches.add(number, torch.ones(128, 4, dtype=torch.bfloat16), None, None)
+    batches.add(20, torch.ones(5000, 4, dtype=torch.bfloat16), None, None)
+    batches.add(21, torch.ones(3, 4, dtype=torch.bfloat16), None, None)
+    batches.add(22, torch.ones(5, 4), None, None)  # sums of float32 values have the bits of one batch after another
+    batches.add(23, torch.ones(6, 4), None, None)
+    batches.add(24, torch.ones(7, 4, dtype=torch.float16), None, None)
+    batches.finish()
+    assert added == [1024, 1024, 512 + 5000, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "weight", "message"),
+    [
+        (math.nan, 1.0, "batch 3: .*expected inputs to be finite"),
+        (1.0, -1.0, "batch 3: .*expected token_weights to be"),
+        (1e38, 1.0, "batch 3: .*expected inputs whose products keep the sums finite"),
+    ],
+)
+def test_a_bad_batch_among_small_ones_is_named(wrong: float, weight: float, message: str) -> None:
+    accumulator = HessianAccumulator(4, halves=True)
+    batches = _Batches(accumulator)
+    with pytest.raises(ValueError, match=message):  # noqa: PT012
+        for number in range(8):
+            value, of_token = (wrong, weight) if number == 3 else (1.0, 1.0)
+            batches.add(number, torch.full((5, 4), value, dtype=torch.bfloat16), None, torch.full((5,), of_token))
+        batches.finish()
+
+
+def test_small_batches_whose_sum_overflows() -> None:
+    batches = _Batches(HessianAccumulator(1))
+    for number in range(2):
+        batches.add(number, torch.full((1, 1), 1.5e19, dtype=torch.bfloat16), None, None)
+    with pytest.raises(ValueError, match=r"batch 1: .*expected inputs whose products keep the sums finite"):
+        batches.finish()
 
 
 def test_sums_on_a_device_are_those_of_the_accumulator() -> None:
