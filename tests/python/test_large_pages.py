@@ -39,6 +39,12 @@ def test_zeros_are_zeros_of_the_shape(shape: tuple[int, ...], dtype: torch.dtype
     assert bool((zeros.add_(1) == 1).all())
 
 
+def test_large_zeros_begin_with_a_page_and_save_as_they_are() -> None:
+    zeros = large_pages.zeros(1500, 1501, dtype=torch.float32)
+    assert zeros.data_ptr() % (2 << 20) == 0
+    assert zeros.untyped_storage().nbytes() == zeros.nbytes
+
+
 @needs_large_pages
 def test_large_zeros_and_hessians_are_in_large_pages() -> None:
     columns = 2100
