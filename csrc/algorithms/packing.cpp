@@ -40,12 +40,12 @@ constexpr uint64_t lowest_of_fields(unsigned width, unsigned field) {
   return all;
 }
 
-/// The lowest `bits` bits of eight bytes, without gaps.
-template <unsigned bits>
+/// The lowest kBits bits of eight bytes, without gaps.
+template <unsigned kBits>
 uint64_t moved_together(uint64_t bytes) {
-  uint64_t word = bytes & lowest_of_fields(bits, 8);
+  uint64_t word = bytes & lowest_of_fields(kBits, 8);
   for (unsigned step = 1; step < kCodes; step *= 2) {
-    const unsigned width = bits * step;
+    const unsigned width = kBits * step;
     const uint64_t even = lowest_of_fields(width, 16 * step);
     word = (word & even) | ((word >> (8 * step - width)) & (even << width));
   }
@@ -53,56 +53,56 @@ uint64_t moved_together(uint64_t bytes) {
 }
 
 /// The inverse: bytes whose higher bits are copies of a field's highest one.
-template <unsigned bits>
+template <unsigned kBits>
 uint64_t moved_apart(uint64_t word) {
   for (unsigned step = kCodes / 2; step > 0; step /= 2) {
-    const unsigned width = bits * step;
+    const unsigned width = kBits * step;
     const uint64_t even = lowest_of_fields(width, 16 * step);
     word = (word & even) | ((word & (even << width)) << (8 * step - width));
   }
   // A sign bit times this sets the bits above it, all within its byte.
-  constexpr uint64_t kAbove = (uint64_t{1} << (9 - bits)) - 2;
-  const uint64_t signs = word & (lowest_of_fields(1, 8) << (bits - 1));
+  constexpr uint64_t kAbove = (uint64_t{1} << (9 - kBits)) - 2;
+  const uint64_t signs = word & (lowest_of_fields(1, 8) << (kBits - 1));
   return word | (signs * kAbove);
 }
 
-template <unsigned bits>
+template <unsigned kBits>
 void pack_row(const int8_t* codes, int64_t columns, uint8_t* packed) {
   const int64_t whole = columns / kCodes;
   const auto rest = static_cast<size_t>(columns % kCodes);
   uint64_t word = 0;
   for (int64_t i = 0; i < whole; ++i) {
     std::memcpy(&word, codes + i * kCodes, sizeof(word));
-    word = moved_together<bits>(word);
-    std::memcpy(packed + i * bits, &word, bits);
+    word = moved_together<kBits>(word);
+    std::memcpy(packed + i * kBits, &word, kBits);
   }
   if (rest > 0) {
     word = 0;
     std::memcpy(&word, codes + whole * kCodes, rest);
-    word = moved_together<bits>(word);
-    std::memcpy(packed + whole * bits, &word, (rest * bits + 7) / 8);
+    word = moved_together<kBits>(word);
+    std::memcpy(packed + whole * kBits, &word, (rest * kBits + 7) / 8);
   }
 }
 
-template <unsigned bits>
+template <unsigned kBits>
 void unpack_row(const uint8_t* packed, int64_t columns, int8_t* codes) {
   const int64_t whole = columns / kCodes;
   const auto rest = static_cast<size_t>(columns % kCodes);
   uint64_t word = 0;
   for (int64_t i = 0; i < whole; ++i) {
-    std::memcpy(&word, packed + i * bits, bits);
-    const uint64_t bytes = moved_apart<bits>(word);
+    std::memcpy(&word, packed + i * kBits, kBits);
+    const uint64_t bytes = moved_apart<kBits>(word);
     std::memcpy(codes + i * kCodes, &bytes, sizeof(bytes));
   }
   if (rest > 0) {
     word = 0;
-    std::memcpy(&word, packed + whole * bits, (rest * bits + 7) / 8);
-    const uint64_t bytes = moved_apart<bits>(word);
+    std::memcpy(&word, packed + whole * kBits, (rest * kBits + 7) / 8);
+    const uint64_t bytes = moved_apart<kBits>(word);
     std::memcpy(codes + whole * kCodes, &bytes, rest);
   }
 }
 
-/// body.operator()<bits>().
+/// body.operator()<kBits>() for that number of bits.
 template <typename Body>
 void for_width(int64_t bits, const Body& body) {
   switch (bits) {
@@ -135,7 +135,7 @@ void for_rows(int64_t rows, int64_t columns, const Body& body) {
 }
 
 /// Codes in one piece of work.
-constexpr int64_t kPiece = 65'536;
+constexpr int64_t kCodesPerPiece = 65'536;
 
 /// The bits of all codes that lie above the lowest `bits`, once the smallest code is moved to 0.
 uint8_t bits_above(const int8_t* codes, int64_t count, int64_t bits) {
@@ -220,9 +220,9 @@ bool fit_in(const at::Tensor& given, int64_t bits) {
   const int64_t count = codes.numel();
   const auto* const values = codes.const_data_ptr<int8_t>();
   std::atomic<bool> fit = true;
-  for_pieces(kernels::ceil_div(count, kPiece), kOperationsPerEntryRead * count, [&](int64_t piece) {
-    const int64_t begin = piece * kPiece;
-    if (bits_above(values + begin, std::min(kPiece, count - begin), bits) != 0) {
+  for_pieces(kernels::ceil_div(count, kCodesPerPiece), kOperationsPerEntryRead * count, [&](int64_t piece) {
+    const int64_t begin = piece * kCodesPerPiece;
+    if (bits_above(values + begin, std::min(kCodesPerPiece, count - begin), bits) != 0) {
       fit.store(false, std::memory_order_relaxed);
     }
   });
