@@ -24,8 +24,8 @@ MINIQUANT_INLINE void store_value(float value, std::uint16_t& stored) {
   constexpr std::uint32_t kInfinity = 0x7F80'0000;
   constexpr std::uint32_t kQuietNan = 0x7FC0;
   const auto bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t leading = bits >> 16;
-  const std::uint32_t rounded = (bits + 0x7FFF + (leading & 1)) >> 16;
+  const std::uint32_t leading = bits >> 16U;
+  const std::uint32_t rounded = (bits + 0x7FFF + (leading & 1U)) >> 16U;
   stored = static_cast<std::uint16_t>((bits & kMagnitude) > kInfinity ? kQuietNan : rounded);
 }
 
@@ -38,7 +38,7 @@ void dequantize(const CodesView<T>& codes, std::int64_t row_begin, std::int64_t 
       const std::int64_t rest = codes.columns - begin;
       const std::int64_t count = min_of(rest, codes.group_size);
       const T scale = codes.scales[row * codes.groups + group];
-      const std::int32_t zero_point = codes.zero_points[row * codes.groups + group];
+      const std::int8_t zero_point = codes.zero_points[row * codes.groups + group];
       const std::int8_t* const code = codes.codes + row * codes.columns + begin;
       Stored* const value = values + row * codes.columns + begin;
       for (std::int64_t i = 0; i < count; ++i) {
