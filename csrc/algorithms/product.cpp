@@ -10,6 +10,8 @@
 #include "algorithms/sums_bf16.h"
 #include "algorithms/tile_runs.h"
 #include "kernels/bf16.h"
+#include "kernels/instruction_set.h"
+#include "kernels/kernels.h"
 
 namespace miniquant::algorithms {
 namespace {
@@ -52,17 +54,22 @@ void add_with_kernels(at::Tensor& sum, const at::Tensor& left, const at::Tensor&
   }
 }
 
+/// MKL has code for AVX-512, which it runs on Intel's CPUs only, and for AVX2.
+bool has_longer_vectors_than_mkl() {
+#if defined(__x86_64__)
+  return kernels::kernels().instruction_set == kernels::InstructionSet::kAvx512 && __builtin_cpu_is("intel") == 0;
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 Multiplier fastest_multiplier(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
   if (prefers_bf16(kernels::bf16_kernels(), sum, left, right)) {
     return Multiplier::kBf16;
   }
-#if defined(__x86_64__)
-  return at::hasMKL() && __builtin_cpu_is("intel") != 0 ? Multiplier::kAten : Multiplier::kKernels;
-#else
-  return Multiplier::kKernels;
-#endif
+  return at::hasMKL() && !has_longer_vectors_than_mkl() ? Multiplier::kAten : Multiplier::kKernels;
 }
 
 void product_update(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right, Multiplier multiplier) {

@@ -8,7 +8,7 @@ namespace miniquant::algorithms {
 enum class Multiplier { kKernels, kBf16, kAten };
 
 /// The fastest that is as exact as the dtype of `sum`. Arguments as product_update(). ATen where its products come from
-/// MKL on a CPU for which MKL has AVX-512 code, which is Intel's.
+/// MKL and the vectors of MKL's code for this CPU are as long as those of the kernels.
 Multiplier fastest_multiplier(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right);
 
 /// sum += X^T Y of X [n, M] and Y [n, K], of any dtype and strides. sum: [M, K], float32 or float64, any strides. kBf16

@@ -44,8 +44,9 @@ def product_update_(sum: Tensor, left: Tensor, right: Tensor) -> Tensor:  # noqa
 
     Where a Hessian says what a layer's inputs have in common with themselves, such a sum says what they have in common
     with something else, as with errors. Values of 16 bits on both sides are multiplied as those of a Hessian are, where
-    the CPU has a unit for that and the sum is float32. Other products are PyTorch's on Intel's CPUs, where MKL is fast.
-    But for these, the order of the sums does not depend on the number of threads.
+    the CPU has a unit for that and the sum is float32. Other products are PyTorch's where it has MKL, except on CPUs
+    with AVX-512 that are not Intel's, where MKL is slower. The order of the sums does not depend on the number of
+    threads where the products are not PyTorch's.
 
     Args:
         sum: [M, K], float32 or float64; changed and returned.

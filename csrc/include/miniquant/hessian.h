@@ -27,8 +27,9 @@ MINIQUANT_API at::Tensor& hessian_update_(at::Tensor& hessian, const at::Tensor&
 ///
 /// sum: [M, K], float32 or float64, any strides. left: X [..., M]; right: Y [..., K]; dtypes and errors as of the
 /// inputs of hessian_update_(), leading dimensions equal. Values of 16 bits on both sides are multiplied as those of a
-/// Hessian are, where the CPU has a unit for that and `sum` is float32. Other products come from ATen on Intel's CPUs,
-/// where MKL is fast. But for these, the order of the sums does not depend on the number of threads.
+/// Hessian are, where the CPU has a unit for that and `sum` is float32. Other products come from ATen where it has MKL,
+/// except on CPUs with AVX-512 that are not Intel's, where MKL is slower. The order of the sums does not depend on the
+/// number of threads where the products are not ATen's.
 MINIQUANT_API at::Tensor& product_update_(at::Tensor& sum, const at::Tensor& left, const at::Tensor& right);
 
 /// Whether an accumulator keeps one sum, or one for each half of the tokens.

@@ -1,3 +1,4 @@
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
@@ -5,9 +6,12 @@
 
 #include <cstdint>
 #include <limits>
+#include <string_view>
 
 #include "algorithms/product.h"
 #include "kernels/bf16.h"
+#include "kernels/instruction_set.h"
+#include "kernels/kernels.h"
 #include "tensor_testing.h"
 
 namespace miniquant::algorithms {
@@ -95,6 +99,17 @@ TEST(Product, OfValuesOf16BitsTakesTheirKernelsWhereThereAreSome) {
   EXPECT_TRUE(at::equal(sum, expected));
   product_update(strided, left, right);
   EXPECT_TRUE(at::equal(strided, expected));
+}
+
+TEST(Product, OfFloat32TakesTheKernelsWhereMklHasShorterVectors) {
+  const at::Tensor x = testing::normal({8, 40}, 1, at::kFloat);
+  const bool avx512 = std::string_view(kernels::name(kernels::kernels().instruction_set)) == "avx512";
+  const Multiplier fastest = fastest_multiplier(at::zeros({40, 40}, at::kFloat), x, x);
+  if (at::hasMKL() && !avx512) {
+    EXPECT_EQ(fastest, Multiplier::kAten);
+  } else if (!at::hasMKL()) {
+    EXPECT_EQ(fastest, Multiplier::kKernels);
+  }
 }
 
 TEST(Product, OfNothingChangesNothing) {
