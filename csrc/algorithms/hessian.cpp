@@ -14,15 +14,16 @@
 namespace miniquant::algorithms {
 namespace {
 
-/// hessian += Y^T Y for one pass, inputs Y [tokens, K]; `tiles` has room for Y packed.
+/// hessian += Y^T Y for one pass, where the rows of Y are those of inputs [tokens, K] times `factors`, as
+/// TileRuns::pack() takes them; `tiles` has room for Y packed.
 template <typename T>
-void add_products(T* hessian, const at::Tensor& inputs, T* tiles) {
+void add_products(T* hessian, const at::Tensor& inputs, const at::Tensor& factors, T* tiles) {
   const int64_t tokens = inputs.size(0);
   const int64_t columns = inputs.size(1);
   const TileRuns<T> runs(columns);
   // The last rows of tiles are the longest, and come first.
   for_pieces_in_turn(
-      runs.count(), [&](int64_t run) { runs.pack(run, inputs, tiles); }, runs.count(),
+      runs.count(), [&](int64_t run) { runs.pack(run, inputs, factors, tiles); }, runs.count(),
       [&](int64_t run) {
         const int64_t of_long_rows = runs.count() - 1 - run;
         // Every tile that is read is multiplied by all tiles of the run while it is in a cache.
@@ -42,16 +43,14 @@ template <typename T>
 void add_in_type_of(at::Tensor& hessian, const at::Tensor& inputs, const at::Tensor& token_weights) {
   // X^T diag(w) X = Y^T Y, where the rows of Y are those of X times sqrt(w)
   const at::Tensor factors =
-      token_weights.defined() ? token_weights.sqrt().to(hessian.scalar_type()).unsqueeze(1) : at::Tensor();
+      token_weights.defined() ? token_weights.sqrt().to(hessian.scalar_type()).contiguous() : at::Tensor();
   const int64_t pass = std::min(kTokensPerPass, inputs.size(0));
   const at::Tensor tiles = TileRuns<T>(inputs.size(1)).room_for(pass);
   for (int64_t token = 0; token < inputs.size(0); token += pass) {
     const int64_t count = std::min(pass, inputs.size(0) - token);
-    at::Tensor tokens = inputs.narrow(0, token, count).to(hessian.scalar_type());
-    if (factors.defined()) {
-      tokens = tokens * factors.narrow(0, token, count);
-    }
-    add_products(hessian.mutable_data_ptr<T>(), tokens.contiguous(), tiles.mutable_data_ptr<T>());
+    const at::Tensor tokens = inputs.narrow(0, token, count).to(hessian.scalar_type()).contiguous();
+    const at::Tensor of_tokens = factors.defined() ? factors.narrow(0, token, count) : factors;
+    add_products(hessian.mutable_data_ptr<T>(), tokens, of_tokens, tiles.mutable_data_ptr<T>());
   }
 }
 

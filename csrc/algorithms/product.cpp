@@ -37,9 +37,9 @@ void add_with_kernels(at::Tensor& sum, const at::Tensor& left, const at::Tensor&
         left_runs.count() + right_runs.count(),
         [&](int64_t run) {
           if (run < left_runs.count()) {
-            left_runs.pack(run, x, left_tiles);
+            left_runs.pack(run, x, {}, left_tiles);
           } else {
-            right_runs.pack(run - left_runs.count(), y, right_tiles);
+            right_runs.pack(run - left_runs.count(), y, {}, right_tiles);
           }
         },
         left_runs.count() * right_runs.count(),

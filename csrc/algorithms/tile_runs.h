@@ -42,12 +42,17 @@ class TileRuns {
     return empty_in_large_pages(tiles_ * tokens * typed_kernels<T>().tile_rows, c10::CppTypeToScalarType<T>::value);
   }
 
-  /// Packs one run of `values` [tokens, columns], contiguous.
-  void pack(int64_t run, const at::Tensor& values, T* packed) const {
-    const T* const from = values.const_data_ptr<T>();
-    for_tiles(run, [&](int64_t tile) {
-      typed_kernels<T>().pack_tile(from, columns_, values.size(0), columns_, tile, packed);
-    });
+  /// Packs one run of `values` [tokens, columns], each token times its factor; `factors` [tokens], or undefined for 1
+  /// each. Both contiguous.
+  void pack(int64_t run, const at::Tensor& values, const at::Tensor& factors, T* packed) const {
+    const kernels::ScaledRows<T> from{
+        .rows = values.const_data_ptr<T>(),
+        .ld = columns_,
+        .count = values.size(0),
+        .columns = columns_,
+        .factors = factors.defined() ? factors.const_data_ptr<T>() : nullptr,
+    };
+    for_tiles(run, [&](int64_t tile) { typed_kernels<T>().pack_tile(from, tile, packed); });
   }
 
  private:

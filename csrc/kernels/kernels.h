@@ -136,6 +136,16 @@ struct CodesView {
   const std::int8_t* zero_points;  ///< [N, groups]
 };
 
+/// Rows of a matrix, each times a number.
+template <typename T>
+struct ScaledRows {
+  const T* rows;         ///< [count, columns], `ld` apart
+  std::int64_t ld;       ///< leading dimension
+  std::int64_t count;    ///< number of rows
+  std::int64_t columns;  ///< at most ld
+  const T* factors;      ///< [count]; null: 1 each
+};
+
 /// What decides whether a part of a matrix counts as finite and symmetric.
 template <typename T>
 struct SymmetryFigures {
@@ -193,9 +203,8 @@ struct TypedKernels {
   void (*quadratic_form)(const QuadraticFormProblem<T>& problem, std::int64_t row_begin, std::int64_t row_end,
                          T* workspace);
 
-  /// tiles[t][r][lane] = rows[r * ld + t * tile_rows + lane], 0 past `columns`, for tile t and r < count.
-  void (*pack_tile)(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile,
-                    T* tiles);
+  /// tiles[t][r][lane] = factors[r] * rows[r * ld + t * tile_rows + lane], 0 past `columns`, for tile t and r < count.
+  void (*pack_tile)(const ScaledRows<T>& from, std::int64_t tile, T* tiles);
 
   /// A[j, i] += sum_r rows[r, j] rows[r, i] for i in tile i_tile and j in tile j_tile >= i_tile, and A[i, j] likewise.
   /// `tiles` holds the packed rows [r < count, columns]; A has leading dimension ld. Tile i_tile + 1 comes next at

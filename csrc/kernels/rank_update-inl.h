@@ -13,13 +13,23 @@ namespace miniquant::kernels::MINIQUANT_KERNEL_ISA {
 namespace {
 
 template <typename T>
-void pack_tile(const T* rows, std::int64_t ld, std::int64_t count, std::int64_t columns, std::int64_t tile, T* tiles) {
-  T* const packed = tiles + tile * count * kTileRows<T>;
+void pack_tile(const ScaledRows<T>& from, std::int64_t tile, T* tiles) {
+  T* const packed = tiles + tile * from.count * kTileRows<T>;
   const std::int64_t first = tile * kTileRows<T>;
-  const std::int64_t width = min_of(columns - first, kTileRows<T>);
-  for (std::int64_t r = 0; r < count; ++r) {
-    for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
-      column_of<T>(packed, r)[lane] = lane < width ? rows[r * ld + first + lane] : T(0);
+  const std::int64_t width = min_of(from.columns - first, kTileRows<T>);
+  for (std::int64_t r = 0; r < from.count; ++r) {
+    const T factor = from.factors == nullptr ? T(1) : from.factors[r];
+    const T* const row = from.rows + r * from.ld + first;
+    T* const to = column_of<T>(packed, r);
+    if (width == kTileRows<T>) {
+#pragma GCC unroll 8
+      for (std::int64_t v = 0; v < kVectorsPerTile; ++v) {
+        store<T>(to + v * kLanes<T>, factor * load<T>(row + v * kLanes<T>));
+      }
+    } else {
+      for (std::int64_t lane = 0; lane < kTileRows<T>; ++lane) {
+        to[lane] = lane < width ? factor * row[lane] : T(0);
+      }
     }
   }
 }

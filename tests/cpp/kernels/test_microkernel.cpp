@@ -22,7 +22,7 @@ class Microkernel : public ::testing::Test {
     GuardedBuffer<T> packed(tiles * count * kernel.tile_rows);
     GuardedBuffer<T> a(std::vector<T>(static_cast<std::size_t>(columns * columns), T(0)));
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      kernel.pack_tile(y.data(), columns, count, columns, tile, packed.data());
+      kernel.pack_tile({y.data(), columns, count, columns, nullptr}, tile, packed.data());
     }
     for (std::int64_t j = 0; j < tiles; ++j) {
       for (std::int64_t i = 0; i <= j; ++i) {

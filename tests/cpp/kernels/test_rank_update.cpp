@@ -30,14 +30,18 @@ TYPED_TEST(RankUpdate, PacksATileWithZerosPastTheColumns) {
     const std::int64_t columns = kernel.tile_rows + 5;
     const std::int64_t ld = columns + 2;
     const GuardedBuffer<T> rows(normal<T>(generator, (kRows - 1) * ld + columns));
+    const GuardedBuffer<T> factors(normal<T>(generator, kRows));
     GuardedBuffer<T> tiles(2 * kRows * kernel.tile_rows);
-    for (std::int64_t tile = 0; tile < 2; ++tile) {
-      kernel.pack_tile(rows.data(), ld, kRows, columns, tile, tiles.data());
-      for (std::int64_t r = 0; r < kRows; ++r) {
-        for (std::int64_t lane = 0; lane < kernel.tile_rows; ++lane) {
-          const std::int64_t column = tile * kernel.tile_rows + lane;
-          ASSERT_EQ(tiles[(tile * kRows + r) * kernel.tile_rows + lane],
-                    column < columns ? rows[r * ld + column] : T(0));
+    for (const T* const of_rows : {static_cast<const T*>(nullptr), factors.data()}) {
+      for (std::int64_t tile = 0; tile < 2; ++tile) {
+        kernel.pack_tile({rows.data(), ld, kRows, columns, of_rows}, tile, tiles.data());
+        for (std::int64_t r = 0; r < kRows; ++r) {
+          const T factor = of_rows == nullptr ? T(1) : of_rows[r];
+          for (std::int64_t lane = 0; lane < kernel.tile_rows; ++lane) {
+            const std::int64_t column = tile * kernel.tile_rows + lane;
+            ASSERT_EQ(tiles[(tile * kRows + r) * kernel.tile_rows + lane],
+                      column < columns ? factor * rows[r * ld + column] : T(0));
+          }
         }
       }
     }
@@ -62,7 +66,7 @@ TYPED_TEST(RankUpdate, AddsTheProductsToBothTriangles) {
         GuardedBuffer<T> a(normal<T>(generator, (columns - 1) * ld + columns));
         const std::vector<T> before = a.values();
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
-          kernel.pack_tile(y.data(), columns, count, columns, tile, packed.data());
+          kernel.pack_tile({y.data(), columns, count, columns, nullptr}, tile, packed.data());
         }
         for (std::int64_t j = 0; j < tiles; ++j) {
           for (std::int64_t i = 0; i <= j; ++i) {
@@ -107,10 +111,10 @@ TYPED_TEST(RankUpdate, AddsTheProductOfTwo) {
         GuardedBuffer<T> a(normal<T>(generator, rows * columns));
         const std::vector<T> before = a.values();
         for (std::int64_t tile = 0; tile < this->tiles_of(kernel, rows); ++tile) {
-          kernel.pack_tile(x.data(), rows, count, rows, tile, left.data());
+          kernel.pack_tile({x.data(), rows, count, rows, nullptr}, tile, left.data());
         }
         for (std::int64_t tile = 0; tile < this->tiles_of(kernel, columns); ++tile) {
-          kernel.pack_tile(y.data(), columns, count, columns, tile, right.data());
+          kernel.pack_tile({y.data(), columns, count, columns, nullptr}, tile, right.data());
         }
         for (std::int64_t j = 0; j < this->tiles_of(kernel, rows); ++j) {
           for (std::int64_t i = 0; i < this->tiles_of(kernel, columns); ++i) {
