@@ -101,15 +101,15 @@ TEST(Product, OfValuesOf16BitsTakesTheirKernelsWhereThereAreSome) {
   EXPECT_TRUE(at::equal(strided, expected));
 }
 
-TEST(Product, OfFloat32TakesTheKernelsWhereMklHasShorterVectors) {
+TEST(Product, OfFloat32TakesAtenWhereMklHasVectorsAsLong) {
+  const std::string_view instruction_set = kernels::name(kernels::kernels().instruction_set);
+  bool as_long = instruction_set == "avx2" || instruction_set == "baseline";
+#if defined(__x86_64__)
+  as_long = as_long || (instruction_set == "avx512" && __builtin_cpu_is("intel") != 0);
+#endif
   const at::Tensor x = testing::normal({8, 40}, 1, at::kFloat);
-  const bool avx512 = std::string_view(kernels::name(kernels::kernels().instruction_set)) == "avx512";
-  const Multiplier fastest = fastest_multiplier(at::zeros({40, 40}, at::kFloat), x, x);
-  if (at::hasMKL() && !avx512) {
-    EXPECT_EQ(fastest, Multiplier::kAten);
-  } else if (!at::hasMKL()) {
-    EXPECT_EQ(fastest, Multiplier::kKernels);
-  }
+  EXPECT_EQ(fastest_multiplier(at::zeros({40, 40}, at::kFloat), x, x),
+            at::hasMKL() && as_long ? Multiplier::kAten : Multiplier::kKernels);
 }
 
 TEST(Product, OfNothingChangesNothing) {
